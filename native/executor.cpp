@@ -1,0 +1,248 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace pronk {
+
+namespace {
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+void require_range(const int32_t* values, int64_t count, int64_t limit, const char* what) {
+    for (int64_t i = 0; i < count; ++i)
+        if (values[i] < 0 || values[i] >= limit)
+            throw std::invalid_argument(std::string(what) + " " + std::to_string(values[i]) +
+                                        " is not in [0, " + std::to_string(limit) + ")");
+}
+
+// Bytes of the KV pool, of a shape whose products cannot overflow.
+int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
+    const auto within = [](int64_t x, int64_t least, int64_t most) {
+        return x >= least && x <= most;
+    };
+    constexpr int64_t most_rows = 1 << 20;
+    require(within(limits.max_tokens, 1, most_rows) && within(limits.max_rows, 1, most_rows) &&
+                within(limits.max_sequences, 1, most_rows) && within(limits.vocab, 1, kMaxSide) &&
+                within(limits.max_blocks, 0, kMaxSide) && within(limits.num_blocks, 0, kMaxSide) &&
+                within(kv.block_bytes, 0, kMaxSide) && kv.block_bytes % 64 == 0,
+            "executor limits are out of range");
+    return limits.num_blocks * kv.block_bytes;
+}
+
+}  // namespace
+
+Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, int64_t arena_bytes,
+                   const Limits& limits, const KvShape& kv)
+    : kernels_(select_kernels(isa.c_str())),
+      limits_(limits),
+      kv_shape_(kv),
+      weights_(weight_bytes),
+      arena_(arena_bytes, Region::Pages::resident),
+      kv_(pool_bytes(limits, kv), Region::Pages::resident),
+      team_(threads) {}
+
+Rows Executor::rows(const Ref& ref) const {
+    return {ref.offset < 0 ? nullptr : arena_.data() + ref.offset, ref.stride};
+}
+
+void Executor::check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const {
+    const bool aligned = ref.offset >= 0 && ref.offset % 64 == 0 && ref.stride % 4 == 0;
+    if (!aligned || ref.stride < row_bytes || ref.stride > arena_.size() ||
+        ref.offset > arena_.size() - (rows - 1) * ref.stride - row_bytes)
+        throw std::invalid_argument(std::string(what) + " lies outside the arena");
+}
+
+const uint8_t* Executor::weight(int64_t offset, int64_t bytes) const {
+    require(offset >= 0 && bytes >= 0 && offset % 64 == 0 && offset <= weights_.size() - bytes,
+            "weight lies outside the weight region");
+    return weights_.data() + offset;
+}
+
+void Executor::pack(Format format, int64_t offset, int64_t total_rows, int64_t cols, int64_t row0,
+                    int64_t rows, const uint8_t* source, int64_t source_bytes) {
+    require(cols > 0 && (!is_grouped(format) || cols % kGroup == 0) && row0 >= 0 && rows >= 0 &&
+                total_rows <= kMaxSide && rows <= total_rows && row0 <= total_rows - rows &&
+                cols <= kMaxSide && source_bytes == rows * row_bytes(format, cols),
+            "rows to pack do not fit their matrix");
+    weight(offset, packed_bytes(format, total_rows, cols));
+    uint8_t* target = weights_.data() + offset;
+    // Whole panels per item: two threads never write one panel.
+    const int64_t first = row0 / kPanel, count = (row0 + rows + kPanel - 1) / kPanel - first;
+    std::atomic<int64_t> next{0};
+    const std::function<void()> task = [&] {
+        for (int64_t i; (i = next.fetch_add(8)) < count;) {
+            const int64_t lo = std::max(row0, (first + i) * kPanel);
+            const int64_t hi = std::min(row0 + rows, (first + std::min(i + 8, count)) * kPanel);
+            pack_rows(format, kernels_.bias8, source + (lo - row0) * row_bytes(format, cols), lo,
+                      hi - lo, cols, target);
+        }
+    };
+    team_.run(task);
+}
+
+void Executor::write(int64_t offset, const float* values, int64_t count) {
+    weight(offset, count * 4);
+    std::memcpy(weights_.data() + offset, values, static_cast<size_t>(count) * 4);
+}
+
+void Executor::add(Op op) {
+    const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention;
+    require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
+    const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
+    const int64_t out_bytes = act_row_bytes(op.cols, op.planes);
+    const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
+    require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
+    require(!op.head || !(attends || op.kind == OpKind::embed || op.kind == OpKind::rope_table),
+            "an op that needs positions or ids belongs to the body");
+    switch (op.kind) {
+        case OpKind::embed:
+            require(op.parts.size() == 1 && op.parts[0].rows >= limits_.vocab,
+                    "embedding has fewer rows than the vocabulary");
+            check(op.out, count, out_bytes, "embed output");
+            break;
+        case OpKind::rope_table: check(op.out, count, op.cols * 4, "rope table"); break;
+        case OpKind::rms_norm:
+        case OpKind::quantize:
+            require(op.cols % kGroup == 0, "row length must be a multiple of 32");
+            check(op.a, count, op.cols * 4, "input");
+            check(op.out, count, out_bytes, "output");
+            break;
+        case OpKind::silu_mul:
+            require(op.cols % kGroup == 0, "row length must be a multiple of 32");
+            check(op.a, count, op.cols * 4, "gate");
+            check(op.b, count, op.cols * 4, "up");
+            check(op.out, count, out_bytes, "silu_mul output");
+            break;
+        case OpKind::add:
+            require(op.cols % kGroup == 0, "row length must be a multiple of 32");
+            check(op.a, count, op.cols * 4, "add input");
+            check(op.b, count, op.cols * 4, "add input");
+            check(op.out, count, out_bytes, "add output");
+            break;
+        case OpKind::gather:
+            check(op.a, limits_.max_tokens, op.cols * 4, "gather input");
+            check(op.out, count, op.cols * 4, "gather output");
+            require(op.head, "gather belongs to the head");
+            break;
+        case OpKind::matmul:
+            require(!op.parts.empty(), "matmul without weights");
+            for (const MatmulPart& part : op.parts) {
+                require(is_grouped(part.format) ? op.planes == 1 || op.planes == 2 : op.planes == 0,
+                        "grouped weights need activations of one or two planes, others floats");
+                check(op.a, count, act_row_bytes(op.cols, op.planes), "matmul input");
+                const int64_t end = (part.column + round_up(part.rows, kPanel)) * 4;
+                check(op.out, count, end, "matmul output");
+                if (op.b.offset >= 0) check(op.b, count, end, "matmul residual");
+            }
+            break;
+        case OpKind::rope_store:
+        case OpKind::attention:
+            require(op.heads > 0 && op.heads <= kMaxSide && kv_heads > 0 &&
+                        op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
+                        op.layer >= 0 && op.layer % 64 == 0 &&
+                        op.layer <= kv_shape_.block_bytes - 2 * kv_heads * kBlock * dim *
+                                                                (kv_shape_.bf16 ? 2 : 4),
+                    "attention shape does not fit its KV block");
+            check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
+            if (op.kind == OpKind::attention)
+                check(op.out, count, op.heads * dim * 4, "attention output");
+            else
+                check(op.b, count, dim * 4, "rope table");
+            break;
+    }
+    // The head follows the body: run() walks the one, head() the other.
+    require(op.head || ops_.empty() || !ops_.back().head, "a body op follows a head op");
+    ops_.push_back(std::move(op));
+}
+
+void Executor::run(const Batch& batch) {
+    require(batch.tokens >= 1 && batch.tokens <= limits_.max_tokens, "too many tokens in a step");
+    require(batch.sequence_count >= 1 && batch.sequence_count <= limits_.max_sequences,
+            "too many sequences in a step");
+    require(batch.table_width == limits_.max_blocks, "block tables have the wrong width");
+    require_range(batch.ids, batch.tokens, limits_.vocab, "token id");
+    require_range(batch.positions, batch.tokens, limits_.max_blocks * kBlock, "position");
+    require_range(batch.sequences, batch.tokens, batch.sequence_count, "sequence index");
+    for (int64_t t = 0; t < batch.tokens; ++t)
+        require_range(batch.tables + batch.sequences[t] * limits_.max_blocks,
+                      batch.positions[t] / kBlock + 1, limits_.num_blocks, "KV block");
+    last_tokens_ = batch.tokens;
+    walk({{batch.ids, batch.positions, batch.sequences}, batch.tables, nullptr, batch.tokens,
+          false});
+}
+
+void Executor::head(const int32_t* rows, int64_t count) {
+    require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
+    require_range(rows, count, last_tokens_, "logit row");
+    walk({{}, nullptr, rows, count, true});
+}
+
+int64_t Executor::items(const Op& op, const Step& step) const {
+    if (op.kind == OpKind::attention) return step.count * op.heads;
+    if (op.kind != OpKind::matmul) return step.count;
+    int64_t panels = 0;
+    for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
+    return panels;
+}
+
+void Executor::walk(const Step& step) {
+    for (Counter& c : counters_) c.next.store(0, std::memory_order_relaxed);
+    const std::function<void()> task = [&] {
+        size_t turn = 0;
+        for (const Op& op : ops_) {
+            if (op.head != step.head) continue;
+            std::atomic<int64_t>& next = counters_[turn].next;
+            const int64_t count = items(op, step);
+            for (int64_t i; (i = next.fetch_add(op.grain, std::memory_order_relaxed)) < count;)
+                apply(op, step, i, std::min(i + op.grain, count));
+            std::atomic<int64_t>& stale = counters_[(turn + 2) % 3].next;
+            team_.barrier([&] { stale.store(0, std::memory_order_relaxed); });
+            turn = (turn + 1) % 3;
+        }
+    };
+    team_.run(task);
+}
+
+void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last) const {
+    const Rows a = rows(op.a), b = rows(op.b), out = rows(op.out);
+    const KvView kv{kv_.data() + op.layer, kv_shape_.block_bytes, step.tables, limits_.max_blocks,
+                    kv_shape_.bf16, kv_shape_.heads, kv_shape_.head_dim};
+    const Kernels& k = kernels_;
+    switch (op.kind) {
+        case OpKind::embed:
+            return k.embed(op.parts[0].weight, op.parts[0].format, k.bias8, op.cols,
+                           step.tokens.ids, out, first, last);
+        case OpKind::rope_table:
+            return k.rope_table(step.tokens.positions, op.vector, op.cols / 2, out, first, last);
+        case OpKind::rms_norm:
+            return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.planes, first, last);
+        case OpKind::quantize: return k.quantize(a, op.cols, out, op.planes, first, last);
+        case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.planes, first, last);
+        case OpKind::add: return k.add(a, b, op.cols, out, first, last);
+        case OpKind::rope_store:
+            return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
+        case OpKind::attention:
+            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, first, last);
+        case OpKind::gather:
+            for (int64_t i = first; i < last; ++i)
+                std::memcpy(out.row<uint8_t>(i), a.row<uint8_t>(step.rows[i]),
+                            static_cast<size_t>(op.cols) * 4);
+            return;
+        case OpKind::matmul:
+            for (const MatmulPart& part : op.parts) {
+                const int64_t panels = round_up(part.rows, kPanel) / kPanel;
+                if (first < panels && last > 0)
+                    k.matmul(part, op.planes, op.cols, a, out, b, step.count, std::max<int64_t>(first, 0),
+                             std::min(last, panels));
+                first -= panels;
+                last -= panels;
+            }
+            return;
+    }
+}
+
+}  // namespace pronk

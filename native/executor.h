@@ -1,0 +1,104 @@
+// Runs a Program: a list of ops over one arena, walked by all threads with a barrier between ops.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "region.h"
+#include "team.h"
+
+namespace pronk {
+
+enum class OpKind { embed, rope_table, rms_norm, quantize, matmul, rope_store, attention, silu_mul, add, gather };
+
+struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
+    int64_t offset = -1;
+    int64_t stride = 0;
+};
+
+struct Op {
+    OpKind kind;
+    bool head = false;  // runs on the rows whose logits are asked for, not on every token
+    Ref a, b, out;
+    int64_t cols = 0;
+    float scalar = 0;        // epsilon, or the attention scale
+    int planes = 0;          // of the activations: a matmul's input, else the output
+    int64_t layer = 0;       // offset of the layer within a KV block
+    int64_t heads = 0;
+    const float* vector = nullptr;  // norm weight, rope frequencies
+    std::vector<MatmulPart> parts;
+    int64_t grain = 1;  // items a thread takes at once
+};
+
+struct Limits {
+    int64_t max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab;
+};
+
+struct KvShape {
+    int32_t heads, head_dim;
+    bool bf16;
+    int64_t block_bytes;  // of one block, all layers
+};
+
+class Executor {
+  public:
+    Executor(int threads, const std::string& isa, int64_t weight_bytes, int64_t arena_bytes,
+             const Limits& limits, const KvShape& kv);
+
+    const char* isa() const { return kernels_.name; }
+    int threads() const { return team_.size(); }
+    int64_t weight_bytes() const { return weights_.size(); }
+    int64_t arena_bytes() const { return arena_.size(); }
+    int64_t kv_bytes() const { return kv_.size(); }
+
+    // Weights: offsets are into the weight region; checked.
+    void pack(Format format, int64_t offset, int64_t total_rows, int64_t cols, int64_t row0,
+              int64_t rows, const uint8_t* source, int64_t source_bytes);
+    void write(int64_t offset, const float* values, int64_t count);
+    const uint8_t* weight(int64_t offset, int64_t bytes) const;
+
+    void add(Op op);  // checks every reference against the arena
+
+    struct Batch {
+        const int32_t *ids, *positions, *sequences;
+        int64_t tokens;
+        const int32_t* tables;  // [sequences, max_blocks]
+        int64_t sequence_count, table_width;
+    };
+    // Runs the body on all tokens; the final hidden states stay for head().
+    void run(const Batch& batch);
+    // Runs the head on the given token rows of the last run().
+    void head(const int32_t* rows, int64_t count);
+    const uint8_t* arena() const { return arena_.data(); }
+
+  private:
+    struct Step {
+        Tokens tokens;
+        const int32_t* tables;
+        const int32_t* rows;
+        int64_t count;
+        bool head;
+    };
+    void walk(const Step& step);
+    int64_t items(const Op& op, const Step& step) const;
+    void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    Rows rows(const Ref& ref) const;
+    void check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const;
+
+    const Kernels& kernels_;
+    Limits limits_;
+    KvShape kv_shape_;
+    Region weights_, arena_, kv_;
+    std::vector<Op> ops_;
+    int64_t last_tokens_ = 0;
+    // Item counters of three consecutive ops: one in use, one being left, one being zeroed.
+    struct alignas(64) Counter {
+        std::atomic<int64_t> next{0};
+    };
+    std::array<Counter, 3> counters_;
+    Team team_;
+};
+
+}  // namespace pronk

@@ -1,0 +1,88 @@
+// The kernels an ISA provides. Each works on a half-open range of its own items, so that
+// the executor can hand the ranges to any thread; no result depends on how it is split.
+#pragma once
+#include <cstdint>
+
+#include "formats.h"
+
+namespace pronk {
+
+struct MatmulPart {
+    const uint8_t* weight;  // packed
+    Format format;
+    int32_t rows;        // outputs
+    int32_t column;      // first output column
+    const float* bias;   // [rows] or null
+};
+
+struct Rows {  // a matrix in the arena
+    uint8_t* data;
+    int64_t stride;  // bytes
+    template <class T>
+    [[gnu::always_inline]] T* row(int64_t i) const {
+        return reinterpret_cast<T*>(data + i * stride);
+    }
+};
+
+struct KvView {
+    uint8_t* base;         // this layer's part of block 0
+    int64_t block_stride;  // bytes between blocks
+    const int32_t* tables; // [sequences, max_blocks]
+    int64_t max_blocks;
+    bool bf16;             // else float32
+    int32_t kv_heads, head_dim;
+    [[gnu::always_inline]] int64_t element() const { return bf16 ? 2 : 4; }
+    [[gnu::always_inline]] int64_t head_bytes() const { return int64_t(kBlock) * head_dim * element(); }
+};
+
+struct Tokens {  // what a step runs on
+    const int32_t* ids;
+    const int32_t* positions;
+    const int32_t* sequences;
+};
+
+struct Kernels {
+    const char* name;
+    uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
+    // Output columns [16 * first, 16 * last) of one part, for `tokens` rows of x.
+    void (*matmul)(const MatmulPart& part, int planes, int64_t cols, Rows x, Rows out, Rows residual,
+                   int64_t tokens, int64_t first, int64_t last);
+    // Rows [first, last): out = x * weight / rms(x); quantized when `planes`.
+    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
+                     int planes, int64_t first, int64_t last);
+    void (*quantize)(Rows x, int64_t cols, Rows out, int planes, int64_t first, int64_t last);
+    void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, int planes, int64_t first,
+                     int64_t last);
+    void (*add)(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last);
+    void (*embed)(const uint8_t* weight, Format format, uint8_t bias8, int64_t cols,
+                  const int32_t* ids, Rows out, int64_t first, int64_t last);
+    // cos | sin of position * frequency, `half` of each.
+    void (*rope_table)(const int32_t* positions, const float* frequencies, int64_t half, Rows out,
+                       int64_t first, int64_t last);
+    // Rotates q and k of qkv rows in place and stores k and v into the cache.
+    void (*rope_store)(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
+                       int64_t first, int64_t last);
+    // Items are token * heads + head.
+    void (*attention)(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
+                      Rows out, int64_t first, int64_t last);
+    // Sums `bytes` of memory: what a read of the weights can reach at best.
+    uint64_t (*read)(const uint8_t* data, int64_t bytes);
+    // Runs `rounds` of independent dot products; returns multiply and add operations done.
+    double (*peak)(int64_t rounds, uint8_t* sink);
+};
+
+// Null where this build or this CPU lacks the ISA.
+const Kernels* kernels_generic();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_neon();
+
+// The ISA named, else the one in PRONK_ISA, else the best the CPU has; throws
+// std::invalid_argument when this build or this CPU lacks it.
+const Kernels& select_kernels(const char* name);
+
+// Interleaves rows [row0, row0 + rows) of a row-major checkpoint matrix into `packed`.
+void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0, int64_t rows,
+               int64_t cols, uint8_t* packed);
+
+}  // namespace pronk

@@ -1,0 +1,42 @@
+// What the machine can do at best: the denominators of every "fraction of the limit".
+#pragma once
+#include <cstring>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace pronk::PRONK_NS {
+
+inline uint64_t read(const uint8_t* data, int64_t bytes) {
+    const int8_t ones[4] = {1, 1, 1, 1};
+    I sum[4] = {set_i(0), set_i(0), set_i(0), set_i(0)};
+    for (int64_t i = 0; i + 256 <= bytes; i += 256)
+        for (int j = 0; j < 4; ++j)
+            sum[j] = dot4_8bit(sum[j], load_b(data + i + 64 * j), ones);
+    return static_cast<uint64_t>(hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
+}
+
+inline double peak(int64_t rounds, uint8_t* sink) {
+    // Enough to cover the latency, few enough for registers; unrolled, or the sums go to memory.
+    constexpr int chains = kTile + kTile / 2;
+    alignas(64) uint8_t weights[64];
+    int8_t x[4 * chains];
+    std::memset(weights, 3, sizeof weights);
+    std::memset(x, 1, sizeof x);
+    N acc[chains];
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) acc[c] = start(0);
+    const B w = load_b(weights);
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+        for (int c = 0; c < chains; ++c) acc[c] = dot4(acc[c], w, x + 4 * c);
+        __asm__ volatile("" ::: "memory");  // keeps the loop from being folded
+    }
+    uint32_t sum = 0;  // may wrap: only keeps the work from being dropped
+#pragma GCC unroll 16
+    for (int c = 0; c < chains; ++c) sum += static_cast<uint32_t>(hsum(total(acc[c])));
+    std::memcpy(sink, &sum, 4);
+    return static_cast<double>(rounds) * chains * 16 * 4 * 2;
+}
+
+}  // namespace pronk::PRONK_NS

@@ -1,0 +1,87 @@
+// A team of threads that walk one list of operations together.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace pronk {
+
+inline void cpu_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Waits for a value to change: spins for some microseconds, then parks (a core at rest costs no
+// power, and an oversubscribed machine gets its core back).
+inline void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
+    for (int i = 0; i < 4000; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        cpu_pause();
+    }
+    while (value.load(std::memory_order_acquire) == old) value.wait(old);
+}
+
+class Team {
+  public:
+    explicit Team(int size) : size_(size) {
+        for (int i = 1; i < size; ++i) threads_.emplace_back([this] { work(); });
+    }
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+    ~Team() {
+        task_ = nullptr;
+        start_.fetch_add(1, std::memory_order_release);
+        start_.notify_all();
+        for (std::thread& t : threads_) t.join();
+    }
+
+    int size() const { return size_; }
+
+    // Runs task on every thread, the caller included, and returns when all are done.
+    void run(const std::function<void()>& task) {
+        task_ = &task;
+        start_.fetch_add(1, std::memory_order_release);
+        start_.notify_all();
+        task();
+        barrier([] {});
+    }
+
+    // All threads of a running task meet here; the last to arrive first calls `last`.
+    template <class Fn>
+    void barrier(Fn last) {
+        const uint32_t phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            last();
+            arrived_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();
+        } else {
+            wait_change(phase_, phase);
+        }
+    }
+
+  private:
+    void work() {
+        for (uint32_t seen = 0;;) {
+            wait_change(start_, seen);
+            ++seen;
+            if (!task_) return;
+            (*task_)();
+            barrier([] {});
+        }
+    }
+
+    const int size_;
+    const std::function<void()>* task_ = nullptr;
+    alignas(64) std::atomic<uint32_t> start_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace pronk

@@ -1,0 +1,279 @@
+// A one-layer model run by the executor: the same bits on any number of threads and however its
+// tokens are batched; and every argument that could reach outside a region refused.
+#include <functional>
+#include <stdexcept>
+
+#include "../executor.h"
+#include "check.h"
+
+namespace pronk::test {
+
+namespace {
+
+constexpr int64_t kHidden = 64, kMlp = 96, kVocab = 50, kTokens = 40, kHeads = 4, kKvHeads = 2,
+                  kDim = 16, kQkv = (kHeads + 2 * kKvHeads) * kDim, kLayer = 2 * kKvHeads * kBlock *
+                                                                             kDim * 2;
+constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
+constexpr KvShape kKv{kKvHeads, kDim, true, kLayer};
+
+class Model {
+  public:
+    Model(const Kernels& kernels, int threads)
+        : executor(threads, kernels.name, 1 << 18, 1 << 20, kLimits, kKv),
+          kernels_(kernels),
+          random_(11) {
+        const Ref x = space(kHidden), table = space(kDim), qkv = space(kQkv), heads = space(kHidden);
+        const Ref gate_up = space(2 * kMlp), act = space(kMlp), last = space(kHidden);
+        const Ref up{gate_up.offset + kMlp * 4, gate_up.stride};
+        const MatmulPart embedding = weights(Format::q8_0, kVocab, kHidden, 0);
+        logits = space(round_up(kVocab, kPanel));
+
+        Op embed = op(OpKind::embed, {}, x, kHidden);
+        embed.parts = {embedding};
+        executor.add(embed);
+        Op angles = op(OpKind::rope_table, {}, table, kDim);
+        angles.vector = vector(kDim / 2);
+        executor.add(angles);
+        norm(x, act, true, false);
+        matmul(act, {weights(Format::q4_1, kHidden, kHidden, 0),
+                     weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kHidden)},
+               kHidden, {}, qkv, false);
+        Op store = op(OpKind::rope_store, qkv, {}, 0);
+        store.b = table, store.heads = kHeads;
+        executor.add(store);
+        Op attention = op(OpKind::attention, qkv, heads, 0);
+        attention.heads = kHeads, attention.scalar = 0.25f;
+        executor.add(attention);
+        executor.add(op(OpKind::quantize, heads, act, kHidden, true));
+        matmul(act, {weights(Format::q4_0, kHidden, kHidden, 0)}, kHidden, x, x, false);
+        norm(x, heads, false, false);
+        matmul(heads, {weights(Format::f16, kMlp, kHidden, 0),
+                       weights(Format::bf16, kMlp, kHidden, kMlp)},
+               kHidden, {}, gate_up, false);
+        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, true);
+        silu.b = up;
+        executor.add(silu);
+        matmul(act, {weights(Format::q8_0, kHidden, kMlp, 0)}, kMlp, {}, heads, false);
+        Op sum = op(OpKind::add, x, x, kHidden);
+        sum.b = heads;
+        executor.add(sum);
+        Op gather = op(OpKind::gather, x, last, kHidden);
+        gather.head = true;
+        executor.add(gather);
+        norm(last, act, true, true);
+        matmul(act, {embedding}, kHidden, {}, logits, true);
+    }
+
+    // Logits of the given rows after running `count` tokens of the list from `first`.
+    std::vector<float> run(const std::vector<int32_t>& ids, const std::vector<int32_t>& positions,
+                           const std::vector<int32_t>& sequences, int64_t first, int64_t count,
+                           std::vector<int32_t> rows) {
+        static const int32_t tables[] = {4, 1, 5, 0, 2, 3};
+        executor.run({ids.data() + first, positions.data() + first, sequences.data() + first, count,
+                      tables, 2, 3});
+        executor.head(rows.data(), static_cast<int64_t>(rows.size()));
+        std::vector<float> out(rows.size() * kVocab);
+        for (size_t i = 0; i < rows.size(); ++i)
+            std::memcpy(&out[i * kVocab],
+                        executor.arena() + logits.offset + int64_t(i) * logits.stride, kVocab * 4);
+        return out;
+    }
+
+    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, bool quantized = false) {
+        Op result{};
+        result.kind = kind, result.a = a, result.out = out, result.cols = cols, result.quantized = quantized;
+        result.grain = 3;
+        return result;
+    }
+    Ref space(int64_t floats) {  // wide enough for the row quantized too
+        const Ref ref{arena_, round_up(floats * 4, 64)};
+        arena_ += ref.stride * kTokens;
+        return ref;
+    }
+    MatmulPart weights(Format format, int64_t rows, int64_t cols, int32_t column) {
+        const Weights w(kernels_, format, rows, cols, Fill::random, random_);
+        std::vector<uint8_t> source = w.source;
+        const int64_t bytes = packed_bytes(format, rows, cols), stride = row_bytes(format, cols);
+        executor.pack(format, weight_, rows, cols, 0, rows - 5, source.data(),
+                      (rows - 5) * stride);
+        executor.pack(format, weight_, rows, cols, rows - 5, 5,
+                      source.data() + (rows - 5) * stride, 5 * stride);
+        const MatmulPart part{executor.weight(weight_, bytes), format, static_cast<int32_t>(rows),
+                              column, nullptr};
+        weight_ += round_up(bytes, 64);
+        return part;
+    }
+    const float* vector(int64_t count) {
+        std::vector<float> values;
+        for (int64_t i = 0; i < count; ++i) values.push_back(random_.uniform());
+        executor.write(weight_, values.data(), count);
+        const uint8_t* at = executor.weight(weight_, count * 4);
+        weight_ += round_up(count * 4, 64);
+        return reinterpret_cast<const float*>(at);
+    }
+
+    Executor executor;
+    Ref logits;
+
+  private:
+    void norm(Ref x, Ref out, bool quantized, bool head) {
+        Op n = op(OpKind::rms_norm, x, out, kHidden, quantized);
+        n.vector = vector(kHidden), n.scalar = 1e-5f, n.head = head;
+        executor.add(n);
+    }
+    void matmul(Ref x, std::vector<MatmulPart> parts, int64_t cols, Ref residual, Ref out,
+                bool head) {
+        Op m = op(OpKind::matmul, x, out, cols);
+        m.b = residual, m.parts = std::move(parts), m.head = head;
+        executor.add(m);
+    }
+    const Kernels& kernels_;
+    Random random_;
+    int64_t arena_ = 0, weight_ = 0;
+};
+
+void throws(const Kernels& kernels, const char* what, const std::function<void()>& call) {
+    bool thrown = false;
+    try {
+        call();
+    } catch (const std::invalid_argument&) {
+        thrown = true;
+    }
+    check(thrown, "%s executor accepts %s", kernels.name, what);
+}
+
+void test_same_bits(const Kernels& kernels) {
+    std::vector<int32_t> ids, positions, sequences;
+    for (int32_t p = 0; p < 35; ++p)
+        ids.push_back(p * 7 % kVocab), positions.push_back(p), sequences.push_back(0);
+    for (int32_t p = 0; p < 5; ++p)
+        ids.push_back(p + 3), positions.push_back(p), sequences.push_back(1);
+    std::vector<float> want;
+    for (const int threads : {1, 2, 3}) {
+        Model model(kernels, threads);
+        const std::vector<float> got = model.run(ids, positions, sequences, 0, 40, {39, 34, 0});
+        if (want.empty()) want = got;
+        bool finite = true;
+        for (float f : got) finite &= std::isfinite(f);
+        check(finite, "%s executor: logits are not finite", kernels.name);
+        check(same(got.data(), want.data(), int64_t(got.size()) * 4),
+              "%s executor: %d threads differ from one", kernels.name, threads);
+        // In chunks, and each sequence by itself.
+        model.run(ids, positions, sequences, 0, 9, {0});
+        model.run(ids, positions, sequences, 9, 25, {0});
+        const std::vector<float> cut = model.run(ids, positions, sequences, 34, 1, {0});
+        check(same(cut.data(), want.data() + kVocab, kVocab * 4),
+              "%s executor: a chunked prompt differs on %d threads", kernels.name, threads);
+        const std::vector<float> other = model.run(ids, positions, sequences, 35, 5, {4});
+        check(same(other.data(), want.data(), kVocab * 4),
+              "%s executor: a sequence by itself differs on %d threads", kernels.name, threads);
+    }
+}
+
+void test_refusals(const Kernels& kernels) {
+    Model model(kernels, 1);
+    Executor& e = model.executor;
+    const Ref row{0, kHidden * 4};
+    const int64_t big = int64_t(1) << 62;
+    const auto refuse = [&](const char* what, Op op) {
+        throws(kernels, what, [&] { e.add(op); });
+    };
+    const auto head = [](Op op) {  // the model ends in head ops: what follows must be one
+        op.head = true;
+        return op;
+    };
+    const auto norm = [&](Ref a, Ref out, int64_t cols) {
+        return head(Model::op(OpKind::rms_norm, a, out, cols));
+    };
+    refuse("an input past the arena", norm({(1 << 20) - 64, 256}, row, kHidden));
+    refuse("a misaligned input", norm({4, 256}, row, kHidden));
+    refuse("a misaligned stride", norm({0, 258}, row, kHidden));
+    refuse("a stride under the row", norm({0, 128}, row, kHidden));
+    refuse("a stride that overflows", norm({0, big}, row, kHidden));
+    refuse("an offset that overflows", norm({INT64_MAX - 63, 256}, row, kHidden));
+    refuse("a negative offset", norm({-64, 256}, row, kHidden));
+    refuse("a missing input", norm({}, row, kHidden));
+    refuse("an output past the arena", norm(row, {1 << 20, 256}, kHidden));
+    refuse("a row of 33", norm(row, row, 33));
+    refuse("a negative row", norm(row, row, -32));
+    refuse("a row that overflows", norm(row, row, big));
+    refuse("a body op after the head", Model::op(OpKind::add, row, row, kHidden));
+    refuse("an add without its second input", head(Model::op(OpKind::add, row, row, kHidden)));
+    refuse("a matmul without weights", head(Model::op(OpKind::matmul, row, row, kHidden)));
+    refuse("attention in the head", head(Model::op(OpKind::attention, row, row, 0)));
+    refuse("an embedding in the head", head(Model::op(OpKind::embed, row, row, kHidden)));
+    Op wide = norm(row, row, kHidden);
+    wide.grain = 0;
+    refuse("no grain", wide);
+
+    const auto body = [&](const char* what, const std::function<void(Op&)>& change) {
+        Executor fresh(1, kernels.name, 1 << 12, 1 << 16, kLimits, kKv);
+        Op op = Model::op(OpKind::attention, {0, kQkv * 4}, {32768, kHidden * 4}, 0);
+        op.heads = kHeads;
+        fresh.add(op);
+        change(op);
+        throws(kernels, what, [&] { fresh.add(op); });
+    };
+    body("heads that do not divide", [](Op& op) { op.heads = 3; });
+    body("heads that overflow", [&](Op& op) { op.heads = big; });
+    body("no heads", [](Op& op) { op.heads = 0; });
+    body("a layer past its block", [](Op& op) { op.layer = 64; });
+    body("a negative layer", [](Op& op) { op.layer = -64; });
+    body("a layer that overflows", [](Op& op) { op.layer = INT64_MAX - 63; });
+
+    const std::vector<uint8_t> bytes(34 * 2 * 16);
+    const auto pack = [&](const char* what, int64_t offset, int64_t total, int64_t cols,
+                          int64_t row0, int64_t rows, int64_t size) {
+        throws(kernels, what,
+               [&] { e.pack(Format::q8_0, offset, total, cols, row0, rows, bytes.data(), size); });
+    };
+    pack("too few bytes", 0, 16, 64, 0, 16, 34 * 2 * 16 - 1);
+    pack("rows past the matrix", 0, 16, 64, 1, 16, 34 * 2 * 16);
+    pack("a row offset that overflows", 0, 16, 64, INT64_MAX, 16, 34 * 2 * 16);
+    pack("a matrix past the region", (1 << 18) - 64, 16, 64, 0, 16, 34 * 2 * 16);
+    pack("a matrix that overflows", 0, big, 64, 0, 16, 34 * 2 * 16);
+    pack("columns that overflow", 0, 16, big, 0, 0, 0);
+    pack("half a group", 0, 16, 48, 0, 0, 0);
+    pack("a misaligned matrix", 4, 16, 64, 0, 16, 34 * 2 * 16);
+    throws(kernels, "a vector past the region",
+           [&] { e.write(1 << 18, reinterpret_cast<const float*>(bytes.data()), 1); });
+    throws(kernels, "a weight that overflows", [&] { e.weight(64, INT64_MAX); });
+
+    const auto step = [&](const char* what, int32_t id, int32_t position, int32_t sequence,
+                          int64_t count, int32_t block, int64_t width) {
+        const std::vector<int32_t> ids(kTokens + 1, id), positions(kTokens + 1, position),
+            sequences(kTokens + 1, sequence), tables(6, block);
+        throws(kernels, what, [&] {
+            e.run({ids.data(), positions.data(), sequences.data(), count, tables.data(), 2, width});
+        });
+    };
+    step("a token past the vocabulary", kVocab, 0, 0, 1, 0, 3);
+    step("a negative token", -1, 0, 0, 1, 0, 3);
+    step("a position past the table", 0, 96, 0, 1, 0, 3);
+    step("a negative position", 0, -1, 0, 1, 0, 3);
+    step("an unknown sequence", 0, 0, 2, 1, 0, 3);
+    step("no tokens", 0, 0, 0, 0, 0, 3);
+    step("too many tokens", 0, 0, 0, kTokens + 1, 0, 3);
+    step("a block past the pool", 0, 0, 0, 1, 6, 3);
+    step("a negative block", 0, 95, 1, 1, -1, 3);
+    step("a table of another width", 0, 0, 0, 1, 0, 2);
+    throws(kernels, "logits before a step", [&] {
+        const int32_t first = 0;
+        e.head(&first, 1);
+    });
+    throws(kernels, "limits that overflow", [&] {
+        Limits limits = kLimits;
+        limits.num_blocks = big;
+        Executor(1, kernels.name, 64, 64, limits, kKv);
+    });
+    throws(kernels, "an unknown ISA", [&] { Executor(1, "x87", 64, 64, kLimits, kKv); });
+}
+
+}  // namespace
+
+void test_executor(const Kernels& kernels) {
+    test_same_bits(kernels);
+    test_refusals(kernels);
+}
+
+}  // namespace pronk::test

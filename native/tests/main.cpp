@@ -1,0 +1,46 @@
+// Tests every ISA that this build and this CPU have, or the one in PRONK_ISA.
+#include <cstdlib>
+#include <stdexcept>
+
+#include "check.h"
+
+using namespace pronk;
+using namespace pronk::test;
+
+namespace {
+
+void test_isa(const Kernels& kernels) {
+    struct Topic {
+        const char* name;
+        void (*run)(const Kernels&);
+    };
+    const Topic topics[] = {{"matmul", test_matmul},
+                            {"rows", test_rows},
+                            {"attention", test_attention},
+                            {"executor", test_executor}};
+    for (const Topic& topic : topics) {
+        const int64_t before = passed, wrong = failed;
+        topic.run(kernels);
+        std::printf("%-8s %-10s %5lld passed, %lld failed\n", kernels.name, topic.name,
+                    static_cast<long long>(passed - before), static_cast<long long>(failed - wrong));
+        std::fflush(stdout);
+    }
+}
+
+}  // namespace
+
+int main() {
+    const char* wanted = std::getenv("PRONK_ISA");
+    for (const char* name : {"avx512", "avx2", "neon", "generic"}) {
+        if (wanted && *wanted && std::strcmp(wanted, name)) continue;
+        try {
+            test_isa(select_kernels(name));
+        } catch (const std::invalid_argument& error) {
+            std::printf("%-8s skipped: %s\n", name, error.what());
+        }
+    }
+    check(passed > 0, "no ISA was tested");
+    std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
+                static_cast<long long>(failed));
+    return failed != 0;
+}

@@ -1,0 +1,221 @@
+"""What every checkpoint reader offers: a spec, named tensors, and their rows on demand."""
+
+from __future__ import annotations
+
+import abc
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.checkpoint.blocks import BLOCK_SIZES, dequantize
+from pronk.errors import CheckpointError
+from pronk.spec import Budget, ModelSpec
+
+if TYPE_CHECKING:
+    from pronk.checkpoint.tokenizer import Tokenizer
+
+__all__ = [
+    "NATIVE_DTYPES",
+    "Checkpoint",
+    "TensorInfo",
+    "open_checkpoint",
+    "open_file",
+    "parse_json",
+    "read_exact",
+    "read_json",
+    "row_bytes",
+]
+
+NATIVE_DTYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as `Checkpoint.read_rows` returns it: row-major, ``dtype`` in GGUF layout."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows; a 1-D tensor is one row."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def cols(self) -> int:
+        """Elements in a row."""
+        return self.shape[-1] if self.shape else 1
+
+
+def row_bytes(dtype: str, cols: int) -> int:
+    """Bytes of one row of `cols` elements stored as `dtype`.
+
+    Raises
+    ------
+    CheckpointError
+        If the dtype is unknown or `cols` is no multiple of its block.
+    """
+    size = BLOCK_SIZES.get(dtype)
+    if size is None:
+        raise CheckpointError(f"tensor type {dtype!r} is not one that Pronk can read")
+    block, nbytes = size
+    if cols % block:
+        raise CheckpointError(
+            f"a row of {cols} elements is no multiple of the {dtype} block {block}"
+        )
+    return cols // block * nbytes
+
+
+def open_file(path: Path) -> tuple[int, int]:
+    """Open a regular file for `read_exact`: its descriptor and its size in bytes."""
+    # Without O_NONBLOCK, opening a pipe would wait for its writer.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise CheckpointError(f"{path} is no regular file")
+    return fd, status.st_size
+
+
+def read_exact(fd: int, offset: int, nbytes: int, path: Path) -> NDArray[np.uint8]:
+    """Read exactly `nbytes` at `offset` into a fresh array, without moving the file position."""
+    out = np.empty(nbytes, dtype=np.uint8)
+    view = out.data
+    done = 0
+    while done < nbytes:
+        # Linux moves at most 0x7ffff000 bytes a call.
+        got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
+        if got <= 0:
+            raise CheckpointError(f"{path} ended at byte {offset + done} while a tensor was read")
+        done += got
+    return out
+
+
+def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes."""
+    fd, size = open_file(path)
+    try:
+        if size > limit:
+            raise CheckpointError(f"{path} is {size} bytes long, above the limit of {limit}")
+        return parse_json(read_exact(fd, 0, size, path).tobytes(), path)
+    finally:
+        os.close(fd)
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `raw`; one that names a key twice is refused."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            raise ValueError("a name comes twice")
+        return out
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)[:100]
+        raise CheckpointError(f"{path} holds broken JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+class Checkpoint(abc.ABC):
+    """An open model file: its header has been read and checked, its tensors have not.
+
+    Attributes
+    ----------
+    path : Path
+        The file or directory.
+    spec : ModelSpec
+        The model it holds.
+    tensors : Mapping[str, TensorInfo]
+        Every tensor of the model under its Hugging Face name.
+    format : {"gguf", "safetensors", "bundle"}
+        What was opened.
+    budget : Budget or None
+        What a bundle was fitted to.
+    """
+
+    path: Path
+    spec: ModelSpec
+    tensors: Mapping[str, TensorInfo]
+    format: str
+    budget: Budget | None = None
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows ``start:stop`` of a tensor as uint8 [stop - start, row_bytes], read afresh."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor named {name!r}")
+        if not 0 <= start <= stop <= info.rows:
+            raise ValueError(f"rows {start}:{stop} of {name} are out of range 0:{info.rows}")
+        return self._read(info, start, stop)
+
+    def read_float(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows ``start:stop`` of a tensor, dequantized to float32 [rows, cols]."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor named {name!r}")
+        rows = self.read_rows(name, start, info.rows if stop is None else stop)
+        return dequantize(rows, info.dtype, info.cols)
+
+    @abc.abstractmethod
+    def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
+        """Read checked rows of one tensor."""
+
+    @abc.abstractmethod
+    def load_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release the open files; reading afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a GGUF file, a Hugging Face directory or a bundle; only headers are read.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none of these, is damaged, or holds a model Pronk does not know.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            from pronk.checkpoint.safetensors import SafetensorsCheckpoint
+
+            return SafetensorsCheckpoint(path)
+        if path.suffix == ".safetensors":
+            raise CheckpointError(
+                f"{path} is one weight file: give the directory that holds its config.json"
+            )
+        from pronk.checkpoint.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,219 @@
+"""``compressed-tensors`` packed weights to and from GGUF's blocks.
+
+A packed weight keeps unsigned values (the signed ones plus half the range) in the
+little-endian words of an int32 row, its zero points packed likewise down the rows:
+``w = scale * (value - zero)``. Blocks of 32 with the same scale say the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.errors import CheckpointError
+
+__all__ = [
+    "Scheme",
+    "assemble",
+    "pack_blocks",
+    "packed_dtype",
+    "read_schemes",
+    "unpack_blocks",
+    "unpack_down",
+]
+
+Bytes = NDArray[np.uint8]
+
+# Bits, symmetry and group size (0: one scale a row) of a quantized weight.
+Scheme = tuple[int, bool, int]
+
+_DTYPES = {(8, True): "q8_0", (4, True): "q4_0", (4, False): "q4_1"}
+_BITS = {"q8_0": 8, "q4_0": 4, "q4_1": 4}
+
+
+def packed_dtype(bits: int, symmetric: bool) -> str | None:
+    """The block format that says the same as a packed weight, if there is one."""
+    return _DTYPES.get((bits, symmetric))
+
+
+def pack_blocks(blocks: Bytes, dtype: str, cols: int) -> dict[str, NDArray[Any]]:
+    """Rows of q8_0, q4_0 or q4_1 blocks as the tensors of a packed Linear weight.
+
+    Parameters
+    ----------
+    blocks : uint8 [rows, row_bytes]
+    dtype : {"q8_0", "q4_0", "q4_1"}
+    cols : int
+
+    Returns
+    -------
+    dict
+        ``weight_packed`` int32 [rows, cols * bits / 32], ``weight_scale`` float16
+        [rows, cols / 32], ``weight_shape`` int64 [2] and, for q4_1, ``weight_zero_point``
+        int32 [ceil(rows / 8), cols / 32].
+
+    Raises
+    ------
+    CheckpointError
+        If a q4_1 minimum is not minus a whole zero point of 0 to 15 times its scale:
+        the packed form cannot say it.
+    """
+    rows, groups = len(blocks), cols // 32
+    head = 4 if dtype == "q4_1" else 2
+    part = blocks.reshape(rows, groups, -1)
+    scale = np.ascontiguousarray(part[:, :, :2]).view(np.float16)[:, :, 0]
+    out: dict[str, NDArray[Any]] = {}
+    if _BITS[dtype] == 8:
+        values = part[:, :, head:] ^ np.uint8(0x80)
+    else:
+        low, high = part[:, :, head:] & np.uint8(15), part[:, :, head:] >> np.uint8(4)
+        both = np.concatenate([low, high], axis=2)
+        values = both[:, :, 0::2] | (both[:, :, 1::2] << np.uint8(4))
+    out["weight_packed"] = np.ascontiguousarray(values).reshape(rows, -1).view("<i4")
+    out["weight_scale"] = scale
+    out["weight_shape"] = np.array([rows, cols], dtype=np.int64)
+    if dtype == "q4_1":
+        minimum = np.ascontiguousarray(part[:, :, 2:4]).view(np.float16)[:, :, 0]
+        out["weight_zero_point"] = _pack_down(_zero_points(scale, minimum))
+    return out
+
+
+def unpack_blocks(packed: Mapping[str, NDArray[Any]], dtype: str, cols: int) -> Bytes:
+    """The inverse of `pack_blocks`: uint8 [rows, row_bytes]."""
+    words = np.ascontiguousarray(packed["weight_packed"]).view(np.uint8)
+    scale = packed["weight_scale"].astype(np.float32)
+    zero = None
+    if dtype == "q4_1":
+        zero = unpack_down(packed["weight_zero_point"], 0, len(words))
+    return assemble(words, scale, zero, dtype)
+
+
+def assemble(words: Bytes, scale: NDArray[np.float32], zero: Bytes | None, dtype: str) -> Bytes:
+    """Rows of blocks from packed values, scales and zero points.
+
+    Parameters
+    ----------
+    words : uint8 [rows, cols * bits / 8]
+    scale : float32 [rows, groups], each group a multiple of 32 columns
+    zero : uint8 [rows, groups] for q4_1, else None
+    dtype : {"q8_0", "q4_0", "q4_1"}
+    """
+    rows = len(words)
+    width = _BITS[dtype] * 4
+    count = words.shape[1] // width
+    with np.errstate(over="ignore"):
+        d = scale.astype(np.float16)
+        if not np.isfinite(d).all():
+            raise CheckpointError("a packed weight has a scale outside the range of float16")
+        heads = [d]
+        if zero is not None:
+            heads.append((0 - zero * d.astype(np.float32)).astype(np.float16))
+    head = 2 * len(heads)
+    out = np.empty((rows, count, head + width), dtype=np.uint8)
+    repeat = count // scale.shape[1]
+    for at, part in enumerate(heads):
+        spread = np.repeat(part, repeat, axis=1).view(np.uint8).reshape(rows, count, 2)
+        out[:, :, 2 * at : 2 * at + 2] = spread
+    values = words.reshape(rows, count, width)
+    if width == 32:
+        np.bitwise_xor(values, np.uint8(0x80), out=out[:, :, head:])
+    else:
+        both = np.empty((rows, count, 32), dtype=np.uint8)
+        both[:, :, 0::2] = values & np.uint8(15)
+        both[:, :, 1::2] = values >> np.uint8(4)
+        out[:, :, head:] = both[:, :, :16] | (both[:, :, 16:] << np.uint8(4))
+    return out.reshape(rows, -1)
+
+
+def _zero_points(scale: NDArray[np.float16], low: NDArray[np.float16]) -> Bytes:
+    d, m = scale.astype(np.float32), low.astype(np.float32)
+    zero = np.rint(np.divide(-m, d, out=np.zeros_like(d), where=d != 0))
+    same = (zero >= 0) & (zero <= 15) & ((zero * -d).astype(np.float16) == low)
+    if not same.all():
+        raise CheckpointError(
+            "a q4_1 weight has minima that are no whole multiples of their scales, which the "
+            "packed format cannot hold: quantize it with whole zero points"
+        )
+    return zero.astype(np.uint8)
+
+
+def _pack_down(zero: Bytes) -> NDArray[np.int32]:
+    """4-bit zero points [rows, groups] packed down the rows, int32 [ceil(rows / 8), groups]."""
+    rows, groups = zero.shape
+    padded = np.zeros((-(-rows // 8), 8, groups), dtype=np.uint32)
+    padded.reshape(-1, groups)[:rows] = zero
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]
+    words: NDArray[np.uint32] = np.bitwise_or.reduce(padded << shifts, axis=1)
+    return words.view(np.int32)
+
+
+def unpack_down(words: NDArray[np.int32], first: int, count: int) -> Bytes:
+    """`count` rows of zero points, skipping `first` within the packed `words`."""
+    shifts = np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]
+    spread = (words.view(np.uint32)[:, None, :] >> shifts) & np.uint32(15)
+    flat = spread.reshape(-1, words.shape[1])[first : first + count]
+    return flat.astype(np.uint8)
+
+
+def read_schemes(path: Path, config: object) -> frozenset[Scheme]:
+    """The weight schemes a ``quantization_config`` names, if Pronk can read them all."""
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path} is quantized with {what}; Pronk reads compressed-tensors pack-quantized "
+            f"weights of 4 or 8 bits in groups of a multiple of 32 or by channel"
+        )
+
+    def empty(section: Mapping[str, Any], *keys: str) -> None:
+        for key in keys:
+            if section.get(key):
+                raise refuse(f"{key} set")
+
+    if not isinstance(config, dict):
+        raise refuse("a quantization_config that is no object")
+    if config.get("quant_method") != "compressed-tensors":
+        raise refuse(f"quant_method {str(config.get('quant_method'))[:40]!r}")
+    form = config.get("format")
+    if form not in ("pack-quantized", "mixed-precision"):
+        raise refuse(f"format {str(form)[:40]!r}")
+    empty(config, "kv_cache_scheme", "transform_config", "moe_sparsity_config")
+    sparsity = config.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        raise refuse("sparsity_config set")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise refuse("no config_groups")
+    out = set()
+    for group in groups.values():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            raise refuse("a config group without weights of its own")
+        if form == "mixed-precision" and group.get("format") != "pack-quantized":
+            raise refuse(f"format {str(group.get('format'))[:40]!r} in a config group")
+        empty(group, "input_activations", "output_activations")
+        out.add(_scheme(group["weights"], refuse, empty))
+    return frozenset(out)
+
+
+def _scheme(weights: dict[str, Any], refuse: Any, empty: Any) -> Scheme:
+    empty(weights, "dynamic", "block_structure")
+    bits, symmetric = weights.get("num_bits", 8), weights.get("symmetric", True)
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if weights.get("type", "int") != "int" or weights.get("actorder") in ("group", "dynamic", True):
+        raise refuse(
+            f"type {str(weights.get('type'))[:40]!r} and actorder "
+            f"{str(weights.get('actorder'))[:40]!r}"
+        )
+    if strategy is None:
+        strategy = "channel" if size == -1 else "group" if size else "tensor"
+    if strategy == "channel":
+        size = 0
+    elif strategy != "group" or type(size) is not int or size <= 0 or size % 32:
+        raise refuse(f"strategy {str(strategy)[:40]!r} and group size {str(size)[:40]}")
+    if type(bits) is not int or type(symmetric) is not bool or (bits, symmetric) not in _DTYPES:
+        kind = "symmetric" if symmetric else "asymmetric"
+        raise refuse(f"{str(bits)[:40]}-bit {kind} weights")
+    return bits, symmetric, size

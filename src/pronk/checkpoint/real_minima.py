@@ -1,0 +1,76 @@
+"""q4_1 blocks to and from ``compressed-tensors`` weights whose zero points are float32.
+
+A q4_1 weight is ``code * scale + minimum``; a packed one ``(code - 8 - zero) * scale``. So the
+zero point is ``-minimum / scale - 8``: real where GGUF's minimum is, which no rounding to whole
+zero points would keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.checkpoint.packed import assemble, pack_blocks
+from pronk.errors import CheckpointError
+
+__all__ = ["join_minima", "split_minima"]
+
+Bytes = NDArray[np.uint8]
+
+
+def split_minima(blocks: Bytes, cols: int) -> dict[str, NDArray[Any]]:
+    """Rows of q4_1 blocks, uint8 [rows, row bytes], as the tensors of a packed weight.
+
+    ``weight_packed`` and ``weight_scale`` as `pack_blocks` gives them, and
+    ``weight_zero_point`` float32 [rows, groups].
+    """
+    rows = len(blocks)
+    data = blocks.reshape(-1, 20)
+    heads = np.ascontiguousarray(data[:, :4]).view(np.float16)
+    scale, minimum = heads[:, 0], heads[:, 1]
+    # A group of one value has no scale: its minimum serves as one, at code zero.
+    flat = scale == 0
+    scale = np.where(flat, minimum, scale)
+    divisor = np.where(scale == 0, np.float32(1), scale.astype(np.float32))
+    zero = -(minimum.astype(np.float32) / divisor) - np.float32(8)
+    # `pack_blocks` takes symmetric blocks: the same codes, without the minimum.
+    plain = np.empty((len(data), 18), dtype=np.uint8)
+    plain[:, :2] = np.ascontiguousarray(scale)[:, None].view(np.uint8)
+    plain[:, 2:] = np.where(flat[:, None], np.uint8(0), data[:, 4:])
+    parts = pack_blocks(plain.reshape(rows, -1), "q4_0", cols)
+    return {
+        "weight_packed": parts["weight_packed"],
+        "weight_scale": parts["weight_scale"],
+        "weight_zero_point": zero.reshape(rows, -1),
+    }
+
+
+def join_minima(words: Bytes, scale: NDArray[np.float32], zero: NDArray[np.float32]) -> Bytes:
+    """The inverse of `split_minima`: uint8 [rows, row bytes].
+
+    Parameters
+    ----------
+    words : uint8 [rows, cols / 2]
+        The bytes of ``weight_packed``.
+    scale, zero : float32 [rows, groups]
+        Groups of a multiple of 32 columns.
+
+    Raises
+    ------
+    CheckpointError
+        If a scale or a minimum is outside the range of float16.
+    """
+    plain = assemble(words, scale, None, "q4_0")
+    with np.errstate(over="ignore", invalid="ignore"):
+        minimum = (-(zero + np.float32(8)) * scale).astype(np.float16)
+    if not np.isfinite(minimum).all():
+        raise CheckpointError("a packed weight has a minimum outside the range of float16")
+    rows, groups = len(words), plain.shape[1] // 18
+    spread = np.repeat(minimum, groups // zero.shape[1], axis=1)
+    out = np.empty((rows, groups, 20), dtype=np.uint8)
+    out[:, :, :2] = plain.reshape(rows, groups, 18)[:, :, :2]
+    out[:, :, 2:4] = spread.view(np.uint8).reshape(rows, groups, 2)
+    out[:, :, 4:] = plain.reshape(rows, groups, 18)[:, :, 2:]
+    return out.reshape(rows, -1)

@@ -1,0 +1,270 @@
+"""Text to token ids and back, over the ``tokenizers`` package (imported when one is loaded)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pronk.checkpoint.base import open_file, read_exact, read_json
+from pronk.errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+__all__ = ["Tokenizer", "from_directory", "guarded"]
+
+_MAX_FILE = 1 << 28
+_MAX_TEMPLATE = 1 << 20
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Attributes
+    ----------
+    vocab_size : int
+        Tokens it knows, added ones included.
+    bos_id : int or None
+    eos_ids : frozenset of int
+        Every token that ends a generation: end of sequence, end of turn.
+    bos_token, eos_token : str
+        Their strings, for chat templates; empty where there is none.
+    chat_template : str or None
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        limit: int,
+        bos_token: str = "",
+        eos_token: str = "",
+        unk_token: str = "",
+        pad_token: str = "",
+        eos_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        where: Path,
+    ) -> None:
+        self._backend = backend
+        self._limit = limit
+        self._where = where
+        self._lock = threading.Lock()
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self._others = {"unk_token": unk_token, "pad_token": pad_token}
+        self.chat_template = chat_template
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id: int | None = backend.token_to_id(bos_token) if bos_token else None
+        ends = set(eos_ids)
+        eos = backend.token_to_id(eos_token) if eos_token else None
+        if eos is not None:
+            ends.add(eos)
+        added = backend.get_added_tokens_decoder()
+        self._added = {id: (token.content, token.special) for id, token in added.items()}
+        known = [*ends, *self._added, *([] if self.bos_id is None else [self.bos_id])]
+        for id in known:
+            if type(id) is not int or not 0 <= id < limit:
+                raise CheckpointError(
+                    f"{where} gives a special token the id {str(id)[:40]}, but its model has "
+                    f"{limit} tokens"
+                )
+        self.eos_ids = frozenset(ends)
+        self._decoder = _decoder_kinds(backend)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Parameters
+        ----------
+        add_special : bool
+            Add what the model wants around a text, such as a beginning of sequence.
+        parse_special : bool
+            Read special tokens written out in the text as such, not as plain text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError("the text holds a lone surrogate, which is no character") from None
+        with self._lock, guarded(f"{self._where} has a tokenizer that fails on the text"):
+            self._backend.encode_special_tokens = not parse_special
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        if ids and max(ids) >= self._limit:
+            raise CheckpointError(
+                f"{self._where} gives a token the id {max(ids)}, but its model has "
+                f"{self._limit} tokens"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids; special tokens are left out unless asked for."""
+        for id in ids:
+            if not 0 <= id < self._limit:
+                raise RequestError(f"token id {id} is out of range 0 to {self._limit - 1}")
+        with guarded(f"{self._where} has a tokenizer that fails on the ids"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The exact bytes a token adds to a text; none for a special token.
+
+        A character may be spread over several tokens, so these need not be UTF-8.
+        """
+        added = self._added.get(id)
+        if added is not None:
+            return b"" if added[1] else added[0].encode()
+        if not 0 <= id < self._limit:
+            raise RequestError(f"token id {id} is out of range 0 to {self._limit - 1}")
+        token = self._backend.id_to_token(id)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._decoder:
+            table = _byte_table()
+            try:
+                return bytes(table[char] for char in token)
+            except KeyError:
+                return token.encode()
+        if "ByteFallback" in self._decoder:
+            match = _BYTE_TOKEN.fullmatch(token)
+            if match:
+                return bytes([int(match[1], 16)])
+        if self._decoder & {"Replace", "Metaspace"}:
+            token = token.replace("\u2581", " ")
+        return token.encode()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the ends of a generation.
+
+        ``transformers.AutoTokenizer`` loads the directory and gives the same ids.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._backend.encode_special_tokens = False
+            text = self._backend.to_str()
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token, **self._others}
+        config.update({key: token for key, token in names.items() if token})
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        generation: dict[str, Any] = {"eos_token_id": sorted(self.eos_ids)}
+        if self.bos_id is not None:
+            generation["bos_token_id"] = self.bos_id
+        _write(directory / "tokenizer.json", text)
+        _write(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        _write(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+
+
+@contextmanager
+def guarded(sentence: str) -> Iterator[None]:
+    """Turn a failure inside ``tokenizers``, a Rust panic included, into a CheckpointError."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, CheckpointError | MemoryError):
+            raise
+        raise CheckpointError(f"{sentence}: {' '.join(str(error).split())[:200]}") from None
+
+
+def from_directory(path: Path, limit: int) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, for a model of `limit` tokens."""
+    from tokenizers import Tokenizer as Load
+
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} has no tokenizer.json: save the model's tokenizer there with transformers"
+        )
+    raw = _read(file, _MAX_FILE)
+    with guarded(f"{file} holds no tokenizer that Pronk can load"):
+        backend = Load.from_buffer(raw)
+        # Padding or truncation saved with a tokenizer would change what a text encodes to.
+        backend.no_padding()
+        backend.no_truncation()
+    config = _optional(path / "tokenizer_config.json")
+    marks = _optional(path / "special_tokens_map.json")
+    generation = _optional(path / "generation_config.json") or _optional(path / "config.json")
+    names = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(key) or marks.get(key) or ""
+        names[key] = value.get("content", "") if isinstance(value, dict) else value
+        if not isinstance(names[key], str):
+            raise CheckpointError(f"{path} gives {key} as something else than a string")
+    ends = generation.get("eos_token_id")
+    return Tokenizer(
+        backend,
+        limit=limit,
+        eos_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        chat_template=_template(path, config),
+        where=path,
+        **names,
+    )
+
+
+def _template(path: Path, config: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return _read(file, _MAX_TEMPLATE).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{file} is no UTF-8") from None
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{path} gives chat_template as something else than a string")
+    return value
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path, _MAX_FILE) if path.exists() else {}
+
+
+def _read(path: Path, limit: int) -> bytes:
+    fd, size = open_file(path)
+    try:
+        if size > limit:
+            raise CheckpointError(f"{path} is {size} bytes long, above the limit of {limit}")
+        return read_exact(fd, 0, size, path).tobytes()
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _decoder_kinds(backend: Backend) -> frozenset[str]:
+    """The types of the decoder's steps."""
+    if backend.decoder is None:
+        return frozenset()
+    state = json.loads(backend.decoder.__getstate__())
+    steps = state.get("decoders", [state])
+    return frozenset(str(step.get("type")) for step in steps)
+
+
+@lru_cache(maxsize=1)
+def _byte_table() -> dict[str, int]:
+    """GPT-2's characters for bytes: the printable ones stand for themselves."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(plain)]
+    table = {chr(byte): byte for byte in plain}
+    table.update({chr(256 + at): byte for at, byte in enumerate(rest)})
+    return table

@@ -1,0 +1,67 @@
+"""The command line: a verb, the module that carries it out, and how errors end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from pronk import __version__
+from pronk.errors import PronkError
+
+__all__ = ["VERBS", "main"]
+
+# verb -> (module with configure(parser) and run(args), what it does); imported when called.
+VERBS = {
+    "run": ("pronk.commands.run", "answer one prompt"),
+    "chat": ("pronk.commands.chat", "talk with a model"),
+    "pull": ("pronk.commands.pull", "fetch a model into the cache"),
+    "list": ("pronk.commands.list", "show the models at hand"),
+    "inspect": ("pronk.commands.inspect", "show what a model is and what memory it needs"),
+    "fit": ("pronk.commands.fit", "find, write and measure the variant that holds a budget"),
+    "bench": ("pronk.commands.bench", "measure speed and memory"),
+    "eval": ("pronk.commands.eval", "measure perplexity and divergence on a text"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, (_, what) in VERBS.items())
+    return (
+        "usage: pronk [--help] [--version] VERB ...\n\n"
+        "Llama-family models on the device you have, under a budget you state.\n\n"
+        f"verbs:\n{verbs}\n\n'pronk VERB --help' tells more."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error the user can mend, 130."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"pronk {__version__}")
+        return 0
+    if arguments[0] not in VERBS:
+        print(f"pronk: error: there is no verb {arguments[0]!r}: choose from {', '.join(VERBS)}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    module_name, what = VERBS[arguments[0]]
+    module = import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"pronk {arguments[0]}", description=what + ".")
+    module.configure(parser)
+    try:
+        code = int(module.run(parser.parse_args(arguments[1:])) or 0)
+        sys.stdout.flush()
+        return code
+    except PronkError as error:
+        print(f"pronk: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pronk: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; nothing can be said to it.
+        sys.stderr.close()
+        return 141

@@ -1,0 +1,80 @@
+"""``pronk chat``: a conversation whose history stays in the KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from pronk.commands import common
+from pronk.commands.run import Answer
+from pronk.errors import PronkError, RequestError
+from pronk.model import Model
+from pronk.spec import SamplingParams
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a name, an address or a path"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    common.add_runtime(parser)
+    common.add_sampling(parser)
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb."""
+    from pronk.checkpoint.registry import DEFAULT_MODEL
+
+    params = common.sampling(args)
+    model, _ = common.open_model(args.model or DEFAULT_MODEL, args.threads, args.context)
+    if not model.has_chat_template:
+        raise RequestError("this model has no chat template: use pronk run --raw")
+    interactive = sys.stdin.isatty() and not args.json
+    if interactive:
+        common.note("Enter sends, /reset forgets the conversation, Ctrl-D ends.")
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(opening)
+    while (line := _read(interactive)) is not None:
+        text = line.strip()
+        if text == "/reset":
+            messages = list(opening)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                reply = _turn(model, messages, params, args.json)
+            except PronkError as error:
+                if not interactive:
+                    raise
+                common.note(f"pronk: {error}; /reset starts anew")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": reply})
+
+
+def _read(interactive: bool) -> str | None:
+    if interactive:
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise RequestError("standard input is not UTF-8 text") from None
+    return line or None
+
+
+def _turn(model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool) -> str:
+    start = time.perf_counter()
+    pieces = model.chat(messages, params, session="chat")
+    answer = Answer(pieces, start, show=not as_json)
+    if as_json:
+        import json
+
+        turn = {"text": answer.text, "finish_reason": answer.finish_reason,
+                "tokens": answer.tokens, "ttft": answer.ttft, "decode": answer.decode}  # fmt: skip
+        print(json.dumps(turn, ensure_ascii=False), flush=True)
+    return answer.text

@@ -1,0 +1,116 @@
+"""What several verbs share: model arguments, loading with progress, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from pronk.errors import RequestError
+
+if TYPE_CHECKING:
+    from pronk.model import Model
+    from pronk.spec import SamplingParams
+
+__all__ = [
+    "add_json",
+    "add_model",
+    "add_runtime",
+    "add_sampling",
+    "note",
+    "open_model",
+    "print_json",
+    "sampling",
+]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The MODEL argument."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name, pypi:, hf: or s3:// address, or a path"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """``--context`` and ``--threads``."""
+    parser.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and when generation ends."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 keeps all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus, (0, 1]")
+    group.add_argument("--min-p", type=float, default=0.0, metavar="X", help="[0, 1]")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off")
+    group.add_argument("--seed", type=int, metavar="N", help="same seed, same tokens")
+    group.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="most tokens to generate"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable"
+    )
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    """Sampling parameters from the arguments of `add_sampling`."""
+    from pronk.spec import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop),
+    )
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """The verb's result as one JSON object on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def open_model(name: str, threads: int | None, context: int | None) -> tuple[Model, float]:
+    """Load a model and say what was converted; returns it and the seconds it took."""
+    from pronk.checkpoint.sources import resolve
+    from pronk.model import load
+
+    path = resolve(name)  # a download is not part of the load time
+    start = time.perf_counter()
+    model = load(path, threads, context)
+    seconds = time.perf_counter() - start
+    for c in model.conversions:
+        note(
+            f"pronk: {c.tensors} tensors stored as {c.stored} run as {c.runs_as} "
+            f"(relative error of the weights {c.error:.2%})"
+        )
+    return model, seconds
+
+
+def first_prompt(text: str) -> str:
+    """A prompt from the command line; ``-`` reads standard input."""
+    if text == "-":
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise RequestError("standard input is not UTF-8 text") from None
+    if not text.strip():
+        raise RequestError("the prompt is empty: give some text")
+    return text

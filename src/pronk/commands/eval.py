@@ -1,0 +1,59 @@
+"""``pronk eval``: perplexity on a text, and divergence from a reference."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pronk.commands import common
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    common.add_model(parser)
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's topics)")
+    parser.add_argument("--reference", metavar="MODEL", help="also report KL from this model")
+    parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
+    parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="use the first N (0: all)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb."""
+    from pronk.commands.progress import Progress
+    from pronk.evaluate.corpus import encode, load_corpus
+    from pronk.evaluate.divergence import divergence
+    from pronk.evaluate.perplexity import perplexity
+
+    corpus = load_corpus(args.text)
+    model, _ = common.open_model(args.model, args.threads, args.window)
+    ids = encode(corpus, model.tokenizer, args.max_tokens or None)
+    bos = model.tokenizer.bos_id
+    options = {"window": args.window, "stride": args.stride, "bos": bos}
+    with Progress("perplexity") as progress:
+        result: dict[str, Any] = {
+            "model": str(model.path),
+            "text": corpus.name,
+            "window": args.window,
+            "stride": args.stride or max(1, args.window // 2),
+            **perplexity(model, ids, progress=progress, **options).to_dict(),
+        }
+    if args.reference:
+        reference, _ = common.open_model(args.reference, args.threads, args.window)
+        with Progress("divergence") as progress:
+            compared = divergence(reference, model, ids, progress=progress, **options)
+        result |= {"reference": str(reference.path), **compared.to_dict()}
+    if args.json:
+        common.print_json(result)
+        return
+    print(f"{corpus.name}: {result['tokens']} tokens, window {args.window}, "
+          f"stride {result['stride']}")  # fmt: skip
+    print(f"perplexity {result['perplexity']:.4f}")
+    if args.reference:
+        print(f"KL {result['kl']:.6f} nats a token, top-1 agreement {result['top1_agreement']:.2%}")

@@ -1,0 +1,79 @@
+"""``pronk inspect``: what a model is and what it needs, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import asdict
+
+from pronk.commands import common
+from pronk.units import format_bytes
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    common.add_model(parser)
+    parser.add_argument("--context", type=int, metavar="N", help="plan memory for so many tokens")
+    parser.add_argument("--graph", action="store_true", help="print the graph that would run")
+    parser.add_argument("--tensors", action="store_true", help="print every tensor")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb."""
+    from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.sources import resolve
+    from pronk.device.footprint import measure
+    from pronk.graph.program import Limits
+    from pronk.model import choose_context, compile_checkpoint
+    from pronk.spec import MemoryPlan
+
+    path = resolve(args.model)
+    with open_checkpoint(path) as checkpoint:
+        context = choose_context(checkpoint, args.context)
+        program = compile_checkpoint(checkpoint, Limits(context))
+        tensors = list(checkpoint.tensors.values())
+        spec, kind = checkpoint.spec, checkpoint.format
+    layout = program.layout
+    memory = MemoryPlan(layout.weight_bytes, program.kv_bytes, layout.arena_bytes, measure(path))
+    stored = sum(t.nbytes for t in tensors)
+    parameters = sum(t.rows * t.cols for t in tensors)
+    runtime = Counter(w.dtype for w in program.graph.weights.values())
+    if args.json:
+        data = {
+            "path": str(path),
+            "format": kind,
+            "spec": asdict(spec),
+            "parameters": parameters,
+            "stored_bytes": stored,
+            "context": context,
+            "memory": memory.to_dict(),
+            "runtime_formats": dict(runtime),
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
+                for t in tensors
+            ],
+        }
+        if args.graph:
+            data["graph"] = program.graph.format().splitlines()
+        common.print_json(data)
+        return
+    formats = ", ".join(f"{n} {d}" for d, n in Counter(t.dtype for t in tensors).most_common())
+    print(f"{spec.name or path.name}: {spec.family}, {parameters / 1e6:.1f} M parameters, {kind}")
+    print(
+        f"  {spec.num_layers} layers, hidden {spec.hidden_size}, MLP {spec.intermediate_size}, "
+        f"{spec.num_heads} heads ({spec.num_kv_heads} KV) of {spec.head_dim}, vocabulary "
+        f"{spec.vocab_size}{', tied' if spec.tie_embeddings else ''}"
+    )
+    print(f"  rope {spec.rope.kind}, theta {spec.rope.theta:g}, context {spec.context_length}")
+    print(f"  {len(tensors)} tensors ({formats}), {format_bytes(stored)} stored")
+    print(f"memory at a context of {context}:")
+    for part, size in memory.to_dict().items():
+        print(f"  {part:<9} {format_bytes(size):>10}")
+    if args.tensors:
+        for t in tensors:
+            print(f"  {t.name:<48} {t.dtype:<6} {list(t.shape)!s:<16} {format_bytes(t.nbytes)}")
+    if args.graph:
+        print(program.graph.format())

@@ -1,0 +1,104 @@
+"""``pronk run``: one prompt, one streamed answer, one line of figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+
+from pronk.commands import common
+from pronk.device.memory import peak_memory
+from pronk.errors import RequestError
+from pronk.model import Piece
+from pronk.units import format_bytes
+
+__all__ = ["Answer", "configure", "run"]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="[MODEL] PROMPT",
+        help="the model (default: the small instruct model) and the prompt; - reads stdin",
+    )
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
+    parser.add_argument("--system", metavar="TEXT", help="a system message")
+    common.add_runtime(parser)
+    common.add_sampling(parser)
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb."""
+    from pronk.checkpoint.registry import DEFAULT_MODEL
+
+    if len(args.words) > 2:
+        raise RequestError("give a model and a prompt: put the prompt in quotes")
+    name, text = args.words if len(args.words) == 2 else (DEFAULT_MODEL, args.words[0])
+    prompt = common.first_prompt(text)
+    params = common.sampling(args)
+    model, load_time = common.open_model(name, args.threads, args.context)
+    start = time.perf_counter()
+    if args.raw or not model.has_chat_template:
+        ids = model.encode(prompt)
+    else:
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        ids = model.render([*messages, {"role": "user", "content": prompt}])
+    answer = Answer(model.generate(ids, params), start, show=not args.json)
+    figures = {
+        "prompt_tokens": len(ids),
+        "tokens": answer.tokens,
+        "ttft": answer.ttft,
+        "decode": answer.decode,
+        "load_time": load_time,
+        "peak_memory": peak_memory(),
+    }
+    if args.json:
+        common.print_json(
+            {"text": answer.text, "finish_reason": answer.finish_reason, **figures}
+        )
+    else:
+        common.note(
+            f"{len(ids)} prompt tokens, first token {answer.ttft * 1000:.0f} ms, "
+            f"{answer.tokens} tokens at {answer.decode:.1f}/s, "
+            f"peak memory {format_bytes(figures['peak_memory'])}, loaded in {load_time:.2f} s"
+        )
+
+
+class Answer:
+    """Drains a generation, showing it as it comes, and times it.
+
+    Attributes
+    ----------
+    ttft : float
+        Seconds from the request to the first token.
+    decode : float
+        Tokens a second after the first; 0 for a single token.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], start: float, show: bool) -> None:
+        parts: list[str] = []
+        self.finish_reason: str | None = None
+        self.tokens = 0
+        first = last = start
+        for piece in pieces:
+            last = time.perf_counter()
+            if not self.tokens:
+                first = last
+            self.tokens += 1
+            self.finish_reason = piece.finish_reason
+            parts.append(piece.text)
+            if show and piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+        if show:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        self.text = "".join(parts)
+        self.ttft = first - start
+        self.decode = (self.tokens - 1) / (last - first) if last > first else 0.0
+
+

@@ -1,0 +1,88 @@
+"""What a process of Pronk takes before any weights: interpreter, libraries and tokenizer.
+
+``python -m pronk.device.footprint PATH`` measures it in the process it runs in; `measure`
+starts that as a fresh process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+
+from pronk.device.child import run_json
+from pronk.device.memory import peak_memory, resident_memory, trim
+from pronk.errors import PronkError
+
+__all__ = ["RUN_MODULES", "measure"]
+
+RUN_MODULES = (
+    "numpy",
+    "tokenizers",
+    "jinja2.sandbox",
+    "pronk.cli",
+    "pronk.commands.run",
+    "pronk.model",
+    "pronk._native",
+    "pronk.engine.sampler",
+    "pronk.serve.chat",
+    "pronk.serve.stream",
+)
+"""What ``pronk run`` imports."""
+
+
+def measure(path: str | os.PathLike[str]) -> int:
+    """Resident bytes of a fresh process that does all of ``pronk run`` but the model.
+
+    What reading the tokenizer needed for a moment is not in it: that is given back before the
+    weights come, and they take its place. Where the model is smaller than that, the peak of
+    the process is this moment's and not the sum of the plan.
+
+    Raises
+    ------
+    PronkError
+        If the process fails.
+    """
+    overhead = run_json("pronk.device.footprint", [os.fspath(path)], timeout=600).get("overhead")
+    if type(overhead) is not int or overhead <= 0:
+        raise PronkError("python -m pronk.device.footprint did not print its overhead")
+    return overhead
+
+
+def _exercise(path: str) -> None:
+    for name in RUN_MODULES:
+        importlib.import_module(name)
+    from pronk.checkpoint.base import open_checkpoint
+
+    with open_checkpoint(path) as ckpt:
+        tokenizer = ckpt.load_tokenizer()
+    text = "Explain why the sky is blue, in two sentences that a child would understand."
+    if tokenizer.chat_template:
+        from pronk.serve.chat import render
+
+        text = render(
+            tokenizer.chat_template,
+            [{"role": "user", "content": text}],
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token or "",
+        )
+    tokenizer.decode(tokenizer.encode(text))
+
+
+def _main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m pronk.device.footprint PATH", file=sys.stderr)
+        return 2
+    try:
+        _exercise(arguments[0])
+    except PronkError as error:
+        print(error, file=sys.stderr)
+        return 2
+    trim()
+    print(json.dumps({"overhead": resident_memory(), "peak": peak_memory()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

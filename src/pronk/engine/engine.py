@@ -1,0 +1,201 @@
+"""The engine: requests go in, steps run, tokens come out. It knows ids, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.engine.blocks import BlockPool, GlobalBlocks
+from pronk.engine.request import Event, Request
+from pronk.engine.runner import Runner
+from pronk.engine.sampler import Sampler
+from pronk.engine.scheduler import Scheduler
+from pronk.errors import RequestError
+from pronk.spec import SamplingParams
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs any number of requests over one runner. Not thread-safe: one thread owns it.
+
+    Parameters
+    ----------
+    runner : Runner
+    eos_ids : frozenset of int
+        Tokens that end a request unless it ignores them.
+    """
+
+    def __init__(self, runner: Runner, eos_ids: frozenset[int]) -> None:
+        limits = runner.program.limits
+        self.runner = runner
+        self.eos_ids = eos_ids
+        self.context = limits.context
+        self.pool = BlockPool(limits.num_blocks)
+        self.manager = GlobalBlocks(self.pool)
+        self.scheduler = Scheduler(self.manager, limits.max_tokens, limits.max_sequences)
+        self._requests: dict[int, Request] = {}
+        self._sessions: dict[str, Request] = {}
+        self._next_id = 0
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, session: str | None = None
+    ) -> int:
+        """Queue a prompt and return its request id.
+
+        Parameters
+        ----------
+        prompt : sequence of int
+        params : SamplingParams
+        session : str, optional
+            Keep the keys and values under this name when the request ends, and start from what
+            the last request of the name shares with this prompt.
+
+        Raises
+        ------
+        RequestError
+            If the prompt is empty, too long for the context, or holds an unknown id.
+        """
+        tokens = list(prompt)
+        self.check(tokens)
+        if len(tokens) >= self.context:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens, but the context holds {self.context} with "
+                "at least one for the answer: shorten the prompt or raise --context"
+            )
+        vocab = self.runner.program.spec.vocab_size
+        longest = self.context if params.max_tokens is None else len(tokens) + params.max_tokens
+        request = Request(
+            id=self._next_id,
+            tokens=tokens,
+            prompt_length=len(tokens),
+            max_length=min(longest, self.context),
+            params=params,
+            sampler=Sampler(params, tokens, vocab),
+            session=session,
+        )
+        if session is not None and session in self._sessions:
+            self._continue(request, self._sessions.pop(session))
+        self._next_id += 1
+        self._requests[request.id] = request
+        self.scheduler.waiting.append(request)
+        return request.id
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raise RequestError for an empty prompt or an id outside the vocabulary."""
+        if not tokens:
+            raise RequestError("the prompt is empty: give at least one token")
+        vocab = self.runner.program.spec.vocab_size
+        for token in tokens:
+            if not 0 <= token < vocab:
+                raise RequestError(f"token id {token} is not in the vocabulary of {vocab}")
+
+    def _continue(self, request: Request, old: Request) -> None:
+        """Start from the keys and values of the longest common prefix."""
+        # The last prompt token is always computed anew: its logits are needed.
+        limit = min(old.computed, len(request.tokens) - 1)
+        shared = 0
+        while shared < limit and old.tokens[shared] == request.tokens[shared]:
+            shared += 1
+        keep = self.manager.needed(shared)
+        request.blocks, surplus = old.blocks[:keep], old.blocks[keep:]
+        self.pool.give_back(surplus)
+        request.computed = shared
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._requests)
+
+    def step(self) -> list[Event]:
+        """Run one step and return the tokens it produced, at most one per request."""
+        chosen = self.scheduler.schedule()
+        if not chosen and self.scheduler.waiting:
+            # Nothing runs, so only kept sessions can hold what the first in line waits for.
+            self.drop_sessions()
+            chosen = self.scheduler.schedule()
+        if not chosen:
+            return []
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        rows: list[int] = []
+        ready: list[Request] = []
+        for index, (request, count) in enumerate(chosen):
+            start, stop = request.computed, request.computed + count
+            ids += request.tokens[start:stop]
+            positions += range(start, stop)
+            sequences += [index] * count
+            request.computed = stop
+            if request.pending == 0:
+                rows.append(len(ids) - 1)
+                ready.append(request)
+        blocks = [request.blocks for request, _ in chosen]
+        logits = self.runner.step(ids, positions, sequences, blocks, rows)
+        return [self._emit(r, row) for r, row in zip(ready, logits, strict=True)]
+
+    def _emit(self, request: Request, logits: NDArray[np.float32]) -> Event:
+        sample = request.sampler.sample(logits)
+        request.tokens.append(sample.token)
+        reason = None
+        if sample.token in self.eos_ids and not request.params.ignore_eos:
+            reason = "stop"
+        elif len(request.tokens) >= request.max_length:
+            reason = "length"
+        if reason:
+            self._finish(request)
+        return Event(request.id, sample, reason)
+
+    def _finish(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        del self._requests[request.id]
+        if request.session is None:
+            self.manager.release(request.blocks)
+        else:
+            self.drop_session(request.session)
+            self._sessions[request.session] = request
+
+    def abort(self, request_id: int) -> None:
+        """End a request now; unknown or finished ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request)
+
+    def drop_session(self, session: str) -> None:
+        """Forget a session and free its blocks."""
+        old = self._sessions.pop(session, None)
+        if old is not None:
+            self.manager.release(old.blocks)
+
+    def drop_sessions(self) -> None:
+        """Forget every session."""
+        for session in list(self._sessions):
+            self.drop_session(session)
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Logits of every token of one sequence, in chunks of [<= max_tokens, vocab].
+
+        Raises
+        ------
+        RequestError
+            If there are no tokens, or more than the context holds.
+        """
+        self.check(tokens)
+        if len(tokens) > self.context:
+            raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
+        self.drop_sessions()
+        if self.manager.needed(len(tokens)) > self.scheduler.available():
+            raise RequestError("the KV pool is in use by running requests: wait for them to end")
+        blocks: list[int] = []
+        self.manager.grow(blocks, len(tokens))
+        try:
+            at_once = self.scheduler.max_tokens
+            for start in range(0, len(tokens), at_once):
+                part = list(tokens[start : start + at_once])
+                n = len(part)
+                positions = list(range(start, start + n))
+                yield self.runner.step(part, positions, [0] * n, [blocks], list(range(n)))
+        finally:
+            self.manager.release(blocks)

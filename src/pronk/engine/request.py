@@ -1,0 +1,47 @@
+"""One sequence on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pronk.engine.sampler import Sample, Sampler
+from pronk.spec import SamplingParams
+
+__all__ = ["Event", "Request"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt, what has been generated from it, and the KV blocks it holds.
+
+    ``tokens`` is prompt and output; the first ``computed`` of them have keys and values in the
+    cache. ``reserved`` counts blocks promised to it, so that an admitted request never starves.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    max_length: int
+    params: SamplingParams
+    sampler: Sampler
+    session: str | None = None
+    computed: int = 0
+    reserved: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A generated token, or the end of a request, or both.
+
+    ``finish_reason`` is None while it goes on, else ``"stop"`` (an end token) or ``"length"``.
+    """
+
+    request_id: int
+    sample: Sample
+    finish_reason: str | None

@@ -1,0 +1,1 @@
+"""A model as plain data: typed values, ops, passes that preserve meaning, and a reference."""

@@ -1,0 +1,126 @@
+"""Graph + layout -> a loaded native executor: the CPU backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pronk._native import Executor
+from pronk.graph.ir import Graph, Op, Ref
+from pronk.graph.memory import Layout
+
+__all__ = ["lower"]
+
+_NONE = (-1, 0)
+
+
+class _Lowering:
+    """One method an op kind: names to offsets."""
+
+    def __init__(self, graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
+        self.graph, self.layout, self.executor = graph, layout, executor
+        self.layer_bytes = layer_bytes
+
+    def slot(self, ref: Ref) -> tuple[int, int]:
+        value = self.graph.values[ref.value]
+        return self.layout.value_offsets[ref.value] + ref.column * 4, value.row_bytes
+
+    def weight(self, name: str) -> int:
+        return self.layout.weight_offsets[name]
+
+    def add(self, op: Op) -> None:
+        value = self.graph.values[op.output]
+        lower: Callable[[Op, tuple[int, int], int], None] | None
+        lower = getattr(self, f"_{op.kind}", None)
+        if lower is None:
+            raise ValueError(f"the native executor has no op {op.kind!r}: a pass is missing")
+        lower(op, self.slot(Ref(value.name)), int(op.attrs.get("grain", 1)))
+
+    def _is_head(self, op: Op) -> bool:
+        return self.graph.values[op.output].rows == "R"
+
+    def _planes(self, op: Op) -> int:
+        return self.graph.values[op.output].planes
+
+    def _part(self, name: str, column: int, bias: int = -1) -> tuple[str, int, int, int, int]:
+        weight = self.graph.weights[name]
+        return weight.dtype, self.weight(name), weight.rows, column, bias
+
+    def _embed(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        cols = self.graph.weights[op.weights[0]].cols
+        self.executor.embed(self._part(op.weights[0], 0), cols, out, grain)
+
+    def _rope_table(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        head_dim = 2 * self.graph.weights[op.weights[0]].cols
+        self.executor.rope_table(self.weight(op.weights[0]), head_dim, out, grain)
+
+    def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        self.executor.rms_norm(
+            self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
+            self.graph.values[op.output].width, out, self._planes(op), self._is_head(op),
+            grain)  # fmt: skip
+
+    def _quantize(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        width = self.graph.values[op.output].width
+        self.executor.quantize(
+            self.slot(op.inputs[0]), width, out, self._planes(op), self._is_head(op), grain
+        )
+
+    def _matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        parts: list[tuple[str, int, int, int, int]] = []
+        column = 0
+        for name in op.weights:
+            weight = self.graph.weights[name]
+            if weight.rows == 1:  # the bias of the part before it
+                parts[-1] = (*parts[-1][:4], self.weight(name))
+            else:
+                parts.append(self._part(name, column))
+                column += weight.rows
+        residual = self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
+        self.executor.matmul(
+            self.slot(op.inputs[0]), parts, op.integer("cols"),
+            self.graph.values[op.inputs[0].value].planes, residual, out, self._is_head(op),
+            grain)  # fmt: skip
+
+    def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        qkv, table = (self.slot(ref) for ref in op.inputs)
+        layer = op.integer("layer") * self.layer_bytes
+        self.executor.rope_store(qkv, table, op.integer("heads"), layer, grain)
+
+    def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        layer = op.integer("layer") * self.layer_bytes
+        self.executor.attention(
+            self.slot(op.inputs[0]), op.integer("heads"), layer, float(op.attrs["scale"]), out,
+            grain)  # fmt: skip
+
+    def _silu_mul(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        gate, up = op.inputs
+        width = self.graph.values[op.output].width
+        self.executor.silu_mul(
+            self.slot(gate), self.slot(up), width, out, self._planes(op), grain
+        )
+
+    def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        a, b = (self.slot(ref) for ref in op.inputs)
+        self.executor.add(a, b, self.graph.values[op.output].width, out, grain)
+
+    def _gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        width = self.graph.values[op.output].width
+        self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
+
+
+def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
+    """Add every op of a graph to an executor whose regions follow the layout.
+
+    Parameters
+    ----------
+    layer_bytes : int
+        Bytes of one layer's part of a KV block.
+
+    Raises
+    ------
+    ValueError
+        If the graph holds an op that only the interpreter has.
+    """
+    lowering = _Lowering(graph, layout, executor, layer_bytes)
+    for op in graph.ops:
+        lowering.add(op)

@@ -1,0 +1,80 @@
+"""Where everything lies: weights in one region, values in one arena by their lifetimes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pronk.graph.ir import Graph, Weight
+from pronk.graph.pack import PANEL, align, packed_bytes
+
+__all__ = ["Layout", "plan_layout", "weight_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets in bytes of weights and values, and the sizes of the two regions."""
+
+    weight_offsets: Mapping[str, int]
+    weight_bytes: int
+    value_offsets: Mapping[str, int]
+    arena_bytes: int
+
+
+def weight_bytes(weight: Weight) -> int:
+    """Bytes a weight takes in its region, a multiple of 64; vectors are padded to a panel."""
+    if weight.rows == 1:
+        return align(align(weight.cols, PANEL) * 4)
+    return align(packed_bytes(weight.dtype, weight.rows, weight.cols))
+
+
+def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
+    """Assign every weight and value its offset.
+
+    Values whose lifetimes do not overlap share bytes (first fit over the ops in order). The
+    output of an op marked ``inplace`` is its first input's memory.
+
+    Parameters
+    ----------
+    graph : Graph
+    max_tokens, max_rows : int
+        Most tokens, and most logit rows, of one step.
+    """
+    weight_offsets: dict[str, int] = {}
+    end = 0
+    for weight in graph.weights.values():
+        weight_offsets[weight.name] = end
+        end += weight_bytes(weight)
+
+    root: dict[str, str] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for i, op in enumerate(graph.ops):
+        source = op.inputs[0].value if op.attrs.get("inplace") else None
+        root[op.output] = root[source] if source else op.output
+        first.setdefault(root[op.output], i)
+        last[root[op.output]] = i
+        for ref in op.inputs:
+            last[root[ref.value]] = i
+    # The output is read after the step; the head's input survives until the head has run.
+    last[root[graph.output]] = len(graph.ops)
+    head = next(i for i, op in enumerate(graph.ops) if graph.values[op.output].rows == "R")
+    for ref in graph.ops[head].inputs:
+        last[root[ref.value]] = len(graph.ops)
+
+    offsets: dict[str, int] = {}
+    live: list[tuple[int, int, str]] = []  # (offset, end, name)
+    arena = 0
+    for name in sorted(first, key=lambda n: first[n]):
+        live = [entry for entry in live if last[entry[2]] >= first[name]]
+        value = graph.values[name]
+        size = value.row_bytes * (max_tokens if value.rows == "T" else max_rows)
+        offset = 0
+        for start, stop, _ in sorted(live):
+            if offset + size <= start:
+                break
+            offset = max(offset, stop)
+        offsets[name] = offset
+        live.append((offset, offset + size, name))
+        arena = max(arena, offset + size)
+    return Layout(weight_offsets, end, {name: offsets[root[name]] for name in root}, arena)

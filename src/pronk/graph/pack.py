@@ -1,0 +1,76 @@
+"""Sizes of the packed layouts; the same rules as the native core's formats (a test compares)."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ALIGN",
+    "GROUP",
+    "GROUPED",
+    "KV_BLOCK",
+    "PANEL",
+    "act_row_bytes",
+    "kv_block_bytes",
+    "packed_bytes",
+    "runtime_dtype",
+]
+
+PANEL = 16  # rows interleaved into one panel
+GROUP = 32  # elements that share a scale
+KV_BLOCK = 32  # positions per KV block
+ALIGN = 64  # bytes
+
+_ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
+# Bytes of scales and of quants of one group of one row.
+GROUPED = {"q8_0": (2, 32), "q4_0": (2, 16), "q4_1": (4, 16)}
+# What a format the kernels lack becomes at load: the native one that loses least, near its size.
+_NEAREST = {
+    "q5_0": "q8_0",
+    "q5_1": "q8_0",
+    "q5_k": "q8_0",
+    "q6_k": "q8_0",
+    "q8_k": "q8_0",
+    "q8_1": "q8_0",
+    "f64": "f32",
+}
+
+
+def align(size: int, to: int = ALIGN) -> int:
+    """Round a size up to a multiple."""
+    return -(-size // to) * to
+
+
+def packed_bytes(dtype: str, rows: int, cols: int) -> int:
+    """Bytes of a packed matrix: panels of 16 rows, scales padded to 64 bytes a panel."""
+    panels = -(-rows // PANEL)
+    if dtype in _ELEMENT:
+        return panels * PANEL * cols * _ELEMENT[dtype]
+    scales, quants = GROUPED[dtype]
+    groups = cols // GROUP
+    return panels * (align(PANEL * scales * groups) + PANEL * quants * groups)
+
+
+def act_row_bytes(cols: int, planes: int) -> int:
+    """Bytes of a row of activations in int8 planes, with a scale and sums per group."""
+    if planes == 0:
+        return cols * 4
+    return align(planes * cols + cols // GROUP * (8 + 4 * planes))
+
+
+def kv_block_bytes(layers: int, kv_heads: int, head_dim: int, kv_dtype: str) -> int:
+    """Bytes of one block of 32 positions over all layers, keys and values."""
+    return layers * 2 * kv_heads * head_dim * KV_BLOCK * _ELEMENT[kv_dtype]
+
+
+def runtime_dtype(dtype: str, cols: int) -> str:
+    """The packed format that a tensor of a checkpoint runs in.
+
+    Native formats stay as they are; others become the nearest native one. Rows whose length is
+    no multiple of 32 cannot be grouped and run in float32.
+    """
+    if dtype in _ELEMENT:
+        return dtype
+    if cols % GROUP:
+        return "f32"
+    if dtype in GROUPED:
+        return dtype
+    return _NEAREST.get(dtype, "q4_1")

@@ -1,0 +1,206 @@
+"""Passes: Graph -> Graph, each small, each keeping the meaning.
+
+`cpu_passes` is the ordered list that the native executor needs; the NumPy interpreter runs the
+graph before and after any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from pronk.graph.ir import Graph, Op, Ref, Value
+
+__all__ = [
+    "Pass",
+    "cpu_passes",
+    "fuse_quantize",
+    "fuse_residual",
+    "fuse_rope",
+    "fuse_siblings",
+    "quantize_activations",
+    "run_passes",
+    "split_threads",
+]
+
+Pass = Callable[[Graph], Graph]
+
+
+def _redirect(op: Op, moved: dict[str, Ref]) -> Op:
+    """Replace inputs that have moved into a wider value."""
+    if not any(ref.value in moved for ref in op.inputs):
+        return op
+    inputs = tuple(
+        Ref(moved[r.value].value, moved[r.value].column + r.column) if r.value in moved else r
+        for r in op.inputs
+    )
+    return replace(op, inputs=inputs)
+
+
+def fuse_siblings(graph: Graph) -> Graph:
+    """Matmuls in a row that read the same value become one with several parts (QKV, gate and up).
+
+    Each part keeps its own weight and format; the outputs lie side by side. Parts start at
+    multiples of 16 columns, which is what a packed panel writes.
+    """
+    ops: list[Op] = []
+    values = dict(graph.values)
+    moved: dict[str, Ref] = {}
+    i = 0
+    while i < len(graph.ops):
+        op = graph.ops[i]
+        group = [op]
+        if op.kind == "matmul":
+            grouped = graph.weights[op.weights[0]].grouped
+            for other in graph.ops[i + 1 :]:
+                width = graph.values[group[-1].output].width
+                if (
+                    other.kind != "matmul"
+                    or other.inputs != op.inputs
+                    or graph.weights[other.weights[0]].grouped != grouped
+                    or width % 16
+                ):
+                    break
+                group.append(other)
+        if len(group) == 1:
+            ops.append(_redirect(op, moved))
+        else:
+            name = "+".join(member.output for member in group)
+            column = 0
+            for member in group:
+                moved[member.output] = Ref(name, column)
+                column += graph.values[member.output].width
+            values[name] = replace(graph.values[op.output], name=name, width=column)
+            weights = tuple(w for member in group for w in member.weights)
+            ops.append(replace(_redirect(op, moved), output=name, weights=weights))
+        i += len(group)
+    return graph.with_ops(ops, values)
+
+
+def fuse_rope(graph: Graph) -> Graph:
+    """The rotations of q and k and the attention over them work on the one q|k|v matrix.
+
+    ``rope_store`` rotates q and k in place and stores k and v into the cache; ``attend`` then
+    reads q from the matrix and everything else from the cache.
+    """
+    values = dict(graph.values)
+    producer = {op.output: op for op in graph.ops}
+    ropes: set[str] = set()
+    ops: list[Op] = []
+    for op in graph.ops:
+        if op.kind == "attention":
+            q, k = (producer[ref.value] for ref in op.inputs[:2])
+            source, angles = q.inputs
+            width = values[q.output].width
+            kv_width = values[k.output].width
+            expected = (source, Ref(source.value, width), Ref(source.value, width + kv_width))
+            if (source.column, *expected) == (0, q.inputs[0], k.inputs[0], op.inputs[2]):
+                ropes |= {q.output, k.output}
+                name = f"{source.value}.rope"
+                values[name] = replace(values[source.value], name=name)
+                store = Op("rope_store", (source, angles), name, attrs={
+                    "layer": op.attrs["layer"], "heads": op.attrs["heads"],
+                    "kv_heads": k.attrs["heads"], "inplace": True})  # fmt: skip
+                attend = Op("attend", (Ref(name),), op.output, attrs={
+                    **op.attrs, "kv_heads": k.attrs["heads"]})  # fmt: skip
+                ops += [store, attend]
+                continue
+        ops.append(op)
+    return graph.with_ops([op for op in ops if op.output not in ropes], values)
+
+
+def fuse_residual(graph: Graph) -> Graph:
+    """A matmul whose only reader is an addition takes the other term as its residual input."""
+    uses = graph.uses()
+    producer = {op.output: op for op in graph.ops}
+    absorbed: set[str] = set()
+    ops: list[Op] = []
+    for op in graph.ops:
+        if op.kind == "add":
+            term, out = op.inputs
+            matmul = producer[out.value]
+            if matmul.kind == "matmul" and uses[out.value] == 1 and len(matmul.inputs) == 1:
+                absorbed.add(out.value)
+                op = replace(matmul, inputs=(*matmul.inputs, term), output=op.output)
+        ops.append(op)
+    return graph.with_ops([op for op in ops if op.output not in absorbed], graph.values)
+
+
+def quantize_activations(graph: Graph, dtype: str) -> Graph:
+    """Matmuls on grouped weights read quantized activations, quantized right before.
+
+    15 bits are the default, not 8: decoding waits for memory and has the arithmetic to spare,
+    and what 8 bits lose is far more than the bf16 cache does (``benchmarks/activations.py``).
+    """
+    values = dict(graph.values)
+    ops: list[Op] = []
+    for op in graph.ops:
+        if op.kind == "matmul" and graph.weights[op.weights[0]].grouped:
+            source = values[op.inputs[0].value]
+            name = f"{source.name}.{dtype}"
+            if name not in values:
+                values[name] = Value(name, source.rows, op.integer("cols"), dtype)
+                ops.append(Op("quantize", (op.inputs[0],), name))
+            op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
+        ops.append(op)
+    return graph.with_ops(ops, values)
+
+
+def fuse_quantize(graph: Graph) -> Graph:
+    """A norm or an activation that only a quantization reads writes int8 itself."""
+    uses = graph.uses()
+    producer = {op.output: op for op in graph.ops}
+    absorbed: set[str] = set()
+    ops: list[Op] = []
+    for op in graph.ops:
+        if op.kind == "quantize":
+            source = producer[op.inputs[0].value]
+            if source.kind in ("rms_norm", "silu_mul") and uses[source.output] == 1:
+                absorbed.add(source.output)
+                op = replace(source, output=op.output)
+        ops.append(op)
+    return graph.with_ops([op for op in ops if op.output not in absorbed], graph.values)
+
+
+def split_threads(graph: Graph) -> Graph:
+    """Give every op its grain: how many items (rows, panels, heads) a thread takes at once.
+
+    Small enough that two threads end together, large enough that taking is free.
+    """
+    ops = []
+    for op in graph.ops:
+        grain = 1
+        if op.kind == "matmul":
+            panels = sum(-(-graph.weights[w].rows // 16) for w in op.weights)
+            grain = max(1, min(32, panels // 16))
+        elif op.kind == "attend":
+            grain = 1
+        ops.append(op.with_attrs(grain=grain))
+    return graph.with_ops(ops, graph.values)
+
+
+def cpu_passes(activations: str = "a15") -> tuple[Pass, ...]:
+    """The passes the native executor needs, in order.
+
+    Parameters
+    ----------
+    activations : {"a15", "a8"}
+        Precision of activations that meet quantized weights.
+    """
+    return (
+        fuse_siblings,
+        fuse_rope,
+        fuse_residual,
+        partial(quantize_activations, dtype=activations),
+        fuse_quantize,
+        split_threads,
+    )
+
+
+def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> Graph:
+    """Apply passes in order; each result is checked."""
+    for apply in passes:
+        graph = apply(graph)
+        graph.check()
+    return graph

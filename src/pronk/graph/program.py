@@ -1,0 +1,109 @@
+"""A spec compiled for a device: graph after its passes, layout, and the planned bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pronk.graph.build import build_decoder
+from pronk.graph.ir import Graph
+from pronk.graph.memory import Layout, plan_layout
+from pronk.graph.pack import KV_BLOCK, kv_block_bytes, runtime_dtype
+from pronk.graph.passes import Pass, cpu_passes, run_passes
+from pronk.spec import ModelSpec
+
+__all__ = ["Limits", "Program", "compile_program", "stored_dtypes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold.
+
+    Parameters
+    ----------
+    context : int
+        Most tokens of one sequence.
+    max_tokens, max_rows : int
+        Most tokens in a step, and most logit rows computed at once.
+    max_sequences : int
+        Most sequences in a step.
+    kv_tokens : int or None
+        Tokens the KV pool holds over all sequences; None means one full context.
+    kv_dtype : {"bf16", "f32"}
+        Element type of the KV cache.
+    activations : {"a15", "a8"}
+        Precision of activations that meet quantized weights.
+    """
+
+    context: int
+    max_tokens: int = 128
+    max_rows: int = 8
+    max_sequences: int = 16
+    kv_tokens: int | None = None
+    kv_dtype: str = "bf16"
+    activations: str = "a15"
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of one full sequence."""
+        return -(-self.context // KV_BLOCK)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return -(-(self.kv_tokens or self.context) // KV_BLOCK)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What the executor loads; its sizes are the plan (weights, KV pool, arena)."""
+
+    spec: ModelSpec
+    limits: Limits
+    graph: Graph
+    layout: Layout
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        s = self.spec
+        return kv_block_bytes(s.num_layers, s.num_kv_heads, s.head_dim, self.limits.kv_dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pool."""
+        return self.limits.num_blocks * self.kv_block_bytes
+
+
+def stored_dtypes(tensors: Mapping[str, tuple[str, int]]) -> Callable[[str], str]:
+    """Runtime format by name, from the stored (dtype, row length) of each tensor."""
+
+    def dtype_of(name: str) -> str:
+        dtype, cols = tensors[name]
+        return runtime_dtype(dtype, cols)
+
+    return dtype_of
+
+
+def compile_program(
+    spec: ModelSpec,
+    dtype_of: Callable[[str], str],
+    limits: Limits,
+    passes: tuple[Pass, ...] | None = None,
+) -> Program:
+    """Build the decoder of a spec, run the passes and lay it out.
+
+    Pure: nothing is read or allocated, so that a plan can be made from a header alone.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    dtype_of : callable
+        Runtime format of each matrix by canonical name.
+    limits : Limits
+    passes : tuple of Pass, optional
+        A device adapter's; those of the CPU unless given.
+    """
+    graph = build_decoder(spec, dtype_of)
+    graph = run_passes(graph, cpu_passes(limits.activations) if passes is None else passes)
+    return Program(spec, limits, graph, plan_layout(graph, limits.max_tokens, limits.max_rows))

@@ -1,0 +1,344 @@
+"""A loaded model: text in, text out. The public face of checkpoint, graph and engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.tokenizer import Tokenizer
+from pronk.device.memory import resident_memory, trim
+from pronk.engine.engine import Engine
+from pronk.engine.runner import Runner
+from pronk.engine.weights import Conversion, load_weights
+from pronk.errors import BudgetError, RequestError
+from pronk.graph.program import Limits, Program, compile_program, stored_dtypes
+from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
+from pronk.units import format_bytes
+
+__all__ = ["DEFAULT_CONTEXT", "Model", "Piece", "compile_checkpoint", "default_threads", "load"]
+
+DEFAULT_CONTEXT = 2048  # tokens, where neither the user nor a bundle says otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token.
+
+    Parameters
+    ----------
+    token : int
+        Its id.
+    text : str
+        Text that is certain since the piece before; may be empty while a character or a
+        possible stop string is incomplete.
+    logprob : float or None
+        Natural logarithm of its probability, when asked for.
+    top_logprobs : tuple of (int, float)
+        The most likely tokens, when asked for.
+    finish_reason : {None, "stop", "length"}
+        Set on the last piece.
+    """
+
+    token: int
+    text: str
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None
+
+
+def default_threads() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compile_checkpoint(checkpoint: Checkpoint, limits: Limits) -> Program:
+    """The program a checkpoint runs as, from its header alone."""
+    stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
+    return compile_program(checkpoint.spec, stored_dtypes(stored), limits)
+
+
+def choose_context(checkpoint: Checkpoint, context: int | None) -> int:
+    """The context to run with: the user's, the bundle's, or the default.
+
+    Raises
+    ------
+    RequestError
+        If it is out of the model's range.
+    """
+    longest = checkpoint.spec.context_length
+    if context is None:
+        return min(checkpoint.budget.context if checkpoint.budget else DEFAULT_CONTEXT, longest)
+    if not 2 <= context <= longest:
+        raise RequestError(f"the context must be in [2, {longest}] for this model, not {context}")
+    return context
+
+
+class Model:
+    """A model ready to run. Not thread-safe: one thread drives it.
+
+    Use `load` to make one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        runner: Runner,
+        conversions: list[Conversion],
+        memory: MemoryPlan,
+    ) -> None:
+        self.path: Path = checkpoint.path
+        self.spec: ModelSpec = checkpoint.spec
+        self.tokenizer = tokenizer
+        self.conversions = conversions
+        self.memory = memory
+        self._runner: Runner | None = runner
+        self._engine = Engine(runner, tokenizer.eos_ids)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of one sequence."""
+        return self._engine.context
+
+    @property
+    def threads(self) -> int:
+        """Threads that run a step."""
+        return self._open().executor.threads
+
+    @property
+    def isa(self) -> str:
+        """Vector instruction set of the kernels in use."""
+        return self._open().executor.isa
+
+    @property
+    def program(self) -> Program:
+        """What the executor runs: graph, layout and limits."""
+        return self._open().program
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint carries a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    def _open(self) -> Runner:
+        if self._runner is None:
+            raise RequestError("the model is closed")
+        return self._runner
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a text as it stands, with the special tokens the model wants around it.
+
+        Raises
+        ------
+        RequestError
+            If the prompt is empty.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty: give some text")
+            return self.tokenizer.encode(prompt)
+        return [int(token) for token in prompt]
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation through the chat template, up to the assistant's turn.
+
+        Raises
+        ------
+        RequestError
+            If there is no template, a message is empty, or the template refuses.
+        """
+        from pronk.serve.chat import render
+
+        if self.tokenizer.chat_template is None:
+            raise RequestError("this model has no chat template: use raw text (--raw)")
+        if not messages or not str(messages[-1].get("content", "")).strip():
+            raise RequestError("the prompt is empty: give some text")
+        text = render(
+            self.tokenizer.chat_template,
+            messages,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
+        )
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text, add_special=False)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+    ) -> Iterator[Piece]:
+        """Generate from a text or token ids, one piece per token.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            No chat template is applied; see `chat`.
+        params : SamplingParams, optional
+            Greedy until the end of the context unless given.
+        session : str, optional
+            Keep keys and values under this name, and reuse those the prompt shares with the
+            session's last prompt and output.
+
+        Yields
+        ------
+        Piece
+
+        Raises
+        ------
+        RequestError
+            If the prompt is empty, too long, or holds an unknown id.
+        """
+        self._open()
+        params = params or SamplingParams()
+        request = self._engine.add(self.encode(prompt), params, session)
+        return self._pieces(request, params)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        session: str | None = None,
+    ) -> Iterator[Piece]:
+        """Generate the assistant's next turn of a conversation (see `generate`)."""
+        return self.generate(self.render(messages), params, session=session)
+
+    def _pieces(self, request: int, params: SamplingParams) -> Iterator[Piece]:
+        from pronk.serve.stream import TextStream
+
+        stream = TextStream(self.tokenizer.token_bytes, params.stop)
+        reason = None
+        try:
+            while reason is None:
+                for event in self._engine.step():
+                    if event.request_id != request:
+                        continue  # a generator that is not drained leaves its request waiting
+                    sample, reason = event.sample, event.finish_reason
+                    ended = reason == "stop"  # an end token is no text
+                    text = "" if ended else stream.push(sample.token)
+                    if stream.stopped:
+                        reason = "stop"
+                    elif reason:
+                        text += stream.flush()
+                    yield Piece(sample.token, text, sample.logprob, sample.top_logprobs, reason)
+        finally:
+            self._engine.abort(request)
+
+    def iter_logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """Logits of every token, in chunks of [<= 128, vocabulary]: see `logits`."""
+        self._open()
+        return self._engine.logits(ids)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token logits at every position.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            At most the context's length.
+
+        Returns
+        -------
+        ndarray, float32 [tokens, vocabulary]
+            Row i is the prediction after ``ids[: i + 1]``.
+        """
+        out = np.empty((len(ids), self.spec.vocab_size), np.float32)
+        done = 0
+        for part in self.iter_logits(ids):
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        if self._runner is not None:
+            self._runner = None
+            del self._engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(
+    model: str | os.PathLike[str],
+    threads: int | None = None,
+    context: int | None = None,
+    *,
+    kv_dtype: str = "bf16",
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Load a model by name, address or path.
+
+    Parameters
+    ----------
+    model : str or path
+        What `resolve` takes: a name, ``pypi:``, ``hf:``, ``s3://``, or a path.
+    threads : int, optional
+        All cores this process may use unless given.
+    context : int, optional
+        Most tokens of a sequence; a bundle's own, or 2,048, unless given.
+    kv_dtype : {"bf16", "f32"}
+        Element type of the KV cache.
+    progress : callable, optional
+        Called with (bytes loaded, bytes in all).
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    PronkError
+        If the model cannot be found, read or run, or if a bundle would exceed its budget.
+    """
+    from pronk.checkpoint.sources import resolve
+
+    threads = default_threads() if threads is None else threads
+    if not 1 <= threads <= 1024:
+        raise RequestError(f"threads must be in [1, 1024], not {threads}")
+    if kv_dtype not in ("bf16", "f32"):
+        raise RequestError(f"kv_dtype must be bf16 or f32, not {kv_dtype!r}")
+    with open_checkpoint(resolve(os.fspath(model))) as checkpoint:
+        limits = Limits(choose_context(checkpoint, context), kv_dtype=kv_dtype)
+        program = compile_checkpoint(checkpoint, limits)
+        tokenizer = checkpoint.load_tokenizer()
+        trim()
+        layout = program.layout
+        memory = MemoryPlan(
+            layout.weight_bytes, program.kv_bytes, layout.arena_bytes, resident_memory()
+        )
+        if checkpoint.budget is not None and memory.total > checkpoint.budget.memory:
+            raise BudgetError(
+                f"{checkpoint.path} was fitted to {format_bytes(checkpoint.budget.memory)}, but "
+                f"a context of {limits.context} would need {format_bytes(memory.total)}: use the "
+                "context it was fitted for, or fit it again"
+            )
+        try:
+            runner = Runner(program, threads, os.environ.get("PRONK_ISA", ""))
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        except MemoryError:
+            raise BudgetError(
+                f"the system cannot give {format_bytes(memory.total)} for {checkpoint.path}: "
+                "free memory or use a shorter --context"
+            ) from None
+        conversions = load_weights(checkpoint, runner, progress)
+    return Model(checkpoint, tokenizer, runner, conversions, memory)

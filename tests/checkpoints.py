@@ -1,0 +1,260 @@
+"""Tiny checkpoints for tests: the same random weights as a Hugging Face directory and as GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog and then the dog sleeps in the sun",
+    "once upon a time there was a model that ran on one small machine, and it ran well",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+    "there is no thing in the house that the house does not need, is there?",
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(path: Path, vocab_size: int = 320) -> None:
+    """Write a byte-level BPE tokenizer (SmolLM2's layout) of at most `vocab_size` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|im_start|>",
+                "eos_token": "<|im_end|>",
+                "unk_token": "<|endoftext|>",
+                "pad_token": "<|im_end|>",
+                "chat_template": CHAT_TEMPLATE,
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 512,
+            }
+        )
+    )
+
+
+def tiny_llama_dir(
+    path: Path, *, seed: int = 0, dtype: str = "float32", shard: str | None = None, **config: Any
+) -> Path:
+    """Write a random tiny Llama as a Hugging Face directory and return the directory.
+
+    `config` overrides `LlamaConfig` fields; `dtype` is that of the stored weights and
+    `shard` a maximal shard size such as "50KB".
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    fields.update(config)
+    path = Path(path)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = LlamaForCausalLM(LlamaConfig(**fields))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim == 1:  # norms start at one and biases at zero: hide no mistake
+                    weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    finally:
+        torch.random.set_rng_state(state)
+    extra = {} if shard is None else {"max_shard_size": shard}
+    model.to(getattr(torch, dtype)).save_pretrained(path, **extra)
+    tiny_tokenizer(path, min(fields["vocab_size"], 320))
+    return path
+
+
+def hf_tensors(hf_dir: Path) -> dict[str, np.ndarray]:
+    """Every stored tensor of a Hugging Face directory as float32."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(Path(hf_dir).glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            tensors[name] = tensor.float().numpy()
+    return tensors
+
+
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a Hugging Face tensor."""
+    if not name.startswith("model.layers."):
+        return {
+            "model.embed_tokens.weight": "token_embd.weight",
+            "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight",
+        }[name]
+    layer, rest = name.removeprefix("model.layers.").split(".", 1)
+    part, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{_LAYER[part]}.{kind}"
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection in the order GGUF keeps: rotary pairs adjacent."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weight.shape)
+    )
+
+
+def llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> np.ndarray:
+    """Llama 3.1's frequency divisors as llama.cpp's converter writes them."""
+    dim = config["head_dim"]
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    freqs = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    old = rope["original_max_position_embeddings"]
+    out = []
+    for length in 2 * np.pi / freqs:
+        if length < old / high:
+            out.append(1.0)
+        elif length > old / low:
+            out.append(factor)
+        else:
+            smooth = (old / length - low) / (high - low)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out, dtype=np.float32)
+
+
+def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> Path:
+    """Write the weights and tokenizer of `hf_dir` as the GGUF file `path`, and return it.
+
+    `dtype` is the type of the matrices; vectors stay F32. `metadata` overrides keys, with
+    ``__`` for ``.`` (``general__architecture="mamba"``); None leaves a key out.
+    """
+    import gguf
+
+    path, hf_dir = Path(path), Path(hf_dir)
+    config = json.loads((hf_dir / "config.json").read_text())
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    values: dict[str, Any] = {
+        "general.name": "tiny",
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": kv_heads,
+        "llama.attention.key_length": config["head_dim"],
+        "llama.attention.value_length": config["head_dim"],
+        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
+        "llama.vocab_size": config["vocab_size"],
+        **_tokenizer_metadata(hf_dir, config["vocab_size"]),
+    }
+    if rope.get("rope_type") == "linear":
+        values["llama.rope.scaling.type"] = "linear"
+        values["llama.rope.scaling.factor"] = float(rope["factor"])
+    values.update({key.replace("__", "."): value for key, value in metadata.items()})
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", "llama"))
+    writer.data_alignment = values.get("general.alignment", 32)
+    for key, value in values.items():
+        _add(writer, key, value)
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    for name, weight in hf_tensors(hf_dir).items():
+        if "q_proj" in name or "k_proj" in name:
+            weight = permute(weight, heads if "q_proj" in name else kv_heads)
+        if weight.ndim == 1 or dtype == "f32":
+            writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight, dtype=np.float32))
+        else:
+            blocks = gguf.quants.quantize(np.ascontiguousarray(weight), kind)
+            writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
+    if rope.get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_factors(config, rope))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _tokenizer_metadata(hf_dir: Path, vocab_size: int) -> dict[str, Any]:
+    stored = json.loads((hf_dir / "tokenizer.json").read_text())
+    by_id = {id: token for token, id in stored["model"]["vocab"].items()}
+    special = {token["id"]: token["content"] for token in stored["added_tokens"]}
+    by_id.update(special)
+    tokens = [by_id.get(id, f"[PAD{id}]") for id in range(vocab_size)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [
+            3 if id in special else 1 if id in by_id else 5 for id in range(vocab_size)
+        ],
+        "tokenizer.ggml.merges": [
+            pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"]
+        ],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }

@@ -1,0 +1,22 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pronk.checkpoint.sources import resolve
+from pronk.errors import SourceError
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The path of SmolLM2-135M, downloaded into the user's cache the first time."""
+    try:
+        return resolve("smollm2-135m")
+    except SourceError as error:
+        # Anything else, such as a wrong checksum, is a failure.
+        if "cannot be downloaded" not in str(error):
+            raise
+        pytest.skip(str(error))

@@ -1,0 +1,62 @@
+"""Helpers to build runners over tiny checkpoints, for tests of the graph and the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pronk import _native
+from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.engine.runner import Runner
+from pronk.engine.weights import load_weights
+from pronk.graph.build import FREQUENCIES, rope_frequencies
+from pronk.graph.ir import Graph
+from pronk.graph.program import Limits
+from pronk.model import compile_checkpoint
+
+
+def isas() -> list[str]:
+    """The vector instruction sets that this build has and this machine runs."""
+    found = []
+    for name in ("generic", "avx2", "avx512", "neon"):
+        try:
+            found.append(_native.isa(name))
+        except ValueError:
+            continue
+    return found
+
+
+def make_runner(path: Path, *, threads: int = 2, isa: str = "", **limits: object) -> Runner:
+    """A runner with the weights of a checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        program = compile_checkpoint(checkpoint, Limits(**{"context": 256, **limits}))
+        runner = Runner(program, threads, isa)
+        load_weights(checkpoint, runner)
+    return runner
+
+
+def reference_weights(checkpoint: Checkpoint, graph: Graph) -> dict[str, np.ndarray]:
+    """float32 weights of a graph for the NumPy interpreter."""
+    weights = {}
+    for name, weight in graph.weights.items():
+        if name == FREQUENCIES:
+            weights[name] = rope_frequencies(checkpoint.spec.rope, checkpoint.spec.head_dim)
+        else:
+            values = checkpoint.read_float(name)
+            weights[name] = values.reshape(-1) if weight.rows == 1 else values
+    return weights
+
+
+def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.ndarray:
+    """Logits of every token of one sequence, its prompt cut into chunks."""
+    blocks = [list(range(runner.program.limits.max_blocks))]
+    chunk = chunk or runner.program.limits.max_tokens
+    parts = []
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        n = len(part)
+        parts.append(
+            runner.step(part, list(range(start, start + n)), [0] * n, blocks, list(range(n)))
+        )
+    return np.concatenate(parts)

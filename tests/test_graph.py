@@ -1,0 +1,153 @@
+"""Passes keep the meaning; the native executor computes what the interpreter says."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from checkpoints import tiny_gguf, tiny_llama_dir
+from engines import isas, make_runner, reference_weights, run_whole
+
+from pronk.checkpoint.base import open_checkpoint
+from pronk.graph import passes
+from pronk.graph.build import build_decoder
+from pronk.graph.memory import plan_layout
+from pronk.graph.program import Limits
+from pronk.graph.reference import Reference, fake_quantize
+from pronk.model import compile_checkpoint
+
+IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 75)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_llama_dir(tmp_path_factory.mktemp("tiny"), attention_bias=True)
+
+
+def interpret(graph, weights, ids=IDS):
+    """All logits of one sequence, in two steps so that the cache is used."""
+    reference = Reference(graph, weights)
+    out = []
+    for part in (range(0, 40), range(40, len(ids))):
+        rows = list(range(len(part)))
+        out.append(reference.step([ids[i] for i in part], list(part), [0] * len(rows), rows))
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_passes_keep_the_meaning(tiny, count):
+    with open_checkpoint(tiny) as checkpoint:
+        before = build_decoder(checkpoint.spec, lambda name: "f32")
+        after = passes.run_passes(before, passes.cpu_passes()[:count])
+        weights = reference_weights(checkpoint, before)
+        # Equal but for the order of additions in a wider matrix product.
+        np.testing.assert_allclose(
+            interpret(after, weights), interpret(before, weights), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_quantization_passes_keep_the_meaning(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        graph = build_decoder(checkpoint.spec, lambda name: "q8_0")
+        weights = reference_weights(checkpoint, graph)
+        explicit = passes.run_passes(graph, (partial(passes.quantize_activations, dtype="a15"),))
+        assert [op.kind for op in explicit.ops].count("quantize") == 9
+        fused = passes.run_passes(graph, passes.cpu_passes())
+        # Attention's output is quantized by an op of its own; norms and activations do it alone.
+        assert [op.kind for op in fused.ops].count("quantize") == 2
+        np.testing.assert_allclose(
+            interpret(fused, weights), interpret(explicit, weights), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_fusion_leaves_few_ops(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        program = compile_checkpoint(checkpoint, Limits(64))
+    kinds = [op.kind for op in program.graph.ops]
+    layer = ["rms_norm", "matmul", "rope_store", "attend", "matmul", "rms_norm", "matmul",
+             "silu_mul", "matmul"]  # fmt: skip
+    assert kinds == ["embed", "rope_table", *layer, *layer, "gather", "rms_norm", "matmul"]
+
+
+def test_values_that_live_together_do_not_overlap(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        graph = compile_checkpoint(checkpoint, Limits(64)).graph
+    layout = plan_layout(graph, 16, 4)
+    last = {graph.output: len(graph.ops)}
+    for i, op in enumerate(graph.ops):
+        for ref in op.inputs:
+            last[ref.value] = max(last.get(ref.value, 0), i)
+    spans = {}
+    for i, op in enumerate(graph.ops):
+        value = graph.values[op.output]
+        size = value.row_bytes * (16 if value.rows == "T" else 4)
+        start = layout.value_offsets[value.name]
+        assert start % 64 == 0
+        assert start + size <= layout.arena_bytes
+        for other, (lo, hi) in spans.items():
+            inplace = op.attrs.get("inplace") and op.inputs[0].value == other
+            if last.get(other, -1) >= i and not inplace:
+                assert start + size <= lo or hi <= start, (value.name, other)
+        spans[value.name] = (start, start + size)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize(
+    ("dtype", "activations"),
+    [
+        ("f32", "f32"), ("f16", "f32"), ("bf16", "f32"),
+        ("q8_0", "a8"), ("q4_0", "a8"), ("q4_1", "a8"),
+        ("q8_0", "a15"), ("q4_0", "a15"), ("q4_1", "a15"),
+    ],
+)  # fmt: skip
+def test_native_computes_what_the_interpreter_says(tiny, tmp_path, isa, dtype, activations):
+    path = tiny_gguf(tmp_path / "model.gguf", tiny, dtype)
+    runner = make_runner(
+        path, isa=isa, activations=activations, kv_dtype="f32", max_tokens=32, max_rows=5
+    )
+    if activations != "f32":
+        assert activations in {v.dtype for v in runner.program.graph.values.values()}
+    with open_checkpoint(path) as checkpoint:
+        graph = runner.program.graph
+        expected = interpret(graph, reference_weights(checkpoint, graph))
+    native = run_whole(runner, IDS)
+    # int8 activations amplify a last-bit difference into a whole step now and then.
+    worst = np.abs(native - expected).max(1) / np.abs(expected).max()
+    assert np.median(worst) < 2e-6
+    # A last-bit difference before a rounding of activations can become a whole step.
+    assert worst.max() < {"f32": 2e-5, "a15": 2e-4, "a8": 2e-2}[activations]
+
+
+def test_bf16_cache_is_close_to_float32(tiny):
+    exact = run_whole(make_runner(tiny, kv_dtype="f32"), IDS)
+    rounded = run_whole(make_runner(tiny, kv_dtype="bf16"), IDS)
+    difference = np.abs(exact - rounded).max()
+    assert 0 < difference < 0.02 * np.abs(exact).max()
+
+
+def test_fake_quantize_bounds_the_error():
+    x = np.random.default_rng(1).standard_normal((4, 96), np.float32)
+    top = np.abs(x).reshape(4, 3, 32).max(-1)
+    for steps in (127, 127 * 128):
+        error = np.abs(fake_quantize(x, steps) - x).reshape(4, 3, 32).max(-1)
+        assert (error <= top / steps * 0.501).all()
+    assert not fake_quantize(np.zeros((1, 32), np.float32)).any()
+
+
+def test_a_graph_without_its_passes_is_refused(tiny):
+    from pronk.engine.runner import Runner
+    from pronk.graph.program import compile_program
+
+    with open_checkpoint(tiny) as checkpoint:
+        program = compile_program(checkpoint.spec, lambda name: "f32", Limits(64), passes=())
+    with pytest.raises(ValueError, match="a pass is missing"):
+        Runner(program, 1)
+
+
+def test_a_program_prints_one_line_an_op(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        graph = compile_checkpoint(checkpoint, Limits(64)).graph
+    lines = graph.format().splitlines()
+    assert len(lines) == len(graph.ops)
+    assert lines[0].startswith("embed: f32[Tx64] = embed(model.embed_tokens.weight:f32[320x64]")

@@ -1,0 +1,147 @@
+"""Packed weights agree with the compressed-tensors package in both directions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import hf_tensors, tiny_llama_dir
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
+
+from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.blocks import dequantize, quantize
+from pronk.checkpoint.packed import pack_blocks, unpack_blocks
+from pronk.errors import CheckpointError
+
+
+def scheme(bits: int, symmetric: bool, group: int | None) -> QuantizationScheme:
+    strategy = "group" if group else "channel"
+    weights = QuantizationArgs(
+        num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group
+    )
+    return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def blocks_of(dtype: str, rows: int, cols: int) -> np.ndarray:
+    x = np.random.default_rng(rows).standard_normal((rows, cols)).astype(np.float32)
+    blocks = quantize(x, dtype)
+    if dtype == "q4_1":  # whole zero points, as our quantizer makes them
+        part = blocks.reshape(rows, cols // 32, 20)
+        d = np.ascontiguousarray(part[:, :, :2]).view(np.float16).astype(np.float32)
+        zero = np.random.default_rng(1).integers(0, 16, d.shape)
+        part[:, :, 2:4] = (-zero * d).astype(np.float16).view(np.uint8)
+    return blocks
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("q8_0", 8), ("q4_0", 4), ("q4_1", 4)])
+@pytest.mark.parametrize("rows", [16, 13])
+def test_what_we_pack_compressed_tensors_unpacks(dtype: str, bits: int, rows: int) -> None:
+    blocks = blocks_of(dtype, rows, 96)
+    packed = pack_blocks(blocks, dtype, 96)
+    assert packed["weight_scale"].dtype == np.float16
+    np.testing.assert_array_equal(unpack_blocks(packed, dtype, 96), blocks)
+    state = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in packed.items()}
+    state["weight_scale"] = state["weight_scale"].float()
+    plain = PackedQuantizationCompressor.decompress(state, scheme(bits, dtype != "q4_1", 32))
+    ours = dequantize(blocks, dtype, 96)
+    # q4_1 keeps the minimum as a half, which rounds scale times zero point.
+    tolerance = 2e-3 if dtype == "q4_1" else 0
+    np.testing.assert_allclose(ours, plain["weight"].numpy(), rtol=0, atol=tolerance)
+
+
+def test_minima_that_are_no_zero_points_are_refused() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    with pytest.raises(CheckpointError, match="whole zero points"):
+        pack_blocks(quantize(x, "q4_1"), "q4_1", 64)
+
+
+CASES = [(8, True, 32), (8, True, None), (4, True, 64), (4, True, 32), (4, False, 32)]
+CASES += [(4, False, None)]
+
+
+def packed_dir(path: Path, bits: int, symmetric: bool, group: int | None) -> dict[str, Any]:
+    """A tiny checkpoint compressed by compressed-tensors; what it decompresses to."""
+    tiny_llama_dir(path, tie_word_embeddings=False, intermediate_size=128)
+    plan = scheme(bits, symmetric, group)
+    out, expected = {}, {}
+    for name, weight in hf_tensors(path).items():
+        tensor = torch.from_numpy(weight)
+        if "_proj" not in name:
+            out[name], expected[name] = tensor, weight
+            continue
+        parts = tensor.reshape(len(tensor), -1, group or tensor.shape[1])
+        low, high = parts.amin(2).clamp(max=0), parts.amax(2).clamp(min=0)
+        if symmetric:
+            scale, zero = torch.maximum(-low, high) / (2 ** (bits - 1) - 1), torch.zeros_like(low)
+        else:
+            scale = (high - low) / (2**bits - 1)
+            zero = torch.round(-low / scale) - 2 ** (bits - 1)
+        scale = scale.half().float()
+        state = {"weight": tensor, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
+        state = PackedQuantizationCompressor.compress(state, plan)
+        module = name.removesuffix(".weight")
+        plain = PackedQuantizationCompressor.decompress(dict(state), plan)["weight"]
+        expected[name] = plain.numpy()
+        state["weight_scale"] = scale.half()
+        out.update({f"{module}.{key}": value.contiguous() for key, value in state.items()})
+    save_file(out, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": json.loads(plan.model_dump_json())},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "group"), CASES)
+def test_reads_what_compressed_tensors_wrote(
+    tmp_path: Path, bits: int, symmetric: bool, group: int | None
+) -> None:
+    expected = packed_dir(tmp_path, bits, symmetric, group)
+    with open_checkpoint(tmp_path) as checkpoint:
+        dtype = {8: "q8_0", 4: "q4_0" if symmetric else "q4_1"}[bits]
+        assert checkpoint.tensors["model.layers.0.mlp.down_proj.weight"].dtype == dtype
+        assert checkpoint.tensors["lm_head.weight"].dtype == "f32"
+        for name, info in checkpoint.tensors.items():
+            want = expected[name].reshape(info.rows, info.cols)
+            got = checkpoint.read_float(name)
+            tolerance = 1e-3 if dtype == "q4_1" else 0
+            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance, err_msg=name)
+            rows = checkpoint.read_rows(name, 0, info.rows)
+            assert rows.nbytes == info.nbytes
+            if info.rows > 20:
+                np.testing.assert_array_equal(checkpoint.read_rows(name, 3, 13), rows[3:13])
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"quant_method": "gptq"}, "'gptq'"),
+    ({"format": "float-quantized"}, "'float-quantized'"),
+    ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    ({"config_groups": {}}, "config_groups"),
+    ({"config_groups": {"W4A16": ["Linear"]}}, "config group"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 3, "group_size": 32}}}}, "3-bit"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 48}}}}, "48"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "tensor"}}}}, "'tensor'"),
+    ({"config_groups": {"a": {"weights": {"type": "float", "group_size": 32}}}}, "'float'"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 8, "group_size": 64}}}}, "does not name"),
+]
+
+
+def test_other_quantizations_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    packed_dir(tmp_path, 4, True, 32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in BAD:
+        changed = {**config, "quantization_config": {**config["quantization_config"], **change}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(tmp_path)

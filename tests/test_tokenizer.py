@@ -1,0 +1,264 @@
+"""Tokenizers: exact ids, exact bytes, and what save() writes loads in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CHAT_TEMPLATE, CORPUS, tiny_gguf, tiny_llama_dir
+
+from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.tokenizer import Tokenizer
+from pronk.errors import CheckpointError, RequestError
+
+TEXTS = [
+    "def f(x):\n    return x**2 + 10_000  # it's WE'RE can't\n",
+    "你好，世界！今天天气很好。日本語 かな 한국어",  # noqa: RUF001
+    "🙂👩‍👩‍👧 emoji é ñ ü ½ ² ٣",
+    "a   b \t\n\n  c \r\n   trailing   ",
+    "12345 3.14 0x1F",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "",
+    " ",
+]
+
+
+def load(path: Path) -> Tokenizer:
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama_dir(tmp_path_factory.mktemp("hf"))
+
+
+def check_round_trip(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special=False)
+        assert tokenizer.decode(ids, skip_special=False) == text
+        plain = b"".join(tokenizer.token_bytes(id) for id in ids)
+        assert plain.decode() == tokenizer.decode(ids)
+
+
+def check_saved(tokenizer: Tokenizer, directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(directory)
+    assert not list(directory.glob(".*.tmp"))
+    loaded = AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
+        assert loaded(text).input_ids == tokenizer.encode(text)
+    assert loaded.eos_token_id in tokenizer.eos_ids
+    assert loaded.bos_token_id == tokenizer.bos_id
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_directory_and_gguf_agree(tmp_path: Path, hf_dir: Path) -> None:
+    one, two = load(hf_dir), load(tiny_gguf(tmp_path / "m.gguf", hf_dir))
+    for tokenizer in (one, two):
+        check_round_trip(tokenizer)
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {2})
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+        assert tokenizer.chat_template == CHAT_TEMPLATE
+    for text in TEXTS:
+        assert one.encode(text) == two.encode(text)
+        assert one.encode(text, parse_special=False) == two.encode(text, parse_special=False)
+    check_saved(two, tmp_path / "saved")
+
+
+def test_special_tokens_in_a_text_are_read_only_if_asked(hf_dir: Path) -> None:
+    tokenizer = load(hf_dir)
+    assert tokenizer.encode("<|im_end|>") == [2]
+    spelled = tokenizer.encode("<|im_end|>", parse_special=False)
+    assert 2 not in spelled and tokenizer.decode(spelled) == "<|im_end|>"
+    assert tokenizer.encode("<|im_end|>") == [2]
+    assert tokenizer.token_bytes(2) == b"" and tokenizer.decode([2]) == ""
+    assert tokenizer.decode([2], skip_special=False) == "<|im_end|>"
+
+
+def test_begin_and_end_are_added_where_the_file_says(tmp_path: Path, hf_dir: Path) -> None:
+    marks = {"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__add_eos_token": True}
+    tokenizer = load(tiny_gguf(tmp_path / "m.gguf", hf_dir, **marks))
+    plain = tokenizer.encode("the dog", add_special=False)
+    assert tokenizer.encode("the dog") == [1, *plain, 2]
+    check_saved(tokenizer, tmp_path / "saved")
+
+
+def test_every_end_is_known(tmp_path: Path, hf_dir: Path) -> None:
+    path = tiny_gguf(tmp_path / "m.gguf", hf_dir, tokenizer__ggml__eot_token_id=0)
+    assert load(path).eos_ids == {0, 2}
+    load(path).save(tmp_path / "saved")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "saved" / file).write_bytes((hf_dir / file).read_bytes())
+    assert load(tmp_path / "saved").eos_ids == {0, 2}
+
+
+PRE = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-2": None,
+}
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_kinds_of_splitting_are_the_originals(tmp_path: Path, hf_dir: Path, pre: str) -> None:
+    import tokenizers
+    from tokenizers import pre_tokenizers
+
+    original = tokenizers.Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
+    pattern = PRE[pre]
+    if pattern is None:
+        original.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        original.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer = load(tiny_gguf(tmp_path / "m.gguf", hf_dir, tokenizer__ggml__pre=pre))
+    for text in [*TEXTS, *CORPUS]:
+        assert tokenizer.encode(text) == original.encode(text).ids
+
+
+@pytest.mark.parametrize("pre", ["default", "tekken", "starcoder"])
+def test_other_kinds_round_trip(tmp_path: Path, hf_dir: Path, pre: str) -> None:
+    check_round_trip(load(tiny_gguf(tmp_path / "m.gguf", hf_dir, tokenizer__ggml__pre=pre)))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"pre": "made-up"}, "unknown rule 'made-up'"),
+    ({"model": "bert"}, "unknown model 'bert'"),
+    ({"merges": ["ab"]}, "no pair"),
+    ({"merges": ["qqq zzz"]}, "cannot load"),
+    ({"merges": None}, "without merges"),
+    ({"tokens": ["a"] * 320}, "twice"),
+    ({"tokens": [f"t{i}" for i in range(400)]}, "only 320"),
+    ({"tokens": None}, "holds no tokenizer"),
+    ({"token_type": [1, 2]}, "token types"),
+    ({"eos_token_id": 320}, "eos token the id 320"),
+    ({"bos_token_id": 2**31}, "bos token"),
+    ({"model": "llama"}, "without a score"),
+]
+
+
+def test_broken_metadata_is_refused(tmp_path: Path, hf_dir: Path) -> None:
+    for fields, words in BAD:
+        keys = {f"tokenizer__ggml__{key}": value for key, value in fields.items()}
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load(tiny_gguf(tmp_path / "m.gguf", hf_dir, **keys))
+        assert "\n" not in str(caught.value)
+
+
+def test_broken_directories_are_refused(tmp_path: Path, hf_dir: Path) -> None:
+    for file in hf_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def refuse(name: str, text: str, words: str) -> None:
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path)
+        if before is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_text(before)
+
+    refuse("tokenizer.json", "{}", "no tokenizer that Pronk can load")
+    refuse("generation_config.json", '{"eos_token_id": [2, 320]}', "id 320")
+    refuse("generation_config.json", '{"eos_token_id": ["2"]}', "special token the id 2")
+    refuse("tokenizer_config.json", '{"bos_token": 7}', "bos_token")
+    refuse("tokenizer_config.json", '{"chat_template": 7}', "chat_template")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        load(tmp_path)
+
+
+def test_ids_beyond_the_model_are_refused(tmp_path: Path, hf_dir: Path) -> None:
+    for file in hf_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = stored["model"]["vocab"]
+    vocab["z"] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="id 5000"):
+        load(tmp_path).encode("z")
+    with pytest.raises(RequestError, match="out of range"):
+        load(hf_dir).decode([320])
+    with pytest.raises(RequestError, match="out of range"):
+        load(hf_dir).decode([-1])
+    with pytest.raises(RequestError, match="surrogate"):
+        load(hf_dir).encode("\ud800")
+
+
+def test_templates_beside_the_config(tmp_path: Path, hf_dir: Path) -> None:
+    for file in hf_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": "default", "template": "one"}]
+    config["eos_token"] = {"content": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load(tmp_path).chat_template == "one"
+    assert load(tmp_path).eos_token == "<|im_end|>"
+    (tmp_path / "chat_template.jinja").write_text("two")
+    assert load(tmp_path).chat_template == "two"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids_are_sentencepieces(tmp_path: Path, hf_dir: Path, prefix: bool) -> None:
+    import sentencepiece
+
+    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    ids = range(model.vocab_size())
+    kinds = [
+        2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+        for i in ids
+    ]
+    path = tiny_gguf(
+        tmp_path / "m.gguf",
+        hf_dir,
+        tokenizer__ggml__model="llama",
+        tokenizer__ggml__tokens=[model.id_to_piece(i) for i in ids],
+        tokenizer__ggml__scores=[float(model.get_score(i)) for i in ids],
+        tokenizer__ggml__token_type=kinds,
+        tokenizer__ggml__merges=None,
+        tokenizer__ggml__add_bos_token=None,
+        tokenizer__ggml__add_space_prefix=prefix,
+    )
+    tokenizer = load(path)
+    for text in [*CORPUS, *TEXTS]:
+        if not text or "<|" in text:
+            continue
+        got = tokenizer.encode(text)
+        assert got == [1, *model.encode(text)], text
+        assert tokenizer.decode(got) == text
+        streamed = b"".join(tokenizer.token_bytes(id) for id in got).decode()
+        assert streamed == (" " + text if prefix else text)
+    assert tokenizer.encode("a<s>b")[1:].count(1) == 1
+    check_saved(tokenizer, tmp_path / "saved")
+
+
+def test_the_real_tokenizer(tmp_path: Path, smollm2: Path) -> None:
+    tokenizer = load(smollm2)
+    check_round_trip(tokenizer)
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.encode("<|im_start|>user\nhi<|im_end|>") == [1, 4093, 198, 6004, 2]
+    assert (tokenizer.bos_token, tokenizer.eos_ids) == ("<|im_start|>", {2})
+    check_saved(tokenizer, tmp_path / "saved")
