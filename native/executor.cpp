@@ -92,6 +92,10 @@ void Executor::write(int64_t offset, const float* values, int64_t count) {
 void Executor::add(Op op) {
     const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
+    const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
+                        op.kind == OpKind::rms_norm || op.kind == OpKind::silu_mul;
+    require(op.planes == 0 || (planar && (op.planes == 1 || op.planes == 2)),
+            "activations have no, one or two planes");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
     const int64_t out_bytes = act_row_bytes(op.cols, op.planes);
     const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
@@ -131,7 +135,8 @@ void Executor::add(Op op) {
         case OpKind::matmul:
             require(!op.parts.empty(), "matmul without weights");
             for (const MatmulPart& part : op.parts) {
-                require(is_grouped(part.format) ? op.planes == 1 || op.planes == 2 : op.planes == 0,
+                require(is_grouped(part.format) ? op.planes > 0 && op.cols % kGroup == 0
+                                                : op.planes == 0,
                         "grouped weights need activations of one or two planes, others floats");
                 check(op.a, count, act_row_bytes(op.cols, op.planes), "matmul input");
                 const int64_t end = (part.column + round_up(part.rows, kPanel)) * 4;
@@ -144,8 +149,8 @@ void Executor::add(Op op) {
             require(op.heads > 0 && op.heads <= kMaxSide && kv_heads > 0 &&
                         op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
                         op.layer >= 0 && op.layer % 64 == 0 &&
-                        op.layer <= kv_shape_.block_bytes - 2 * kv_heads * kBlock * dim *
-                                                                (kv_shape_.bf16 ? 2 : 4),
+                        op.layer <= kv_shape_.block_bytes -
+                                        2 * kv_heads * kBlock * dim * (kv_shape_.bf16 ? 2 : 4),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
             if (op.kind == OpKind::attention)
@@ -171,7 +176,10 @@ void Executor::run(const Batch& batch) {
         require_range(batch.tables + batch.sequences[t] * limits_.max_blocks,
                       batch.positions[t] / kBlock + 1, limits_.num_blocks, "KV block");
     last_tokens_ = batch.tokens;
-    walk({{batch.ids, batch.positions, batch.sequences}, batch.tables, nullptr, batch.tokens,
+    walk({{batch.ids, batch.positions, batch.sequences},
+          batch.tables,
+          nullptr,
+          batch.tokens,
           false});
 }
 
@@ -209,8 +217,9 @@ void Executor::walk(const Step& step) {
 
 void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last) const {
     const Rows a = rows(op.a), b = rows(op.b), out = rows(op.out);
-    const KvView kv{kv_.data() + op.layer, kv_shape_.block_bytes, step.tables, limits_.max_blocks,
-                    kv_shape_.bf16, kv_shape_.heads, kv_shape_.head_dim};
+    const KvView kv{kv_.data() + op.layer, kv_shape_.block_bytes, step.tables,
+                    limits_.max_blocks,    kv_shape_.bf16,        kv_shape_.heads,
+                    kv_shape_.head_dim};
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
@@ -223,8 +232,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::quantize: return k.quantize(a, op.cols, out, op.planes, first, last);
         case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.planes, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
-        case OpKind::rope_store:
-            return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
+        case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
         case OpKind::attention:
             return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, first, last);
         case OpKind::gather:
@@ -236,8 +244,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             for (const MatmulPart& part : op.parts) {
                 const int64_t panels = round_up(part.rows, kPanel) / kPanel;
                 if (first < panels && last > 0)
-                    k.matmul(part, op.planes, op.cols, a, out, b, step.count, std::max<int64_t>(first, 0),
-                             std::min(last, panels));
+                    k.matmul(part, op.planes, op.cols, a, out, b, step.count,
+                             std::max<int64_t>(first, 0), std::min(last, panels));
                 first -= panels;
                 last -= panels;
             }

@@ -11,7 +11,18 @@
 
 namespace pronk {
 
-enum class OpKind { embed, rope_table, rms_norm, quantize, matmul, rope_store, attention, silu_mul, add, gather };
+enum class OpKind {
+    embed,
+    rope_table,
+    rms_norm,
+    quantize,
+    matmul,
+    rope_store,
+    attention,
+    silu_mul,
+    add,
+    gather
+};
 
 struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
     int64_t offset = -1;
@@ -23,9 +34,9 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;        // epsilon, or the attention scale
-    int planes = 0;          // of the activations: a matmul's input, else the output
-    int64_t layer = 0;       // offset of the layer within a KV block
+    float scalar = 0;   // epsilon, or the attention scale
+    int planes = 0;     // of the activations: a matmul's input, else the output
+    int64_t layer = 0;  // offset of the layer within a KV block
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;

@@ -15,9 +15,9 @@ class Region {
     enum class Pages { huge, resident };
     explicit Region(int64_t bytes, Pages pages = Pages::huge) : bytes_(bytes) {
         if (bytes == 0) return;
-        void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | (pages == Pages::resident ? populate : 0), -1,
-                       0);
+        void* p =
+            mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | (pages == Pages::resident ? populate : 0), -1, 0);
         if (p == MAP_FAILED) throw std::bad_alloc();
         data_ = static_cast<uint8_t*>(p);
 #if defined(MADV_HUGEPAGE)

@@ -189,9 +189,9 @@ def test_manifest(tied: Path, tmp_path: Path) -> None:
     manifest = json.loads((target / "pronk.json").read_text())
     assert (manifest["format"], manifest["tied"], manifest["budget"]) == (1, True, META["budget"])
     assert manifest["formats"] == MIXED
-    names = {file.name for file in target.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "pronk.json"}
-    assert set(manifest["sha256"]) == names - {"pronk.json"}
+    files = {file.name for file in target.iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json", "pronk.json"}
+    assert set(manifest["sha256"]) == files - {"pronk.json"}
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
     config = json.loads((target / "config.json").read_text())

@@ -114,9 +114,11 @@ def test_native_computes_what_the_interpreter_says(tiny, tmp_path, isa, dtype, a
     native = run_whole(runner, IDS)
     # int8 activations amplify a last-bit difference into a whole step now and then.
     worst = np.abs(native - expected).max(1) / np.abs(expected).max()
-    assert np.median(worst) < 2e-6
-    # A last-bit difference before a rounding of activations can become a whole step.
-    assert worst.max() < {"f32": 2e-5, "a15": 2e-4, "a8": 2e-2}[activations]
+    # A last-bit difference before a rounding of activations can become a whole step, and every
+    # step makes more of them: rare and large for 8 bits, common and small for 15.
+    median, most = {"f32": (2e-6, 2e-5), "a15": (1e-4, 3e-4), "a8": (2e-6, 2e-2)}[activations]
+    assert np.median(worst) < median
+    assert worst.max() < most
 
 
 def test_bf16_cache_is_close_to_float32(tiny):

@@ -21,9 +21,7 @@ from pronk.device.plan import (
     weight_bytes,
 )
 from pronk.errors import BudgetError
-from pronk.graph.build import build_decoder
-from pronk.graph.memory import plan_layout
-from pronk.graph.passes import run_passes
+from pronk.graph.program import Limits, compile_program
 from pronk.spec import LayerSpec, ModelSpec
 
 SPEC = ModelSpec(
@@ -71,8 +69,9 @@ def test_weights_are_those_of_the_runtime(
             return "f16"
         return formats[tensor_kind(name) or ""]
 
-    layout = plan_layout(run_passes(build_decoder(spec, dtype_of)), 64, 1)
-    assert weight_bytes(spec, formats) == layout.weight_bytes
+    program = compile_program(spec, dtype_of, Limits(64))
+    assert weight_bytes(spec, formats) == program.layout.weight_bytes
+    assert kv_bytes(spec, 64) == program.kv_bytes
 
 
 def test_weight_bytes_by_hand() -> None:

@@ -26,47 +26,54 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }  // namespace
 
 void bind_device(nb::module_& m) {
-    m.def("isa", [](const std::string& name) { return std::string(select_kernels(name.c_str()).name); },
-          "name"_a = "", "The ISA whose kernels run: the best, or the one named.");
-    m.def("read_bandwidth",
-          [](int64_t bytes, int threads, const std::string& isa) {
-              if (bytes < 1 || threads < 1 || threads > 1024)
-                  throw std::invalid_argument("bytes and threads must be positive");
-              nb::gil_scoped_release release;
-              const Kernels& kernels = select_kernels(isa.c_str());
-              Region region(bytes);
-              for (int64_t i = 0; i < bytes; i += 4096) region.data()[i] = 1;
-              Team team(threads);
-              const int64_t chunk = 1 << 20;
-              std::atomic<int64_t> next{0};
-              std::atomic<uint64_t> sum{0};
-              const auto start = std::chrono::steady_clock::now();
-              team.run([&] {
-                  for (int64_t i; (i = next.fetch_add(chunk)) < bytes;)
-                      sum += kernels.read(region.data() + i, std::min(chunk, bytes - i));
-              });
-              return static_cast<double>(bytes) / seconds_since(start);
-          },
-          "bytes"_a, "threads"_a, "isa"_a = "", "Bytes per second of one pass over fresh memory.");
-    m.def("int8_peak",
-          [](int64_t rounds, int threads, const std::string& isa) {
-              if (rounds < 1 || threads < 1 || threads > 1024)
-                  throw std::invalid_argument("rounds and threads must be positive");
-              nb::gil_scoped_release release;
-              const Kernels& kernels = select_kernels(isa.c_str());
-              Team team(threads);
-              std::atomic<int64_t> ops{0};
-              const auto start = std::chrono::steady_clock::now();
-              team.run([&] {
-                  uint8_t sink[4];
-                  ops += static_cast<int64_t>(kernels.peak(rounds, sink));
-              });
-              return static_cast<double>(ops.load()) / seconds_since(start);
-          },
-          "rounds"_a, "threads"_a, "isa"_a = "", "int8 multiply and add operations per second.");
-    m.def("trim", [] {
+    m.def(
+        "isa",
+        [](const std::string& name) { return std::string(select_kernels(name.c_str()).name); },
+        "name"_a = "", "The ISA whose kernels run: the best, or the one named.");
+    m.def(
+        "read_bandwidth",
+        [](int64_t bytes, int threads, const std::string& isa) {
+            if (bytes < 1 || threads < 1 || threads > 1024)
+                throw std::invalid_argument("bytes and threads must be positive");
+            nb::gil_scoped_release release;
+            const Kernels& kernels = select_kernels(isa.c_str());
+            Region region(bytes);
+            for (int64_t i = 0; i < bytes; i += 4096) region.data()[i] = 1;
+            Team team(threads);
+            const int64_t chunk = 1 << 20;
+            std::atomic<int64_t> next{0};
+            std::atomic<uint64_t> sum{0};
+            const auto start = std::chrono::steady_clock::now();
+            team.run([&] {
+                for (int64_t i; (i = next.fetch_add(chunk)) < bytes;)
+                    sum += kernels.read(region.data() + i, std::min(chunk, bytes - i));
+            });
+            return static_cast<double>(bytes) / seconds_since(start);
+        },
+        "bytes"_a, "threads"_a, "isa"_a = "", "Bytes per second of one pass over fresh memory.");
+    m.def(
+        "int8_peak",
+        [](int64_t rounds, int threads, const std::string& isa) {
+            if (rounds < 1 || threads < 1 || threads > 1024)
+                throw std::invalid_argument("rounds and threads must be positive");
+            nb::gil_scoped_release release;
+            const Kernels& kernels = select_kernels(isa.c_str());
+            Team team(threads);
+            std::atomic<int64_t> ops{0};
+            const auto start = std::chrono::steady_clock::now();
+            team.run([&] {
+                uint8_t sink[4];
+                ops += static_cast<int64_t>(kernels.peak(rounds, sink));
+            });
+            return static_cast<double>(ops.load()) / seconds_since(start);
+        },
+        "rounds"_a, "threads"_a, "isa"_a = "", "int8 multiply and add operations per second.");
+    m.def(
+        "trim",
+        [] {
 #if defined(__GLIBC__)
-        malloc_trim(0);
+            malloc_trim(0);
 #endif
-    }, "Gives freed heap memory back to the system.");
+        },
+        "Gives freed heap memory back to the system.");
 }

@@ -37,9 +37,9 @@ MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
     part.format = format;
     part.rows = static_cast<int32_t>(rows);
     part.column = static_cast<int32_t>(column);
-    part.bias = bias < 0 ? nullptr
-                         : reinterpret_cast<const float*>(
-                               e.weight(bias, round_up(rows, kPanel) * 4));
+    part.bias = bias < 0
+                    ? nullptr
+                    : reinterpret_cast<const float*>(e.weight(bias, round_up(rows, kPanel) * 4));
     return part;
 }
 
@@ -53,159 +53,179 @@ void bind_executor(nb::module_& m) {
     m.attr("PANEL") = kPanel;
     m.attr("GROUP") = kGroup;
     m.attr("KV_BLOCK") = kBlock;
-    m.def("packed_bytes", [](const std::string& format, int64_t rows, int64_t cols) {
-        return packed_bytes(parse_format(format), rows, cols);
-    }, "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
-    m.def("act_row_bytes", &act_row_bytes, "cols"_a, "planes"_a, "Bytes of a row of quantized activations.");
+    m.def(
+        "packed_bytes",
+        [](const std::string& format, int64_t rows, int64_t cols) {
+            return packed_bytes(parse_format(format), rows, cols);
+        },
+        "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
+    m.def("act_row_bytes", &act_row_bytes, "cols"_a, "planes"_a,
+          "Bytes of a row of quantized activations.");
 
     nb::class_<Executor>(m, "Executor", "Runs a program of ops over one arena.")
-        .def("__init__",
-             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
-                int64_t arena_bytes, int64_t max_tokens, int64_t max_rows, int64_t max_sequences,
-                int64_t max_blocks, int64_t num_blocks, int64_t vocab, int32_t kv_heads,
-                int32_t head_dim, bool kv_bf16, int64_t kv_block_bytes) {
-                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
-                     num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
-                     throw std::invalid_argument("executor sizes must not be negative");
-                 new (self) Executor(
-                     threads, isa, weight_bytes, arena_bytes,
-                     {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
-                     {kv_heads, head_dim, kv_bf16, kv_block_bytes});
-             },
-             nb::kw_only(), "threads"_a, "isa"_a, "weight_bytes"_a, "arena_bytes"_a, "max_tokens"_a, "max_rows"_a,
-             "max_sequences"_a, "max_blocks"_a, "num_blocks"_a, "vocab"_a, "kv_heads"_a,
-             "head_dim"_a, "kv_bf16"_a, "kv_block_bytes"_a)
+        .def(
+            "__init__",
+            [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
+               int64_t arena_bytes, int64_t max_tokens, int64_t max_rows, int64_t max_sequences,
+               int64_t max_blocks, int64_t num_blocks, int64_t vocab, int32_t kv_heads,
+               int32_t head_dim, bool kv_bf16, int64_t kv_block_bytes) {
+                if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
+                    num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
+                    throw std::invalid_argument("executor sizes must not be negative");
+                new (self)
+                    Executor(threads, isa, weight_bytes, arena_bytes,
+                             {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
+                             {kv_heads, head_dim, kv_bf16, kv_block_bytes});
+            },
+            nb::kw_only(), "threads"_a, "isa"_a, "weight_bytes"_a, "arena_bytes"_a, "max_tokens"_a,
+            "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "num_blocks"_a, "vocab"_a,
+            "kv_heads"_a, "head_dim"_a, "kv_bf16"_a, "kv_block_bytes"_a)
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
         .def_prop_ro("arena_bytes", &Executor::arena_bytes)
         .def_prop_ro("kv_bytes", &Executor::kv_bytes)
-        .def("pack",
-             [](Executor& e, const std::string& format, int64_t offset, int64_t total_rows,
-                int64_t cols, int64_t row0, Bytes rows) {
-                 nb::gil_scoped_release release;
-                 e.pack(parse_format(format), offset, total_rows, cols, row0,
-                        static_cast<int64_t>(rows.shape(0)), rows.data(),
-                        static_cast<int64_t>(rows.size()));
-             },
-             "format"_a, "offset"_a, "total_rows"_a, "cols"_a, "row0"_a, "rows"_a)
-        .def("write",
-             [](Executor& e, int64_t offset, Floats values) {
-                 e.write(offset, values.data(), static_cast<int64_t>(values.size()));
-             },
-             "offset"_a, "values"_a)
-        .def("embed",
-             [](Executor& e, Part table, int64_t cols, Slot out, int64_t grain) {
-                 Op op{OpKind::embed};
-                 op.parts = {make_part(e, table, cols)};
-                 op.cols = cols, op.out = at(out), op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "table"_a, "cols"_a, "out"_a, "grain"_a)
-        .def("rope_table",
-             [](Executor& e, int64_t frequencies, int64_t head_dim, Slot out, int64_t grain) {
-                 Op op{OpKind::rope_table};
-                 op.vector = vector_at(e, frequencies, head_dim / 2);
-                 op.cols = head_dim, op.out = at(out), op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
-        .def("rms_norm",
-             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
-                int planes, bool head, int64_t grain) {
-                 Op op{OpKind::rms_norm};
-                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
-                 op.cols = cols, op.out = at(out), op.planes = planes, op.head = head;
-                 op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
-        .def("quantize",
-             [](Executor& e, Slot x, int64_t cols, Slot out, int planes, bool head, int64_t grain) {
-                 Op op{OpKind::quantize};
-                 op.a = at(x), op.cols = cols, op.out = at(out), op.planes = planes;
-                 op.head = head, op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "x"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
-        .def("matmul",
-             [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, int planes,
-                Slot residual, Slot out, bool head, int64_t grain) {
-                 Op op{OpKind::matmul};
-                 op.a = at(x), op.b = at(residual), op.out = at(out);
-                 op.cols = cols, op.planes = planes, op.head = head, op.grain = grain;
-                 for (const Part& p : parts) op.parts.push_back(make_part(e, p, cols));
-                 e.add(std::move(op));
-             },
-             "x"_a, "parts"_a, "cols"_a, "planes"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
-        .def("rope_store",
-             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer, int64_t grain) {
-                 Op op{OpKind::rope_store};
-                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
-                 op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "qkv"_a, "table"_a, "heads"_a, "layer"_a, "grain"_a)
-        .def("attention",
-             [](Executor& e, Slot qkv, int64_t heads, int64_t layer, float scale, Slot out,
-                int64_t grain) {
-                 Op op{OpKind::attention};
-                 op.a = at(qkv), op.heads = heads, op.layer = layer, op.scalar = scale;
-                 op.out = at(out), op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "qkv"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
-        .def("silu_mul",
-             [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, int planes,
-                int64_t grain) {
-                 Op op{OpKind::silu_mul};
-                 op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out), op.planes = planes;
-                 op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "gate"_a, "up"_a, "cols"_a, "out"_a, "planes"_a, "grain"_a)
-        .def("add",
-             [](Executor& e, Slot a, Slot b, int64_t cols, Slot out, int64_t grain) {
-                 Op op{OpKind::add};
-                 op.a = at(a), op.b = at(b), op.cols = cols, op.out = at(out), op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "a"_a, "b"_a, "cols"_a, "out"_a, "grain"_a)
-        .def("gather",
-             [](Executor& e, Slot x, int64_t cols, Slot out, int64_t grain) {
-                 Op op{OpKind::gather};
-                 op.a = at(x), op.cols = cols, op.out = at(out), op.head = true, op.grain = grain;
-                 e.add(std::move(op));
-             },
-             "x"_a, "cols"_a, "out"_a, "grain"_a)
-        .def("run",
-             [](Executor& e, Ids ids, Ids positions, Ids sequences, Table tables) {
-                 if (positions.size() != ids.size() || sequences.size() != ids.size())
-                     throw std::invalid_argument("ids, positions and sequences differ in length");
-                 nb::gil_scoped_release release;
-                 e.run({ids.data(), positions.data(), sequences.data(),
-                        static_cast<int64_t>(ids.size()), tables.data(),
-                        static_cast<int64_t>(tables.shape(0)),
-                        static_cast<int64_t>(tables.shape(1))});
-             },
-             "ids"_a, "positions"_a, "sequences"_a, "tables"_a)
-        .def("head",
-             [](Executor& e, Ids rows) {
-                 nb::gil_scoped_release release;
-                 e.head(rows.data(), static_cast<int64_t>(rows.size()));
-             },
-             "rows"_a)
-        .def("read",
-             [](const Executor& e, Slot source, Matrix out) {
-                 const int64_t rows = static_cast<int64_t>(out.shape(0));
-                 const int64_t bytes = static_cast<int64_t>(out.shape(1)) * 4;
-                 if (source.first < 0 || bytes > source.second ||
-                     source.first + rows * source.second > e.arena_bytes())
-                     throw std::invalid_argument("read lies outside the arena");
-                 for (int64_t i = 0; i < rows; ++i)
-                     std::memcpy(reinterpret_cast<uint8_t*>(out.data()) + i * bytes,
-                                 e.arena() + source.first + i * source.second,
-                                 static_cast<size_t>(bytes));
-             },
-             "source"_a, "out"_a, "Copies float rows of the arena into an array.");
+        .def(
+            "pack",
+            [](Executor& e, const std::string& format, int64_t offset, int64_t total_rows,
+               int64_t cols, int64_t row0, Bytes rows) {
+                nb::gil_scoped_release release;
+                e.pack(parse_format(format), offset, total_rows, cols, row0,
+                       static_cast<int64_t>(rows.shape(0)), rows.data(),
+                       static_cast<int64_t>(rows.size()));
+            },
+            "format"_a, "offset"_a, "total_rows"_a, "cols"_a, "row0"_a, "rows"_a)
+        .def(
+            "write",
+            [](Executor& e, int64_t offset, Floats values) {
+                e.write(offset, values.data(), static_cast<int64_t>(values.size()));
+            },
+            "offset"_a, "values"_a)
+        .def(
+            "embed",
+            [](Executor& e, Part table, int64_t cols, Slot out, int64_t grain) {
+                Op op{OpKind::embed};
+                op.parts = {make_part(e, table, cols)};
+                op.cols = cols, op.out = at(out), op.grain = grain;
+                e.add(std::move(op));
+            },
+            "table"_a, "cols"_a, "out"_a, "grain"_a)
+        .def(
+            "rope_table",
+            [](Executor& e, int64_t frequencies, int64_t head_dim, Slot out, int64_t grain) {
+                Op op{OpKind::rope_table};
+                op.vector = vector_at(e, frequencies, head_dim / 2);
+                op.cols = head_dim, op.out = at(out), op.grain = grain;
+                e.add(std::move(op));
+            },
+            "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
+        .def(
+            "rms_norm",
+            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out, int planes,
+               bool head, int64_t grain) {
+                Op op{OpKind::rms_norm};
+                op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
+                op.cols = cols, op.out = at(out), op.planes = planes, op.head = head;
+                op.grain = grain;
+                e.add(std::move(op));
+            },
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
+        .def(
+            "quantize",
+            [](Executor& e, Slot x, int64_t cols, Slot out, int planes, bool head, int64_t grain) {
+                Op op{OpKind::quantize};
+                op.a = at(x), op.cols = cols, op.out = at(out), op.planes = planes;
+                op.head = head, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "x"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
+        .def(
+            "matmul",
+            [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, int planes,
+               Slot residual, Slot out, bool head, int64_t grain) {
+                Op op{OpKind::matmul};
+                op.a = at(x), op.b = at(residual), op.out = at(out);
+                op.cols = cols, op.planes = planes, op.head = head, op.grain = grain;
+                for (const Part& p : parts) op.parts.push_back(make_part(e, p, cols));
+                e.add(std::move(op));
+            },
+            "x"_a, "parts"_a, "cols"_a, "planes"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
+        .def(
+            "rope_store",
+            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer, int64_t grain) {
+                Op op{OpKind::rope_store};
+                op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
+                op.grain = grain;
+                e.add(std::move(op));
+            },
+            "qkv"_a, "table"_a, "heads"_a, "layer"_a, "grain"_a)
+        .def(
+            "attention",
+            [](Executor& e, Slot qkv, int64_t heads, int64_t layer, float scale, Slot out,
+               int64_t grain) {
+                Op op{OpKind::attention};
+                op.a = at(qkv), op.heads = heads, op.layer = layer, op.scalar = scale;
+                op.out = at(out), op.grain = grain;
+                e.add(std::move(op));
+            },
+            "qkv"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
+        .def(
+            "silu_mul",
+            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, int planes, int64_t grain) {
+                Op op{OpKind::silu_mul};
+                op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out),
+                op.planes = planes;
+                op.grain = grain;
+                e.add(std::move(op));
+            },
+            "gate"_a, "up"_a, "cols"_a, "out"_a, "planes"_a, "grain"_a)
+        .def(
+            "add",
+            [](Executor& e, Slot a, Slot b, int64_t cols, Slot out, int64_t grain) {
+                Op op{OpKind::add};
+                op.a = at(a), op.b = at(b), op.cols = cols, op.out = at(out), op.grain = grain;
+                e.add(std::move(op));
+            },
+            "a"_a, "b"_a, "cols"_a, "out"_a, "grain"_a)
+        .def(
+            "gather",
+            [](Executor& e, Slot x, int64_t cols, Slot out, int64_t grain) {
+                Op op{OpKind::gather};
+                op.a = at(x), op.cols = cols, op.out = at(out), op.head = true, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "x"_a, "cols"_a, "out"_a, "grain"_a)
+        .def(
+            "run",
+            [](Executor& e, Ids ids, Ids positions, Ids sequences, Table tables) {
+                if (positions.size() != ids.size() || sequences.size() != ids.size())
+                    throw std::invalid_argument("ids, positions and sequences differ in length");
+                nb::gil_scoped_release release;
+                e.run({ids.data(), positions.data(), sequences.data(),
+                       static_cast<int64_t>(ids.size()), tables.data(),
+                       static_cast<int64_t>(tables.shape(0)),
+                       static_cast<int64_t>(tables.shape(1))});
+            },
+            "ids"_a, "positions"_a, "sequences"_a, "tables"_a)
+        .def(
+            "head",
+            [](Executor& e, Ids rows) {
+                nb::gil_scoped_release release;
+                e.head(rows.data(), static_cast<int64_t>(rows.size()));
+            },
+            "rows"_a)
+        .def(
+            "read",
+            [](const Executor& e, Slot source, Matrix out) {
+                const int64_t rows = static_cast<int64_t>(out.shape(0));
+                const int64_t bytes = static_cast<int64_t>(out.shape(1)) * 4;
+                if (source.first < 0 || bytes > source.second ||
+                    source.first + rows * source.second > e.arena_bytes())
+                    throw std::invalid_argument("read lies outside the arena");
+                for (int64_t i = 0; i < rows; ++i)
+                    std::memcpy(reinterpret_cast<uint8_t*>(out.data()) + i * bytes,
+                                e.arena() + source.first + i * source.second,
+                                static_cast<size_t>(bytes));
+            },
+            "source"_a, "out"_a, "Copies float rows of the arena into an array.");
 }

@@ -1,7 +1,8 @@
 // Rotary embedding, the paged KV cache, and attention in one pass over its blocks.
 //
 // A block holds kBlock positions of every KV head. Keys lie position-inner ([d][position], bf16
-// in pairs of d) so that 16 positions are scored without a horizontal sum; values lie [position][d].
+// in pairs of d) so that 16 positions are scored without a horizontal sum; values lie
+// [position][d].
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -36,8 +37,7 @@ inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, co
         const float* angles = table.row<float>(t);
         for (int64_t h = 0; h < heads + kv.kv_heads; ++h) rotate(q + h * dim, angles, dim / 2);
         const int64_t position = tokens.positions[t];
-        const int64_t block =
-            kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
+        const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
         const int64_t slot = position % kBlock;
         for (int64_t h = 0; h < kv.kv_heads; ++h) {
             const float* k = q + (heads + h) * dim;

@@ -58,8 +58,8 @@ inline void write_row(int64_t cols, uint8_t* row, int planes, Fn fn) {
     }
 }
 
-inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out,
-                     int planes, int64_t first, int64_t last) {
+inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out, int planes,
+                     int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* row = x.row<float>(t);
         F squares = set(0.0f);

@@ -11,7 +11,9 @@ static inline float bits_to_float(uint32_t bits) {
     return f;
 }
 
-static inline float bf16_to_f32(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+static inline float bf16_to_f32(uint16_t h) {
+    return bits_to_float(static_cast<uint32_t>(h) << 16);
+}
 
 // Round to nearest, ties to even; a NaN stays a NaN.
 static inline uint16_t f32_to_bf16(float f) {

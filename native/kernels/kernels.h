@@ -10,9 +10,9 @@ namespace pronk {
 struct MatmulPart {
     const uint8_t* weight;  // packed
     Format format;
-    int32_t rows;        // outputs
-    int32_t column;      // first output column
-    const float* bias;   // [rows] or null
+    int32_t rows;       // outputs
+    int32_t column;     // first output column
+    const float* bias;  // [rows] or null
 };
 
 struct Rows {  // a matrix in the arena
@@ -25,14 +25,16 @@ struct Rows {  // a matrix in the arena
 };
 
 struct KvView {
-    uint8_t* base;         // this layer's part of block 0
-    int64_t block_stride;  // bytes between blocks
-    const int32_t* tables; // [sequences, max_blocks]
+    uint8_t* base;          // this layer's part of block 0
+    int64_t block_stride;   // bytes between blocks
+    const int32_t* tables;  // [sequences, max_blocks]
     int64_t max_blocks;
-    bool bf16;             // else float32
+    bool bf16;  // else float32
     int32_t kv_heads, head_dim;
     [[gnu::always_inline]] int64_t element() const { return bf16 ? 2 : 4; }
-    [[gnu::always_inline]] int64_t head_bytes() const { return int64_t(kBlock) * head_dim * element(); }
+    [[gnu::always_inline]] int64_t head_bytes() const {
+        return int64_t(kBlock) * head_dim * element();
+    }
 };
 
 struct Tokens {  // what a step runs on
@@ -45,11 +47,11 @@ struct Kernels {
     const char* name;
     uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
     // Output columns [16 * first, 16 * last) of one part, for `tokens` rows of x.
-    void (*matmul)(const MatmulPart& part, int planes, int64_t cols, Rows x, Rows out, Rows residual,
-                   int64_t tokens, int64_t first, int64_t last);
+    void (*matmul)(const MatmulPart& part, int planes, int64_t cols, Rows x, Rows out,
+                   Rows residual, int64_t tokens, int64_t first, int64_t last);
     // Rows [first, last): out = x * weight / rms(x); quantized when `planes`.
-    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
-                     int planes, int64_t first, int64_t last);
+    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, int planes,
+                     int64_t first, int64_t last);
     void (*quantize)(Rows x, int64_t cols, Rows out, int planes, int64_t first, int64_t last);
     void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, int planes, int64_t first,
                      int64_t last);

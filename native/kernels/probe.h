@@ -11,14 +11,13 @@ inline uint64_t read(const uint8_t* data, int64_t bytes) {
     const int8_t ones[4] = {1, 1, 1, 1};
     I sum[4] = {set_i(0), set_i(0), set_i(0), set_i(0)};
     for (int64_t i = 0; i + 256 <= bytes; i += 256)
-        for (int j = 0; j < 4; ++j)
-            sum[j] = dot4_8bit(sum[j], load_b(data + i + 64 * j), ones);
+        for (int j = 0; j < 4; ++j) sum[j] = dot4_8bit(sum[j], load_b(data + i + 64 * j), ones);
     return static_cast<uint64_t>(hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
 }
 
 inline double peak(int64_t rounds, uint8_t* sink) {
     // Enough to cover the latency, few enough for registers; unrolled, or the sums go to memory.
-    constexpr int chains = kTile + kTile / 2;
+    constexpr int chains = kTilePanels * kTile * 3 / 2;
     alignas(64) uint8_t weights[64];
     int8_t x[4 * chains];
     std::memset(weights, 3, sizeof weights);
@@ -34,7 +33,8 @@ inline double peak(int64_t rounds, uint8_t* sink) {
     }
     uint32_t sum = 0;  // may wrap: only keeps the work from being dropped
 #pragma GCC unroll 16
-    for (int c = 0; c < chains; ++c) sum += static_cast<uint32_t>(hsum(total(acc[c])));
+    for (int c = 0; c < chains; ++c)
+        sum += static_cast<uint32_t>(hsum(add(total(acc[c]), set_i(-kBase))));
     std::memcpy(sink, &sum, 4);
     return static_cast<double>(rounds) * chains * 16 * 4 * 2;
 }

@@ -10,13 +10,22 @@
 
 namespace pronk::avx2 {
 
-constexpr int kTile = 4;
+constexpr int kTilePanels = 1, kTile = 4;
 constexpr uint8_t kBias8 = 0;
+constexpr int32_t kBase = 0x4b400000;  // as on AVX-512
 
-struct F { __m256 lo, hi; };
-struct I { __m256i lo, hi; };
-struct N { __m256i lo, hi; };  // 16 lanes of two int16 sums each
-struct B { __m256i lo, hi; };  // 64 bytes
+struct F {
+    __m256 lo, hi;
+};
+struct I {
+    __m256i lo, hi;
+};
+struct N {
+    __m256i lo, hi;
+};  // 16 lanes of two int16 sums each
+struct B {
+    __m256i lo, hi;
+};  // 64 bytes
 
 inline F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -83,7 +92,10 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
               _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
 }
 inline I set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline F times(I sum, F d) {
+    return fma({_mm256_castsi256_ps(sum.lo), _mm256_castsi256_ps(sum.hi)}, d,
+               mul(d, set(-0x1.8p23f)));
+}
 inline I to_int(F a) {  // nearest, ties to even
     return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)};
 }
@@ -123,7 +135,8 @@ inline __m256i broadcast(const int8_t* a) {
     __builtin_memcpy(&x, a, 4);
     return _mm256_set1_epi32(x);
 }
-// A group's sum fits int16: each half lane is at most 16 products of 15 * 127, and with a start
+// Sums of nibble products over one group, from kBase + x; kBase joins last, for until then a
+// sum fits int16: each half lane is at most 16 products of 15 * 127, and with a start
 // of -8 * sum(a) at most 32 of 8 * 127; on the way there additions may wrap.
 inline N start(int32_t x) {
     const __m256i v = _mm256_set1_epi32(x & 0xffff);
@@ -136,7 +149,7 @@ inline N dot4(N acc, B w, const int8_t* a) {
 }
 inline I total(N acc) {
     const __m256i ones = _mm256_set1_epi16(1);
-    return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
+    return add({_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)}, set_i(kBase));
 }
 // |w| * (a with the sign of w): two products are at most 2 * 128 * 127 and fit int16.
 inline __m256i dot4_8bit(__m256i acc, __m256i w, __m256i x) {

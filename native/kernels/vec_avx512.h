@@ -10,12 +10,22 @@
 
 namespace pronk::avx512 {
 
-constexpr int kTile = 8;  // tokens that share one unpacked panel
+constexpr int kTilePanels = 2, kTile = 4;
 constexpr uint8_t kBias8 = 128;
+// Integer sums start at the bits of 1.5 * 2^23: such a sum, below 2^22 in size, read as a float is
+// 1.5 * 2^23 + sum, so that times() needs no conversion. It still rounds d * sum once, for
+// 1.5 * 2^23 * d is exact where d comes from 11 bits.
+constexpr int32_t kBase = 0x4b400000;
 
-struct F { __m512 v; };
-struct I { __m512i v; };
-struct B { __m512i v; };  // 64 bytes
+struct F {
+    __m512 v;
+};
+struct I {
+    __m512i v;
+};
+struct B {
+    __m512i v;
+};  // 64 bytes
 
 inline F set(float x) { return {_mm512_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -49,7 +59,7 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     second.v = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
 }
 inline I set_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline F times(I sum, F d) { return fma({_mm512_castsi512_ps(sum.v)}, d, mul(d, set(-0x1.8p23f))); }
 inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, ties to even
 inline int32_t hsum(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -74,8 +84,9 @@ inline I dot4(I acc, B w, const int8_t* a) {
     return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))};
 }
 inline I dot4_8bit(I acc, B w, const int8_t* a) { return dot4(acc, w, a); }
-using N = I;  // sums of nibble products over one group
-inline N start(int32_t x) { return set_i(x); }
+// Sums of nibble products over one group, from kBase + x.
+using N = I;
+inline N start(int32_t x) { return set_i(kBase + x); }
 inline I total(N acc) { return acc; }
 
 }  // namespace pronk::avx512

@@ -12,13 +12,20 @@
 
 namespace pronk::generic {
 
-constexpr int kTile = 2;
+constexpr int kTilePanels = 1, kTile = 2;
 constexpr uint8_t kBias8 = 0;
+constexpr int32_t kBase = 0;  // its fma rounds twice
 constexpr int kLanes = 16;
 
-struct F { float v[kLanes]; };
-struct I { int32_t v[kLanes]; };
-struct B { uint8_t v[4 * kLanes]; };
+struct F {
+    float v[kLanes];
+};
+struct I {
+    int32_t v[kLanes];
+};
+struct B {
+    uint8_t v[4 * kLanes];
+};
 
 template <class Fn>
 inline F map(Fn fn) {
@@ -26,18 +33,38 @@ inline F map(Fn fn) {
     for (int i = 0; i < kLanes; ++i) r.v[i] = fn(i);
     return r;
 }
-inline F set(float x) { return map([&](int) { return x; }); }
-inline F load(const float* p) { return map([&](int i) { return p[i]; }); }
+inline F set(float x) {
+    return map([&](int) { return x; });
+}
+inline F load(const float* p) {
+    return map([&](int i) { return p[i]; });
+}
 inline void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
-inline F add(F a, F b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
-inline F sub(F a, F b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
-inline F mul(F a, F b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
-inline F div(F a, F b) { return map([&](int i) { return a.v[i] / b.v[i]; }); }
-inline F max(F a, F b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline F min(F a, F b) { return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F add(F a, F b) {
+    return map([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F sub(F a, F b) {
+    return map([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F mul(F a, F b) {
+    return map([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F div(F a, F b) {
+    return map([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F max(F a, F b) {
+    return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F min(F a, F b) {
+    return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 // Two roundings: software fma would be far slower, and no ISA promises another's bits.
-inline F fma(F a, F b, F c) { return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-inline F abs(F a) { return map([&](int i) { return std::fabs(a.v[i]); }); }
+inline F fma(F a, F b, F c) {
+    return map([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline F abs(F a) {
+    return map([&](int i) { return std::fabs(a.v[i]); });
+}
 inline float hmax(F a) {
     float m = a.v[0];
     for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
@@ -48,9 +75,15 @@ inline float hsum(F a) {
         for (int i = 0; i < n; ++i) a.v[i] += a.v[i + n];
     return a.v[0];
 }
-inline F keep_first(F a, int n, float x) { return map([&](int i) { return i < n ? a.v[i] : x; }); }
-inline F load_f16(const uint16_t* p) { return map([&](int i) { return f16_to_f32(p[i]); }); }
-inline F load_bf16(const uint16_t* p) { return map([&](int i) { return bf16_to_f32(p[i]); }); }
+inline F keep_first(F a, int n, float x) {
+    return map([&](int i) { return i < n ? a.v[i] : x; });
+}
+inline F load_f16(const uint16_t* p) {
+    return map([&](int i) { return f16_to_f32(p[i]); });
+}
+inline F load_bf16(const uint16_t* p) {
+    return map([&](int i) { return bf16_to_f32(p[i]); });
+}
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     first = map([&](int i) { return bf16_to_f32(p[2 * i]); });
     second = map([&](int i) { return bf16_to_f32(p[2 * i + 1]); });
@@ -60,7 +93,9 @@ inline I set_i(int32_t x) {
     for (int32_t& e : r.v) e = x;
     return r;
 }
-inline F to_float(I a) { return map([&](int i) { return static_cast<float>(a.v[i]); }); }
+inline F times(I sum, F d) {
+    return map([&](int i) { return static_cast<float>(sum.v[i]) * d.v[i]; });
+}
 // Of a NaN or what no int32 holds, the least int32, as x86 has it.
 inline int32_t nearest_int(float x) {
     return x >= -0x1p31f && x < 0x1p31f ? static_cast<int32_t>(std::nearbyint(x)) : INT32_MIN;
@@ -90,7 +125,9 @@ inline F exp2i(F n) {
         return bits_to_float((static_cast<uint32_t>(nearest_int(n.v[i])) + 127u) << 23);
     });
 }
-inline F round(F a) { return map([&](int i) { return std::nearbyint(a.v[i]); }); }
+inline F round(F a) {
+    return map([&](int i) { return std::nearbyint(a.v[i]); });
+}
 inline B load_b(const uint8_t* p) {
     B b;
     std::memcpy(b.v, p, sizeof b.v);
@@ -111,8 +148,9 @@ inline I dot4(I acc, B w, const int8_t* a) {
     return acc;
 }
 inline I dot4_8bit(I acc, B w, const int8_t* a) { return dot4(acc, w, a); }
-using N = I;  // sums of nibble products over one group
-inline N start(int32_t x) { return set_i(x); }
+// Sums of nibble products over one group, from kBase + x.
+using N = I;
+inline N start(int32_t x) { return set_i(kBase + x); }
 inline I total(N acc) { return acc; }
 
 }  // namespace pronk::generic

@@ -11,32 +11,57 @@
 
 namespace pronk::neon {
 
-constexpr int kTile = 4;  // 16 of 32 registers hold sums
+constexpr int kTilePanels = 1, kTile = 4;
 constexpr uint8_t kBias8 = 0;
+constexpr int32_t kBase = 0x4b400000;  // as on AVX-512
 
-struct F { float32x4_t v[4]; };
-struct I { int32x4_t v[4]; };
-struct B { uint8x16_t v[4]; };  // 64 bytes
+struct F {
+    float32x4_t v[4];
+};
+struct I {
+    int32x4_t v[4];
+};
+struct B {
+    uint8x16_t v[4];
+};  // 64 bytes
 
 template <class R, class Fn>
 inline R each(Fn fn) {
     return {{fn(0), fn(1), fn(2), fn(3)}};
 }
-inline F set(float x) { return each<F>([&](int) { return vdupq_n_f32(x); }); }
-inline F load(const float* p) { return each<F>([&](int i) { return vld1q_f32(p + 4 * i); }); }
+inline F set(float x) {
+    return each<F>([&](int) { return vdupq_n_f32(x); });
+}
+inline F load(const float* p) {
+    return each<F>([&](int i) { return vld1q_f32(p + 4 * i); });
+}
 inline void store(float* p, F a) {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
 }
-inline F add(F a, F b) { return each<F>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); }); }
-inline F sub(F a, F b) { return each<F>([&](int i) { return vsubq_f32(a.v[i], b.v[i]); }); }
-inline F mul(F a, F b) { return each<F>([&](int i) { return vmulq_f32(a.v[i], b.v[i]); }); }
-inline F div(F a, F b) { return each<F>([&](int i) { return vdivq_f32(a.v[i], b.v[i]); }); }
-inline F max(F a, F b) { return each<F>([&](int i) { return vmaxq_f32(a.v[i], b.v[i]); }); }
-inline F min(F a, F b) { return each<F>([&](int i) { return vminq_f32(a.v[i], b.v[i]); }); }
+inline F add(F a, F b) {
+    return each<F>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
+}
+inline F sub(F a, F b) {
+    return each<F>([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
+}
+inline F mul(F a, F b) {
+    return each<F>([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
+}
+inline F div(F a, F b) {
+    return each<F>([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+}
+inline F max(F a, F b) {
+    return each<F>([&](int i) { return vmaxq_f32(a.v[i], b.v[i]); });
+}
+inline F min(F a, F b) {
+    return each<F>([&](int i) { return vminq_f32(a.v[i], b.v[i]); });
+}
 inline F fma(F a, F b, F c) {
     return each<F>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 }
-inline F abs(F a) { return each<F>([&](int i) { return vabsq_f32(a.v[i]); }); }
+inline F abs(F a) {
+    return each<F>([&](int i) { return vabsq_f32(a.v[i]); });
+}
 inline float hmax(F a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
 }
@@ -52,8 +77,7 @@ inline F keep_first(F a, int n, float x) {
     });
 }
 inline F load_f16(const uint16_t* p) {
-    return each<F>(
-        [&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
+    return each<F>([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
 inline F load_bf16(const uint16_t* p) {
     return each<F>(
@@ -67,12 +91,19 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
         second.v[i] = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000u)));
     }
 }
-inline I set_i(int32_t x) { return each<I>([&](int) { return vdupq_n_s32(x); }); }
-inline F to_float(I a) { return each<F>([&](int i) { return vcvtq_f32_s32(a.v[i]); }); }
+inline I set_i(int32_t x) {
+    return each<I>([&](int) { return vdupq_n_s32(x); });
+}
+inline F times(I sum, F d) {
+    const F f = each<F>([&](int i) { return vreinterpretq_f32_s32(sum.v[i]); });
+    return fma(f, d, mul(d, set(-0x1.8p23f)));
+}
 inline I to_int(F a) {  // nearest, ties to even
     return each<I>([&](int i) { return vcvtnq_s32_f32(a.v[i]); });
 }
-inline I add(I a, I b) { return each<I>([&](int i) { return vaddq_s32(a.v[i], b.v[i]); }); }
+inline I add(I a, I b) {
+    return each<I>([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
+}
 inline int32_t hsum(I a) {
     return vaddvq_s32(vaddq_s32(vaddq_s32(a.v[0], a.v[1]), vaddq_s32(a.v[2], a.v[3])));
 }
@@ -86,8 +117,12 @@ inline F exp2i(F n) {
     const I e = add(to_int(n), set_i(127));
     return each<F>([&](int i) { return vreinterpretq_f32_s32(vshlq_n_s32(e.v[i], 23)); });
 }
-inline F round(F a) { return each<F>([&](int i) { return vrndnq_f32(a.v[i]); }); }
-inline B load_b(const uint8_t* p) { return each<B>([&](int i) { return vld1q_u8(p + 16 * i); }); }
+inline F round(F a) {
+    return each<F>([&](int i) { return vrndnq_f32(a.v[i]); });
+}
+inline B load_b(const uint8_t* p) {
+    return each<B>([&](int i) { return vld1q_u8(p + 16 * i); });
+}
 inline B low_nibbles(B b) {
     return each<B>([&](int i) { return vandq_u8(b.v[i], vdupq_n_u8(15)); });
 }
@@ -99,11 +134,11 @@ inline I dot4_8bit(I acc, B w, const int8_t* a) {
     int32_t x;
     std::memcpy(&x, a, 4);
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
-    return each<I>(
-        [&](int i) { return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), xs); });
+    return each<I>([&](int i) { return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), xs); });
 }
-using N = I;  // sums of nibble products over one group
-inline N start(int32_t x) { return set_i(x); }
+// Sums of nibble products over one group, from kBase + x.
+using N = I;
+inline N start(int32_t x) { return set_i(kBase + x); }
 inline N dot4(N acc, B w, const int8_t* a) { return dot4_8bit(acc, w, a); }
 inline I total(N acc) { return acc; }
 

@@ -34,8 +34,8 @@ class Setup {
     int64_t tokens() const { return static_cast<int64_t>(positions.size()); }
     int64_t width() const { return width_; }
     KvView view() const {  // the second of two layers
-        return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks,
-                c_.bf16,              c_.kv_heads, c_.dim};
+        return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks, c_.bf16,
+                c_.kv_heads,          c_.dim};
     }
     Tokens at(int64_t token) const {
         return {nullptr, positions.data() + token, sequences.data() + token};
@@ -109,8 +109,7 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const Buffer before(n * stride), qkv(n * stride), table(n * c.dim * 4), out(n * out_stride);
     before.fill(random);
     for (int64_t t = 0; t < n; ++t) {
-        for (int i = 0; i < c.heads * c.dim; ++i)
-            before.floats()[t * setup.width() + i] *= c.scale;
+        for (int i = 0; i < c.heads * c.dim; ++i) before.floats()[t * setup.width() + i] *= c.scale;
         for (int i = 0; i < c.dim / 2; ++i) {
             const double angle = setup.positions[size_t(t)] * std::pow(0.9, i);
             table.floats()[t * c.dim + i] = static_cast<float>(std::cos(angle));
@@ -126,14 +125,14 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
                       n * c.heads);
     double rotation = 0, worst = 0;
     for (int64_t t = 0; t < n; ++t) {
-        rotation = std::max(rotation,
-                            rotation_error(c, before.floats() + t * setup.width(),
-                                           qkv.floats() + t * setup.width(),
-                                           table.floats() + t * c.dim) / std::max(1.0f, c.scale));
+        rotation = std::max(
+            rotation, rotation_error(c, before.floats() + t * setup.width(),
+                                     qkv.floats() + t * setup.width(), table.floats() + t * c.dim) /
+                          std::max(1.0f, c.scale));
         for (int h = 0; h < c.heads; ++h)
-            worst = std::max(worst, attention_error(c, setup, qkv, t, h,
-                                                    out.floats() + (t * c.heads + h) * c.dim,
-                                                    scale));
+            worst =
+                std::max(worst, attention_error(c, setup, qkv, t, h,
+                                                out.floats() + (t * c.heads + h) * c.dim, scale));
     }
     const char* kv = c.bf16 ? "bf16" : "f32";
     check(rotation <= 1, "%s rope_store dim %d %s", kernels.name, c.dim, kv);

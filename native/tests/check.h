@@ -78,8 +78,8 @@ inline bool same(const void* a, const void* b, int64_t bytes) {
 // Half precision written anew, so that the kernels' conversions have something to agree with.
 inline double half_value(uint16_t h) {
     const int exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-    const double magnitude = exponent ? std::ldexp(1024 + mantissa, exponent - 25)
-                                      : std::ldexp(mantissa, -24);
+    const double magnitude =
+        exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
     return h & 0x8000 ? -magnitude : magnitude;
 }
 inline double bfloat_value(uint16_t h) {

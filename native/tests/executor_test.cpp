@@ -1,9 +1,10 @@
 // A one-layer model run by the executor: the same bits on any number of threads and however its
 // tokens are batched; and every argument that could reach outside a region refused.
+#include "../executor.h"
+
 #include <functional>
 #include <stdexcept>
 
-#include "../executor.h"
 #include "check.h"
 
 namespace pronk::test {
@@ -11,8 +12,8 @@ namespace pronk::test {
 namespace {
 
 constexpr int64_t kHidden = 64, kMlp = 96, kVocab = 50, kTokens = 40, kHeads = 4, kKvHeads = 2,
-                  kDim = 16, kQkv = (kHeads + 2 * kKvHeads) * kDim, kLayer = 2 * kKvHeads * kBlock *
-                                                                             kDim * 2;
+                  kDim = 16, kQkv = (kHeads + 2 * kKvHeads) * kDim,
+                  kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
 constexpr KvShape kKv{kKvHeads, kDim, true, kLayer};
 
@@ -22,7 +23,8 @@ class Model {
         : executor(threads, kernels.name, 1 << 18, 1 << 20, kLimits, kKv),
           kernels_(kernels),
           random_(11) {
-        const Ref x = space(kHidden), table = space(kDim), qkv = space(kQkv), heads = space(kHidden);
+        const Ref x = space(kHidden), table = space(kDim), qkv = space(kQkv),
+                  heads = space(kHidden);
         const Ref gate_up = space(2 * kMlp), act = space(kMlp), last = space(kHidden);
         const Ref up{gate_up.offset + kMlp * 4, gate_up.stride};
         const MatmulPart embedding = weights(Format::q8_0, kVocab, kHidden, 0);
@@ -34,34 +36,35 @@ class Model {
         Op angles = op(OpKind::rope_table, {}, table, kDim);
         angles.vector = vector(kDim / 2);
         executor.add(angles);
-        norm(x, act, true, false);
-        matmul(act, {weights(Format::q4_1, kHidden, kHidden, 0),
-                     weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kHidden)},
-               kHidden, {}, qkv, false);
+        norm(x, act, 1, false);
+        matmul(act,
+               {weights(Format::q4_1, kHidden, kHidden, 0),
+                weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kHidden)},
+               kHidden, {}, qkv, 1, false);
         Op store = op(OpKind::rope_store, qkv, {}, 0);
         store.b = table, store.heads = kHeads;
         executor.add(store);
         Op attention = op(OpKind::attention, qkv, heads, 0);
         attention.heads = kHeads, attention.scalar = 0.25f;
         executor.add(attention);
-        executor.add(op(OpKind::quantize, heads, act, kHidden, true));
-        matmul(act, {weights(Format::q4_0, kHidden, kHidden, 0)}, kHidden, x, x, false);
-        norm(x, heads, false, false);
-        matmul(heads, {weights(Format::f16, kMlp, kHidden, 0),
-                       weights(Format::bf16, kMlp, kHidden, kMlp)},
-               kHidden, {}, gate_up, false);
-        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, true);
+        executor.add(op(OpKind::quantize, heads, act, kHidden, 2));
+        matmul(act, {weights(Format::q4_0, kHidden, kHidden, 0)}, kHidden, x, x, 2, false);
+        norm(x, heads, 0, false);
+        matmul(heads,
+               {weights(Format::f16, kMlp, kHidden, 0), weights(Format::bf16, kMlp, kHidden, kMlp)},
+               kHidden, {}, gate_up, 0, false);
+        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, 1);
         silu.b = up;
         executor.add(silu);
-        matmul(act, {weights(Format::q8_0, kHidden, kMlp, 0)}, kMlp, {}, heads, false);
+        matmul(act, {weights(Format::q8_0, kHidden, kMlp, 0)}, kMlp, {}, heads, 1, false);
         Op sum = op(OpKind::add, x, x, kHidden);
         sum.b = heads;
         executor.add(sum);
         Op gather = op(OpKind::gather, x, last, kHidden);
         gather.head = true;
         executor.add(gather);
-        norm(last, act, true, true);
-        matmul(act, {embedding}, kHidden, {}, logits, true);
+        norm(last, act, 1, true);
+        matmul(act, {embedding}, kHidden, {}, logits, 1, true);
     }
 
     // Logits of the given rows after running `count` tokens of the list from `first`.
@@ -79,9 +82,10 @@ class Model {
         return out;
     }
 
-    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, bool quantized = false) {
+    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, int planes = 0) {
         Op result{};
-        result.kind = kind, result.a = a, result.out = out, result.cols = cols, result.quantized = quantized;
+        result.kind = kind, result.a = a, result.out = out, result.cols = cols,
+        result.planes = planes;
         result.grain = 3;
         return result;
     }
@@ -94,10 +98,9 @@ class Model {
         const Weights w(kernels_, format, rows, cols, Fill::random, random_);
         std::vector<uint8_t> source = w.source;
         const int64_t bytes = packed_bytes(format, rows, cols), stride = row_bytes(format, cols);
-        executor.pack(format, weight_, rows, cols, 0, rows - 5, source.data(),
-                      (rows - 5) * stride);
-        executor.pack(format, weight_, rows, cols, rows - 5, 5,
-                      source.data() + (rows - 5) * stride, 5 * stride);
+        executor.pack(format, weight_, rows, cols, 0, rows - 5, source.data(), (rows - 5) * stride);
+        executor.pack(format, weight_, rows, cols, rows - 5, 5, source.data() + (rows - 5) * stride,
+                      5 * stride);
         const MatmulPart part{executor.weight(weight_, bytes), format, static_cast<int32_t>(rows),
                               column, nullptr};
         weight_ += round_up(bytes, 64);
@@ -116,14 +119,14 @@ class Model {
     Ref logits;
 
   private:
-    void norm(Ref x, Ref out, bool quantized, bool head) {
-        Op n = op(OpKind::rms_norm, x, out, kHidden, quantized);
+    void norm(Ref x, Ref out, int planes, bool head) {
+        Op n = op(OpKind::rms_norm, x, out, kHidden, planes);
         n.vector = vector(kHidden), n.scalar = 1e-5f, n.head = head;
         executor.add(n);
     }
     void matmul(Ref x, std::vector<MatmulPart> parts, int64_t cols, Ref residual, Ref out,
-                bool head) {
-        Op m = op(OpKind::matmul, x, out, cols);
+                int planes, bool head) {
+        Op m = op(OpKind::matmul, x, out, cols, planes);
         m.b = residual, m.parts = std::move(parts), m.head = head;
         executor.add(m);
     }
@@ -175,9 +178,7 @@ void test_refusals(const Kernels& kernels) {
     Executor& e = model.executor;
     const Ref row{0, kHidden * 4};
     const int64_t big = int64_t(1) << 62;
-    const auto refuse = [&](const char* what, Op op) {
-        throws(kernels, what, [&] { e.add(op); });
-    };
+    const auto refuse = [&](const char* what, Op op) { throws(kernels, what, [&] { e.add(op); }); };
     const auto head = [](Op op) {  // the model ends in head ops: what follows must be one
         op.head = true;
         return op;
@@ -202,9 +203,15 @@ void test_refusals(const Kernels& kernels) {
     refuse("a matmul without weights", head(Model::op(OpKind::matmul, row, row, kHidden)));
     refuse("attention in the head", head(Model::op(OpKind::attention, row, row, 0)));
     refuse("an embedding in the head", head(Model::op(OpKind::embed, row, row, kHidden)));
-    Op wide = norm(row, row, kHidden);
-    wide.grain = 0;
-    refuse("no grain", wide);
+    Op odd = norm(row, row, kHidden);
+    odd.grain = 0;
+    refuse("no grain", odd);
+    odd.grain = 1, odd.planes = 3;
+    refuse("three planes", odd);
+    odd.planes = -1;
+    refuse("a negative number of planes", odd);
+    odd.planes = 1, odd.kind = OpKind::gather;
+    refuse("a gather of planes", odd);
 
     const auto body = [&](const char* what, const std::function<void(Op&)>& change) {
         Executor fresh(1, kernels.name, 1 << 12, 1 << 16, kLimits, kKv);

@@ -22,7 +22,8 @@ void test_isa(const Kernels& kernels) {
         const int64_t before = passed, wrong = failed;
         topic.run(kernels);
         std::printf("%-8s %-10s %5lld passed, %lld failed\n", kernels.name, topic.name,
-                    static_cast<long long>(passed - before), static_cast<long long>(failed - wrong));
+                    static_cast<long long>(passed - before),
+                    static_cast<long long>(failed - wrong));
         std::fflush(stdout);
     }
 }

@@ -10,27 +10,37 @@ namespace {
 constexpr int64_t kRows = 5;
 
 // How far a quantized row is from `want`, in units of what rounding allows.
-double act_error(const uint8_t* row, const std::vector<double>& want, double tolerance) {
+double act_error(const uint8_t* row, int planes, const std::vector<double>& want,
+                 double tolerance) {
     const int64_t cols = static_cast<int64_t>(want.size()), groups = cols / kGroup;
     const int8_t* q = reinterpret_cast<const int8_t*>(row);
-    const float* scale = reinterpret_cast<const float*>(row + cols);
+    const float* scale = reinterpret_cast<const float*>(row + planes * cols);
+    const double range = planes == 2 ? 127 * 128 : 127;
     double worst = 0;
     for (int64_t g = 0; g < groups; ++g) {
         double top = 0;
-        int32_t sum = 0, stored;
+        int32_t sums[2] = {0, 0}, stored[2];
         for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
             top = std::max(top, std::fabs(want[size_t(k)]));
-            sum += q[k];
+            for (int plane = 0; plane < planes; ++plane) {
+                sums[plane] += q[plane * cols + k];
+                if (q[plane * cols + k] == -128) return INFINITY;
+            }
         }
-        std::memcpy(&stored, scale + 2 * groups + g, 4);
+        for (int plane = 0; plane < planes; ++plane) {
+            std::memcpy(&stored[plane], scale + (2 + plane) * groups + g, 4);
+            if (stored[plane] != sums[plane]) return INFINITY;
+        }
+        const int32_t sum = planes == 2 ? 128 * sums[0] + sums[1] : sums[0];
         const float product = scale[g] * static_cast<float>(sum);
-        if (stored != sum || !same(&scale[groups + g], &product, 4)) return INFINITY;
-        const double s = top / 127;
+        if (!same(&scale[groups + g], &product, 4)) return INFINITY;
+        const double s = top / range;
         worst = std::max(worst, std::fabs(scale[g] - s) / (s * (tolerance + 1e-6) + 1e-33));
         for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
-            if (q[k] == -128) return INFINITY;
-            const double error = std::fabs(q[k] * double(scale[g]) - want[size_t(k)]);
-            worst = std::max(worst, error / (s * (0.5 + 254 * tolerance + 1e-4) + 1e-30));
+            const int whole = planes == 2 ? 128 * q[k] + q[cols + k] : q[k];
+            const double error = std::fabs(whole * double(scale[g]) - want[size_t(k)]);
+            const double steps = 0.5 + range * (2 * tolerance + 1e-6);
+            worst = std::max(worst, error / (s * steps + 1e-30));
         }
     }
     return worst;
@@ -39,8 +49,8 @@ double act_error(const uint8_t* row, const std::vector<double>& want, double tol
 double row_error(const float* row, const std::vector<double>& want, double tolerance) {
     double worst = 0;
     for (size_t k = 0; k < want.size(); ++k) {
-        worst = std::max(worst, std::fabs(row[k] - want[k]) /
-                                    (std::fabs(want[k]) * tolerance + 1e-33));
+        worst =
+            std::max(worst, std::fabs(row[k] - want[k]) / (std::fabs(want[k]) * tolerance + 1e-33));
         if (std::isnan(row[k])) return INFINITY;
     }
     return worst;
@@ -50,21 +60,21 @@ double row_error(const float* row, const std::vector<double>& want, double toler
 template <class Run, class Want>
 void test_both(const Kernels& kernels, const char* name, int64_t cols, double tolerance, Run run,
                Want want) {
-    for (const bool quantized : {false, true}) {
-        const int64_t stride = quantized ? act_row_bytes(cols) : cols * 4;
+    for (const int planes : {0, 1, 2}) {
+        const int64_t stride = act_row_bytes(cols, planes);
         const Buffer out(kRows * stride);
         const Rows rows{out.data(), stride};
-        run(rows, quantized, 0, 2);
-        run(rows, quantized, 2, kRows);
+        run(rows, planes, 0, 2);
+        run(rows, planes, 2, kRows);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const std::vector<double> expected = want(t);
-            worst = std::max(worst, quantized
-                                        ? act_error(rows.row<uint8_t>(t), expected, tolerance)
-                                        : row_error(rows.row<float>(t), expected, tolerance));
+            worst = std::max(worst,
+                             planes ? act_error(rows.row<uint8_t>(t), planes, expected, tolerance)
+                                    : row_error(rows.row<float>(t), expected, tolerance));
         }
-        check(worst <= 1, "%s %s %lld%s: %.2f of the bound", kernels.name, name,
-              static_cast<long long>(cols), quantized ? " quantized" : "", worst);
+        check(worst <= 1, "%s %s %lld in %d planes: %.2f of the bound", kernels.name, name,
+              static_cast<long long>(cols), planes, worst);
     }
 }
 
@@ -85,9 +95,9 @@ void test_rms_norm(const Kernels& kernels, int64_t cols, Random& random) {
     const float eps = 1e-5f;
     test_both(
         kernels, "rms_norm", cols, 1e-5,
-        [&](Rows out, bool quantized, int64_t first, int64_t last) {
-            kernels.rms_norm({x.data(), cols * 4}, weight.floats(), eps, cols, out, quantized,
-                             first, last);
+        [&](Rows out, int planes, int64_t first, int64_t last) {
+            kernels.rms_norm({x.data(), cols * 4}, weight.floats(), eps, cols, out, planes, first,
+                             last);
         },
         [&](int64_t t) {
             std::vector<double> want(static_cast<size_t>(cols));
@@ -109,8 +119,8 @@ void test_silu_mul(const Kernels& kernels, int64_t cols, Random& random) {
         gate.floats()[k] = k < 32 ? -100.0f : k % 2 ? 100.0f : -87.0f - float(k) / 32;
     test_both(
         kernels, "silu_mul", cols, 2e-6,
-        [&](Rows out, bool quantized, int64_t first, int64_t last) {
-            kernels.silu_mul({gate.data(), cols * 4}, {up.data(), cols * 4}, cols, out, quantized,
+        [&](Rows out, int planes, int64_t first, int64_t last) {
+            kernels.silu_mul({gate.data(), cols * 4}, {up.data(), cols * 4}, cols, out, planes,
                              first, last);
         },
         [&](int64_t t) {
@@ -123,39 +133,44 @@ void test_silu_mul(const Kernels& kernels, int64_t cols, Random& random) {
         });
 }
 
-void test_quantize_add(const Kernels& kernels, int64_t cols, Random& random) {
-    const Buffer x(kRows * cols * 4), y(kRows * cols * 4), sum(kRows * cols * 4);
-    const int64_t stride = act_row_bytes(cols);
-    const Buffer q(kRows * stride);
+void test_quantize(const Kernels& kernels, int planes, int64_t cols, Random& random) {
+    const int64_t stride = act_row_bytes(cols, planes);
+    const Buffer x(kRows * cols * 4), q(kRows * stride);
+    const Rows in{x.data(), cols * 4}, out{q.data(), stride};
     for (const float huge : {1e6f, 1e38f}) {
         fill_rows(x, cols, huge, random);
-        fill_rows(y, cols, huge, random);
         for (int64_t k = 0; k < 32; ++k)  // too small for its scale to have a finite inverse
             x.floats()[3 * cols + k] = random.uniform(1e-38f);
-        kernels.quantize({x.data(), cols * 4}, cols, {q.data(), stride}, 0, kRows);
-        kernels.add({x.data(), cols * 4}, {y.data(), cols * 4}, cols, {sum.data(), cols * 4}, 0,
-                    kRows);
-        bool equal = true;
+        kernels.quantize(in, cols, out, planes, 0, kRows);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const float* row = x.floats() + t * cols;
-            worst = std::max(worst, act_error(q.data() + t * stride, {row, row + cols}, 0));
+            worst = std::max(worst, act_error(q.data() + t * stride, planes, {row, row + cols}, 0));
         }
-        for (int64_t i = 0; i < kRows * cols; ++i)
-            equal &= sum.floats()[i] == x.floats()[i] + y.floats()[i];
-        check(worst <= 1, "%s quantize %lld: %.2f of the bound", kernels.name,
-              static_cast<long long>(cols), worst);
-        check(equal, "%s add %lld", kernels.name, static_cast<long long>(cols));
+        check(worst <= 1, "%s quantize %lld in %d planes: %.2f of the bound", kernels.name,
+              static_cast<long long>(cols), planes, worst);
     }
     // What is not finite must show, and must not be undefined.
     x.floats()[0] = INFINITY;
     for (int64_t k = 0; k < cols; ++k) x.floats()[cols + k] = NAN;
-    kernels.quantize({x.data(), cols * 4}, cols, {q.data(), stride}, 0, 2);
+    kernels.quantize(in, cols, out, planes, 0, 2);
     float scales[2];
-    std::memcpy(&scales[0], q.data() + cols, 4);
-    std::memcpy(&scales[1], q.data() + stride + cols, 4);
+    std::memcpy(&scales[0], q.data() + planes * cols, 4);
+    std::memcpy(&scales[1], q.data() + stride + planes * cols, 4);
     check(std::isinf(scales[0]) && std::isnan(scales[1]), "%s quantize hides inf or NaN",
           kernels.name);
+}
+
+void test_add(const Kernels& kernels, int64_t cols, Random& random) {
+    const Buffer x(kRows * cols * 4), y(kRows * cols * 4), sum(kRows * cols * 4);
+    x.fill(random);
+    y.fill(random);
+    const int64_t stride = cols * 4;
+    kernels.add({x.data(), stride}, {y.data(), stride}, cols, {sum.data(), stride}, 0, kRows);
+    bool equal = true;
+    for (int64_t i = 0; i < kRows * cols; ++i)
+        equal &= sum.floats()[i] == x.floats()[i] + y.floats()[i];
+    check(equal, "%s add %lld", kernels.name, static_cast<long long>(cols));
 }
 
 void test_embed(const Kernels& kernels, Format format, Random& random) {
@@ -203,7 +218,8 @@ void test_rows(const Kernels& kernels) {
     for (const int64_t cols : {32, 64, 96, 576, 1536}) {
         test_rms_norm(kernels, cols, random);
         test_silu_mul(kernels, cols, random);
-        test_quantize_add(kernels, cols, random);
+        for (const int planes : {1, 2}) test_quantize(kernels, planes, cols, random);
+        test_add(kernels, cols, random);
     }
     for (const Format format : kFormats) test_embed(kernels, format, random);
     test_rope_table(kernels);

@@ -209,6 +209,10 @@ def _scheme(weights: dict[str, Any], refuse: Any, empty: Any) -> Scheme:
         )
     if strategy is None:
         strategy = "channel" if size == -1 else "group" if size else "tensor"
+    # Float32 zero points, as Pronk's bundles keep those of q4_1 (see `real_minima`).
+    real = strategy == "tensor_group" and weights.get("zp_dtype") == "torch.float32"
+    if real and (bits, symmetric) == (4, False):
+        strategy = "group"
     if strategy == "channel":
         size = 0
     elif strategy != "group" or type(size) is not int or size <= 0 or size % 32:

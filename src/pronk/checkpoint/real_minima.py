@@ -19,6 +19,9 @@ __all__ = ["join_minima", "split_minima"]
 
 Bytes = NDArray[np.uint8]
 
+# Packed bytes converted at a time.
+_CHUNK = 1 << 17
+
 
 def split_minima(blocks: Bytes, cols: int) -> dict[str, NDArray[Any]]:
     """Rows of q4_1 blocks, uint8 [rows, row bytes], as the tensors of a packed weight.
@@ -62,15 +65,23 @@ def join_minima(words: Bytes, scale: NDArray[np.float32], zero: NDArray[np.float
     CheckpointError
         If a scale or a minimum is outside the range of float16.
     """
-    plain = assemble(words, scale, None, "q4_0")
+    rows, groups = len(words), words.shape[1] // 16
+    out = np.empty((rows, groups, 20), dtype=np.uint8)
+    # A few rows at a time: this runs while a model loads, where every temporary counts.
+    step = max(1, _CHUNK // words.shape[1])
+    for at in range(0, rows, step):
+        some = slice(at, at + step)
+        _join(words[some], scale[some], zero[some], out[some])
+    return out.reshape(rows, -1)
+
+
+def _join(words: Bytes, scale: NDArray[np.float32], zero: NDArray[np.float32], out: Bytes) -> None:
+    plain = assemble(words, scale, None, "q4_0").reshape(*out.shape[:2], 18)
     with np.errstate(over="ignore", invalid="ignore"):
         minimum = (-(zero + np.float32(8)) * scale).astype(np.float16)
     if not np.isfinite(minimum).all():
         raise CheckpointError("a packed weight has a minimum outside the range of float16")
-    rows, groups = len(words), plain.shape[1] // 18
-    spread = np.repeat(minimum, groups // zero.shape[1], axis=1)
-    out = np.empty((rows, groups, 20), dtype=np.uint8)
-    out[:, :, :2] = plain.reshape(rows, groups, 18)[:, :, :2]
-    out[:, :, 2:4] = spread.view(np.uint8).reshape(rows, groups, 2)
-    out[:, :, 4:] = plain.reshape(rows, groups, 18)[:, :, 2:]
-    return out.reshape(rows, -1)
+    spread = np.repeat(minimum, out.shape[1] // zero.shape[1], axis=1)
+    out[:, :, :2] = plain[:, :, :2]
+    out[:, :, 2:4] = spread.view(np.uint8).reshape(*out.shape[:2], 2)
+    out[:, :, 4:] = plain[:, :, 2:]

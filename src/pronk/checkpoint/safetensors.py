@@ -25,6 +25,7 @@ from pronk.checkpoint.blocks import dequantize
 from pronk.checkpoint.families import check_tensors
 from pronk.checkpoint.hf_config import read_spec
 from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
+from pronk.checkpoint.real_minima import join_minima
 from pronk.errors import CheckpointError
 from pronk.spec import Budget, ModelSpec
 
@@ -75,6 +76,15 @@ class _Packed:
     def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows in GGUF's block layout."""
         zero = None
+        if self.zero is not None and self.zero.dtype == "F32":
+            try:
+                return join_minima(
+                    self.words.rows(start, stop),
+                    self.scale.floats(start, stop),
+                    self.zero.floats(start, stop),
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.words.path} is damaged: {error}") from None
         if self.zero is not None:
             raw = self.zero.rows(start // 8, -(-stop // 8)).view("<i4")
             zero = unpack_down(raw, start % 8, stop - start)
@@ -205,6 +215,7 @@ class SafetensorsCheckpoint(Checkpoint):
         scale = stored.pop(module + ".weight_scale", None)
         shape = stored.pop(module + ".weight_shape", None)
         zero = stored.pop(module + ".weight_zero_point", None)
+        overall = stored.pop(module + ".weight_global_scale", None)
         if scale is None or shape is None:
             raise refuse("without its weight_scale or weight_shape")
         if module + ".weight_g_idx" in stored:
@@ -223,7 +234,16 @@ class SafetensorsCheckpoint(Checkpoint):
         groups = scale.shape[1]
         if groups <= 0 or cols % groups or cols // groups % 32:
             raise refuse(f"with {groups} scales for rows of {cols}")
-        if zero is not None and (zero.dtype != "I32" or zero.shape != (-(-rows // 8), groups)):
+        if zero is not None and zero.dtype == "F32":
+            if zero.shape != (rows, groups):
+                raise refuse("with zero points that do not fit its scales")
+            if overall is None or overall.dtype != "F32" or overall.shape != (1,):
+                raise refuse("with real zero points and without its weight_global_scale")
+            if read_exact(overall.fd, overall.offset, 4, overall.path).view("<f4")[0] != 1:
+                raise refuse("with a weight_global_scale other than one")
+        elif overall is not None:
+            raise refuse("with a weight_global_scale, which Pronk does not read")
+        elif zero is not None and (zero.dtype != "I32" or zero.shape != (-(-rows // 8), groups)):
             raise refuse("with zero points that do not fit its scales")
         dtype = packed_dtype(bits, symmetric)
         stated = {(bits, symmetric, cols // groups), (bits, symmetric, 0 if groups == 1 else -1)}

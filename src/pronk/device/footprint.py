@@ -10,10 +10,14 @@ import importlib
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from pronk.device.child import run_json
 from pronk.device.memory import peak_memory, resident_memory, trim
 from pronk.errors import PronkError
+
+if TYPE_CHECKING:
+    from pronk.checkpoint.tokenizer import Tokenizer
 
 __all__ = ["RUN_MODULES", "measure"]
 
@@ -50,24 +54,23 @@ def measure(path: str | os.PathLike[str]) -> int:
     return overhead
 
 
-def _exercise(path: str) -> None:
-    for name in RUN_MODULES:
-        importlib.import_module(name)
+def _exercise(path: str) -> Tokenizer:
+    modules = {name: importlib.import_module(name) for name in RUN_MODULES}
     from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.sources import resolve
 
-    with open_checkpoint(path) as ckpt:
+    with open_checkpoint(resolve(path)) as ckpt:
         tokenizer = ckpt.load_tokenizer()
     text = "Explain why the sky is blue, in two sentences that a child would understand."
     if tokenizer.chat_template:
-        from pronk.serve.chat import render
-
-        text = render(
+        text = modules["pronk.serve.chat"].render(
             tokenizer.chat_template,
             [{"role": "user", "content": text}],
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",
         )
     tokenizer.decode(tokenizer.encode(text))
+    return tokenizer
 
 
 def _main(arguments: list[str]) -> int:
@@ -75,12 +78,15 @@ def _main(arguments: list[str]) -> int:
         print("usage: python -m pronk.device.footprint PATH", file=sys.stderr)
         return 2
     try:
-        _exercise(arguments[0])
+        # Held until the memory is read: it stays as long as a model does.
+        tokenizer = _exercise(arguments[0])
     except PronkError as error:
         print(error, file=sys.stderr)
         return 2
     trim()
-    print(json.dumps({"overhead": resident_memory(), "peak": peak_memory()}))
+    now, peak = resident_memory(), peak_memory()
+    del tokenizer
+    print(json.dumps({"overhead": now, "peak": peak}))
     return 0
 
 

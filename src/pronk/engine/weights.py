@@ -16,7 +16,7 @@ from pronk.graph.pack import PANEL
 
 __all__ = ["Conversion", "load_weights"]
 
-_CHUNK = 4 << 20  # bytes read at once: enough for the disk, little beside the weights
+_CHUNK = 1 << 18  # bytes read at once: temporaries are bytes that the user pays for
 
 
 @dataclass(frozen=True, slots=True)

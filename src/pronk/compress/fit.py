@@ -14,16 +14,18 @@ from pronk.checkpoint.kinds import tensor_kind
 from pronk.compress.quantize import RoundToNearest
 from pronk.device import footprint
 from pronk.device.child import run_json
-from pronk.device.plan import Candidate, candidates, fits, pareto, plan, refusal
+from pronk.device.plan import FORMATS, Candidate, candidates, fits, pareto, plan, refusal
 from pronk.errors import BudgetError, PronkError, RequestError
+from pronk.graph.program import Limits, compile_program
 from pronk.spec import MemoryPlan, ModelSpec
 from pronk.units import format_bytes
 
-__all__ = ["FitReport", "Tools", "fit", "source_formats"]
+__all__ = ["FitReport", "Tools", "arena_bytes", "fit", "source_formats"]
 
 Progress = Callable[[str, int, int], None]
 
 _ATTEMPTS = 4
+_CONTEXT = 2048
 
 
 def _bench(path: Path, context: int, threads: int | None) -> dict[str, Any]:
@@ -124,13 +126,22 @@ def source_formats(ckpt: Checkpoint) -> dict[str, dict[str, float]]:
     }
 
 
+def arena_bytes(spec: ModelSpec, context: int) -> int:
+    """Bytes of the activations of the most demanding variant."""
+
+    def arena(dtype: str) -> int:
+        return compile_program(spec, lambda _: dtype, Limits(context)).layout.arena_bytes
+
+    return max(map(arena, FORMATS))
+
+
 def fit(
     source_path: str | os.PathLike[str],
     memory_bytes: int,
-    context: int,
+    context: int | None,
     out_dir: str | os.PathLike[str],
     *,
-    arena_bytes: Callable[[ModelSpec], int],
+    arena_bytes: Callable[[ModelSpec, int], int] = arena_bytes,
     text: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -148,12 +159,12 @@ def fit(
         A checkpoint.
     memory_bytes : int
         The budget: peak resident bytes of the whole process.
-    context : int
-        Tokens that must fit at once.
+    context : int or None
+        Tokens that must fit at once; 2,048, or all the model can, without.
     out_dir : path
         Where the bundle goes. A bundle that is there is replaced.
     arena_bytes : callable
-        Bytes of a model's activations at run time.
+        Spec and context to bytes of the activations at run time.
     text : path, optional
         UTF-8 text for the perplexity; Python's own documentation otherwise.
     threads : int, optional
@@ -174,20 +185,25 @@ def fit(
     tell = progress or (lambda what, done, total: None)
     source = Path(source_path)
     if text is not None:
-        # A text that cannot be read should say so before the weights are quantized.
-        from pronk.evaluate.corpus import load_corpus
-
-        load_corpus(text)
+        # Said before the weights are quantized, not after.
+        try:
+            Path(text).open("rb").close()
+        except OSError as error:
+            raise RequestError(
+                f"the text {text} cannot be read: {error.strerror or error}"
+            ) from error
     with open_checkpoint(source) as ckpt:
         spec = ckpt.spec
-        if not 1 <= context <= spec.context_length:
+        if context is None:
+            context = min(_CONTEXT, spec.context_length)
+        if not 2 <= context <= spec.context_length:
             raise RequestError(
-                f"the context must be in [1, {spec.context_length}] tokens for this model, "
+                f"the context must be in [2, {spec.context_length}] tokens for this model, "
                 f"not {context}"
             )
         with BundleWriter(out_dir) as writer:
             tell("measuring the overhead", 0, 1)
-            overhead, arena = tools.overhead(source), arena_bytes(spec)
+            overhead, arena = tools.overhead(source), arena_bytes(spec, context)
             tell("measuring the overhead", 1, 1)
             found = candidates(spec, context, arena, overhead, source_formats(ckpt))
             work = _Work(

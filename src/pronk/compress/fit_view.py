@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pronk.device.fit import FitReport
+    from pronk.compress.fit import FitReport
     from pronk.device.plan import Candidate
 
 __all__ = ["print_report", "variants_table"]

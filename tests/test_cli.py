@@ -1,0 +1,213 @@
+"""The command line as a user meets it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+from checkpoints import tiny_gguf, tiny_llama_dir
+
+from pronk.cli import VERBS
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_llama_dir(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tiny_q4(tiny, tmp_path_factory):
+    return tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny, "q4_1")
+
+
+def pronk(*arguments, stdin="", code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "pronk", *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def sentence(*arguments, stdin=""):
+    """The one sentence that an error prints."""
+    done = pronk(*arguments, stdin=stdin, code=2)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("pronk: error: ")
+    assert not done.stdout
+    return lines[0].removeprefix("pronk: error: ")
+
+
+def test_help_names_every_verb():
+    out = pronk("--help").stdout
+    for verb in VERBS:
+        assert f"  {verb} " in out
+        assert "usage: pronk " + verb in pronk(verb, "--help").stdout
+    assert pronk("--version").stdout.startswith("pronk ")
+    assert "there is no verb 'walk'" in sentence("walk")
+
+
+def test_run_streams_text_and_ends_with_figures(tiny_q4):
+    done = pronk("run", tiny_q4, "hello there", "--max-tokens", 5, "--raw", "--threads", 1)
+    assert done.stdout.strip()
+    assert len(done.stderr.splitlines()) == 1
+    for word in ("prompt tokens", "first token", "/s", "peak memory"):
+        assert word in done.stderr
+
+
+def test_run_as_json(tiny_q4):
+    arguments = ("run", tiny_q4, "hello", "--max-tokens", 6, "--json", "--temperature", 0.8,
+                 "--seed", 4)  # fmt: skip
+    first = json.loads(pronk(*arguments).stdout)
+    assert first["tokens"] == 6
+    assert first["finish_reason"] == "length"
+    assert first["peak_memory"] > 10_000_000
+    assert first["ttft"] > 0 < first["decode"]
+    assert json.loads(pronk(*arguments).stdout)["text"] == first["text"]
+
+
+def test_run_uses_the_chat_template_unless_raw(tiny_q4):
+    def tokens(*extra):
+        out = pronk("run", tiny_q4, "hello", "--max-tokens", 1, "--json", *extra).stdout
+        return json.loads(out)["prompt_tokens"]
+
+    assert tokens() > tokens("--raw")
+    assert tokens("--system", "be brief") > tokens()
+
+
+def test_run_stops_before_a_stop_string(tiny_q4):
+    whole = json.loads(pronk("run", tiny_q4, "hello", "--max-tokens", 30, "--json").stdout)["text"]
+    stop = whole[len(whole) // 2 :][:3]
+    cut = json.loads(
+        pronk("run", tiny_q4, "hello", "--max-tokens", 30, "--json", "--stop", stop).stdout
+    )
+    assert cut["text"] == whole[: whole.index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+def test_chat_keeps_its_history(tiny_q4):
+    done = pronk("chat", tiny_q4, "--json", "--max-tokens", 8, stdin="one\ntwo\n/reset\none\n")
+    turns = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(turns) == 3
+    assert turns[0]["text"] == turns[2]["text"]  # forgotten after /reset
+    assert all(turn["tokens"] for turn in turns)
+
+
+def test_inspect_counts_memory_without_weights(tiny_q4):
+    short = json.loads(pronk("inspect", tiny_q4, "--context", 64, "--json").stdout)
+    long = json.loads(pronk("inspect", tiny_q4, "--context", 512, "--json").stdout)
+    assert set(short["memory"]) == {"weights", "kv", "arena", "overhead", "total"}
+    assert short["memory"]["weights"] == long["memory"]["weights"]
+    assert long["memory"]["kv"] == 8 * short["memory"]["kv"]
+    for data in (short, long):
+        memory = data["memory"]
+        assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
+    graph = pronk("inspect", tiny_q4, "--graph").stdout
+    assert "rope_store(" in graph
+    assert "memory at a context of 512" in graph
+
+
+def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    arguments = ("--text", text, "--window", 64, "--json")
+    same = json.loads(pronk("eval", tiny, "--reference", tiny, *arguments).stdout)
+    assert same["kl"] < 1e-6
+    assert same["top1_agreement"] == 1
+    other = json.loads(pronk("eval", tiny_q4, "--reference", tiny, *arguments).stdout)
+    assert other["kl"] > same["kl"]
+    assert other["tokens"] == same["tokens"] > 100
+    assert other["perplexity"] > 1
+
+
+def test_bench_reports_figures(tiny_q4):
+    out = pronk("bench", tiny_q4, "--prompt-tokens", 40, "--tokens", 8, "--runs", 1, "--json")
+    data = json.loads(out.stdout)
+    for name in ("ttft", "prefill", "decode", "load_time", "peak_memory", "bandwidth", "int8_peak",
+                 "fraction_of_bandwidth", "fraction_of_peak"):  # fmt: skip
+        assert data[name] > 0, name
+
+
+def test_pull_and_list_of_a_path(tiny_q4, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRONK_HOME", str(tmp_path))
+    assert pronk("pull", tiny_q4).stdout.strip() == str(tiny_q4)
+    assert json.loads(pronk("list", "--json").stdout) == {"models": []}
+
+
+def test_a_truncated_gguf(tiny_q4, tmp_path):
+    data = tiny_q4.read_bytes()
+    for size in (3, 40, 3000, len(data) - 100):
+        path = tmp_path / f"cut{size}.gguf"
+        path.write_bytes(data[:size])
+        assert str(path) in sentence("run", path, "hi")
+
+
+def test_a_gguf_with_an_offset_past_its_end(tiny, tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", tiny, "f32")
+    data = bytearray(path.read_bytes())
+    name = b"output_norm.weight"
+    at = data.index(name) + len(name) + 4 + 8 + 4  # dimensions, one size, the type
+    data[at : at + 8] = struct.pack("<Q", 1 << 40)
+    path.write_bytes(data)
+    assert "output_norm.weight" in sentence("run", path, "hi")
+
+
+def test_a_safetensors_header_of_10_gb(tiny, tmp_path):
+    path = tmp_path / "hf"
+    shutil.copytree(tiny, path)
+    weights = path / "model.safetensors"
+    weights.write_bytes(struct.pack("<Q", 10 << 30) + weights.read_bytes()[8:])
+    assert "header" in sentence("run", path, "hi")
+
+
+def test_an_unknown_architecture(tiny, tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", tiny, "f32", general__architecture="mamba")
+    error = sentence("run", path, "hi")
+    assert "mamba" in error
+    assert "llama" in error
+    config = json.loads((tiny / "config.json").read_text())
+    other = tmp_path / "hf"
+    shutil.copytree(tiny, other)
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["MambaForCausalLM"]}))
+    assert "MambaForCausalLM" in sentence("inspect", other)
+
+
+def test_bad_prompts(tiny_q4):
+    assert "empty" in sentence("run", tiny_q4, "")
+    assert "empty" in sentence("run", tiny_q4, "-", stdin="  \n")
+    assert "context" in sentence("run", tiny_q4, "hello " * 300, "--context", 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--top-p", "0"), "top_p"),
+        (("--top-k", "-3"), "top_k"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("--seed", "-1"), "seed"),
+        (("--context", "100000"), "context"),
+        (("--threads", "0"), "threads"),
+    ],
+)
+def test_parameters_out_of_range(tiny_q4, arguments, match):
+    assert match in sentence("run", tiny_q4, "hi", *arguments)
+
+
+def test_an_unknown_model():
+    assert "nosuch" in sentence("run", "nosuch", "hi")
+
+
+def test_an_unknown_isa(tiny_q4, monkeypatch):
+    monkeypatch.setenv("PRONK_ISA", "mmx")
+    assert "PRONK_ISA" in sentence("run", tiny_q4, "hi")
+
+
+def test_a_reader_that_leaves_is_no_error(tiny_q4):
+    command = f"{sys.executable} -m pronk run {tiny_q4} hello --max-tokens 100 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert b"Traceback" not in done.stderr

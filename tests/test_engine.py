@@ -1,0 +1,187 @@
+"""Requests through the engine: batching, blocks, sessions, ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from checkpoints import tiny_llama_dir
+from engines import make_runner
+
+from pronk import RequestError, SamplingParams, load
+from pronk.engine.blocks import BlockPool, GlobalBlocks
+from pronk.engine.engine import Engine
+
+RNG = np.random.default_rng(5)
+PROMPTS = [[int(i) for i in RNG.integers(3, 320, n)] for n in (90, 5, 40, 3, 61)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_llama_dir(tmp_path_factory.mktemp("tiny"))
+
+
+def drain(engine):
+    tokens, reasons = {}, {}
+    while engine.busy:
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).append(event.sample.token)
+            if event.finish_reason:
+                reasons[event.request_id] = event.finish_reason
+    return tokens, reasons
+
+
+def alone(tiny, prompt, params):
+    engine = Engine(make_runner(tiny), frozenset())
+    engine.add(prompt, params)
+    return drain(engine)[0][0]
+
+
+def test_requests_together_answer_as_alone(tiny):
+    engine = Engine(make_runner(tiny, max_tokens=32, max_sequences=3), frozenset())
+    params = [
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=20, temperature=1.0, seed=7),
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=15, temperature=0.7, top_k=5, seed=1),
+        SamplingParams(max_tokens=12, repetition_penalty=1.3),
+    ]
+    ids = [engine.add(p, q) for p, q in zip(PROMPTS, params, strict=True)]
+    free = engine.pool.num_blocks
+    tokens, reasons = drain(engine)
+    for i, prompt, param in zip(ids, PROMPTS, params, strict=True):
+        assert tokens[i] == alone(tiny, prompt, param)
+        assert reasons[i] == "length"
+    assert engine.pool.free == free  # every block came back
+
+
+def test_a_decode_does_not_wait_for_a_prompt(tiny):
+    engine = Engine(make_runner(tiny, max_tokens=16, kv_tokens=512), frozenset())
+    first = engine.add(PROMPTS[1], SamplingParams(max_tokens=30))
+    engine.step()
+    engine.add(PROMPTS[0], SamplingParams(max_tokens=2))
+    # The long prompt takes six steps of 15 tokens; the first request moves on in each.
+    for _ in range(5):
+        assert [e.request_id for e in engine.step()] == [first]
+
+
+def test_an_end_token_ends_unless_ignored(tiny):
+    params = SamplingParams(max_tokens=8)
+    tokens = alone(tiny, PROMPTS[0], params)
+    for ignore in (False, True):
+        engine = Engine(make_runner(tiny), frozenset({tokens[3]}))
+        engine.add(PROMPTS[0], SamplingParams(max_tokens=8, ignore_eos=ignore))
+        got, reasons = drain(engine)
+        cut = tokens if ignore else tokens[: tokens.index(tokens[3]) + 1]
+        assert got[0] == cut
+        assert reasons[0] == ("length" if ignore else "stop")
+
+
+def test_generation_ends_with_the_context(tiny):
+    engine = Engine(make_runner(tiny, context=64), frozenset())
+    engine.add(PROMPTS[2], SamplingParams())
+    tokens, reasons = drain(engine)
+    assert len(tokens[0]) == 64 - len(PROMPTS[2])
+    assert reasons[0] == "length"
+
+
+def test_a_session_reuses_what_it_shares(tiny):
+    engine = Engine(make_runner(tiny, max_tokens=128), frozenset())
+    params = SamplingParams(max_tokens=4)
+    engine.add(PROMPTS[0], params, session="s")
+    answer = drain(engine)[0][0]
+    follow = PROMPTS[0] + answer + PROMPTS[1]
+    request = engine.add(follow, params, session="s")
+    # All but the last generated token, whose keys were never needed, are in the cache.
+    assert engine._requests[request].computed == len(PROMPTS[0]) + len(answer) - 1
+    again = drain(engine)[0][request]
+    assert again == alone(tiny, follow, params)
+    changed = [*PROMPTS[0][:40], 5, *PROMPTS[0][41:]]
+    request = engine.add(changed, params, session="s")
+    assert engine._requests[request].computed == 40
+    assert drain(engine)[0][request] == alone(tiny, changed, params)
+    engine.drop_sessions()
+    assert engine.pool.free == engine.pool.num_blocks
+
+
+def test_a_kept_session_gives_way_to_a_request(tiny):
+    engine = Engine(make_runner(tiny, context=128), frozenset())
+    engine.add(PROMPTS[0], SamplingParams(max_tokens=10), session="old")
+    drain(engine)
+    assert engine.pool.free < engine.pool.num_blocks
+    engine.add(PROMPTS[4], SamplingParams())  # needs the whole pool
+    assert len(drain(engine)[0][1]) == 128 - len(PROMPTS[4])
+    assert engine.pool.free == engine.pool.num_blocks
+
+
+def test_an_aborted_request_frees_its_blocks(tiny):
+    engine = Engine(make_runner(tiny), frozenset())
+    request = engine.add(PROMPTS[0], SamplingParams())
+    engine.step()
+    assert engine.pool.free < engine.pool.num_blocks
+    engine.abort(request)
+    engine.abort(request)
+    assert engine.pool.free == engine.pool.num_blocks
+    assert not engine.busy
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ([], "the prompt is empty"),
+        ([320], "token id 320 is not in the vocabulary of 320"),
+        ([-1], "token id -1"),
+        ([1] * 256, "has 256 tokens, but the context holds 256"),
+    ],
+)
+def test_a_bad_prompt_is_refused(tiny, prompt, match):
+    engine = Engine(make_runner(tiny), frozenset())
+    with pytest.raises(RequestError, match=match):
+        engine.add(prompt, SamplingParams())
+    assert not engine.busy
+
+
+def test_logits_are_those_of_generation(tiny):
+    with load(tiny, context=128) as model:
+        ids = PROMPTS[0]
+        pieces = list(model.generate(ids, SamplingParams(max_tokens=5, logprobs=2)))
+        full = ids + [p.token for p in pieces]
+        logits = model.logits(full).astype(np.float64)
+        assert logits.shape == (len(full), 320)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for i, piece in enumerate(pieces):
+            row = logprobs[len(ids) - 1 + i]
+            assert piece.token == row.argmax()
+            assert piece.logprob == pytest.approx(row.max(), abs=1e-4)
+            assert piece.top_logprobs[0] == (piece.token, piece.logprob)
+        with pytest.raises(RequestError, match="129 tokens do not fit the context of 128"):
+            model.logits([1] * 129)
+
+
+def test_blocks_are_taken_and_given_back():
+    pool = BlockPool(4)
+    manager = GlobalBlocks(pool)
+    blocks = []
+    manager.grow(blocks, 33)
+    assert blocks == [0, 1]
+    manager.grow(blocks, 64)
+    assert blocks == [0, 1]
+    with pytest.raises(RuntimeError, match="2 free blocks, not 3"):
+        manager.grow(blocks, 160)
+    manager.release(blocks)
+    assert (blocks, pool.free) == ([], 4)
+
+
+def test_a_step_refuses_what_would_reach_outside(tiny):
+    runner = make_runner(tiny, context=64)
+    for ids, positions, sequences, blocks in (
+        ([320], [0], [0], [[0, 1]]),
+        ([1], [64], [0], [[0, 1]]),
+        ([1], [-1], [0], [[0, 1]]),
+        ([1], [0], [1], [[0, 1]]),
+        ([1], [0], [0], [[2, 1]]),
+        ([1] * 129, list(range(129)), [0] * 129, [[0, 1]]),
+    ):
+        with pytest.raises(ValueError):
+            runner.step(ids, positions, sequences, blocks, [0])
+    with pytest.raises(ValueError, match="logit row 1"):
+        runner.step([1], [0], [0], [[0, 1]], [1])
