@@ -24,7 +24,7 @@ from pronk.device.plan import candidates
 from pronk.errors import BudgetError, PronkError, RequestError
 
 FIT = (sys.executable, "-m", "pronk", "fit", "--context", "64")
-OVERHEAD, ARENA, CONTEXT = 50_000_000, 1_000_000, 64
+OVERHEAD, CONTEXT = 50_000_000, 64
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def names(directory: Path) -> list[str]:
 
 def totals(source: Path) -> list[int]:
     with open_checkpoint(source) as ckpt:
-        found = candidates(ckpt.spec, CONTEXT, ARENA, OVERHEAD, source_formats(ckpt))
+        found = candidates(ckpt.spec, CONTEXT, OVERHEAD, source_formats(ckpt))
     return sorted(one.plan.total for one in found)
 
 
@@ -75,7 +75,6 @@ def run(source: Path, memory: int, out: Path, bench: Bench, **extra: Any) -> Fit
         memory,
         CONTEXT,
         out,
-        arena_bytes=lambda spec, context: ARENA,
         threads=2,
         tools=bench.tools(),
         **extra,
@@ -151,7 +150,7 @@ def test_a_failing_measurement_leaves_nothing(source: Path, tmp_path: Path) -> N
 def test_requests_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
     for context in (1, 513):
         with pytest.raises(RequestError, match="context"):
-            fit(source, 10**9, context, tmp_path / "out", arena_bytes=lambda spec, context: 0)
+            fit(source, 10**9, context, tmp_path / "out")
     with pytest.raises(RequestError, match=r"none\.txt cannot be read"):
         run(source, 10**9, tmp_path / "out", Bench(), text=tmp_path / "none.txt")
     # Without a context it is the model's own, here shorter than the default.

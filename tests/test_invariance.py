@@ -14,7 +14,9 @@ PROMPTS = [[int(i) for i in RNG.integers(0, 320, n)] for n in (70, 33, 1, 48)]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    path = tiny_llama_dir(folder / "hf", hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
+    path = tiny_llama_dir(
+        folder / "hf", hidden_size=96, num_attention_heads=6, num_key_value_heads=3
+    )
     return {"f32": path} | {
         dtype: tiny_gguf(folder / f"{dtype}.gguf", path, dtype)
         for dtype in ("bf16", "q8_0", "q4_0", "q4_1")
@@ -36,7 +38,9 @@ def test_company_does_not_matter(models, dtype, activations):
     limits = {"kv_tokens": 512, "max_tokens": 40, "max_rows": 3, "activations": activations}
     runner = make_runner(models[dtype], **limits)
     alone = [
-        run_whole(make_runner(models[dtype], **limits), prompt, len(prompt) if len(prompt) < 40 else 40)
+        run_whole(
+            make_runner(models[dtype], **limits), prompt, len(prompt) if len(prompt) < 40 else 40
+        )
         for prompt in PROMPTS
     ]
     # All four at once, each taking a different number of tokens a step.

@@ -10,7 +10,17 @@ from pathlib import Path
 import pronk
 
 ROOT = Path(pronk.__file__).parent
-HEAVY = {"torch", "transformers", "fastapi", "grpc", "numpy", "tokenizers", "jinja2", "rich", "gguf"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "fastapi",
+    "grpc",
+    "numpy",
+    "tokenizers",
+    "jinja2",
+    "rich",
+    "gguf",
+}
 
 
 def test_the_public_names():
@@ -82,7 +92,9 @@ def imports(file: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module] if node.module != "pronk" else [f"pronk.{a.name}" for a in node.names]
+            names = (
+                [node.module] if node.module != "pronk" else [f"pronk.{a.name}" for a in node.names]
+            )
             found |= set(names)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

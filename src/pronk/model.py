@@ -321,13 +321,12 @@ def load(
         program = compile_checkpoint(checkpoint, limits)
         tokenizer = checkpoint.load_tokenizer()
         trim()
-        layout = program.layout
-        memory = MemoryPlan(
-            layout.weight_bytes, program.kv_bytes, layout.arena_bytes, resident_memory()
-        )
-        if checkpoint.budget is not None and memory.total > checkpoint.budget.memory:
+        memory = program.memory(resident_memory())
+        budget = checkpoint.budget
+        # Up to the context it was fitted to, the budget has been measured.
+        if budget and limits.context > budget.context and memory.total > budget.memory:
             raise BudgetError(
-                f"{checkpoint.path} was fitted to {format_bytes(checkpoint.budget.memory)}, but "
+                f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but "
                 f"a context of {limits.context} would need {format_bytes(memory.total)}: use the "
                 "context it was fitted for, or fit it again"
             )

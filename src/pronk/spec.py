@@ -221,9 +221,7 @@ class SamplingParams:
             if value is None and name != "top_k":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise RequestError(
-                    f"{name} must be an integer in [{low}, {high}], not {value!r}"
-                )
+                raise RequestError(f"{name} must be an integer in [{low}, {high}], not {value!r}")
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or token < 0:
                 raise RequestError(f"logit_bias key must be a token id, not {token!r}")

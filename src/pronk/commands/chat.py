@@ -17,9 +17,7 @@ __all__ = ["configure", "run"]
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a name, an address or a path"
-    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a name, an address or a path")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     common.add_runtime(parser)
     common.add_sampling(parser)
@@ -67,7 +65,9 @@ def _read(interactive: bool) -> str | None:
     return line or None
 
 
-def _turn(model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool) -> str:
+def _turn(
+    model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool
+) -> str:
     start = time.perf_counter()
     pieces = model.chat(messages, params, session="chat")
     answer = Answer(pieces, start, show=not as_json)

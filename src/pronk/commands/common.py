@@ -51,7 +51,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, default=0, metavar="N", help="0 keeps all")
     group.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus, (0, 1]")
     group.add_argument("--min-p", type=float, default=0.0, metavar="X", help="[0, 1]")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="1 is off"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same tokens")
     group.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="most tokens to generate"

@@ -28,7 +28,6 @@ def run(args: argparse.Namespace) -> None:
     from pronk.device.footprint import measure
     from pronk.graph.program import Limits
     from pronk.model import choose_context, compile_checkpoint
-    from pronk.spec import MemoryPlan
 
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
@@ -36,8 +35,7 @@ def run(args: argparse.Namespace) -> None:
         program = compile_checkpoint(checkpoint, Limits(context))
         tensors = list(checkpoint.tensors.values())
         spec, kind = checkpoint.spec, checkpoint.format
-    layout = program.layout
-    memory = MemoryPlan(layout.weight_bytes, program.kv_bytes, layout.arena_bytes, measure(path))
+    memory = program.memory(measure(path))
     stored = sum(t.nbytes for t in tensors)
     parameters = sum(t.rows * t.cols for t in tensors)
     runtime = Counter(w.dtype for w in program.graph.weights.values())

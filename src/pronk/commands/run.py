@@ -48,23 +48,22 @@ def run(args: argparse.Namespace) -> None:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         ids = model.render([*messages, {"role": "user", "content": prompt}])
     answer = Answer(model.generate(ids, params), start, show=not args.json)
+    peak = peak_memory()
     figures = {
         "prompt_tokens": len(ids),
         "tokens": answer.tokens,
         "ttft": answer.ttft,
         "decode": answer.decode,
         "load_time": load_time,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak,
     }
     if args.json:
-        common.print_json(
-            {"text": answer.text, "finish_reason": answer.finish_reason, **figures}
-        )
+        common.print_json({"text": answer.text, "finish_reason": answer.finish_reason, **figures})
     else:
         common.note(
             f"{len(ids)} prompt tokens, first token {answer.ttft * 1000:.0f} ms, "
             f"{answer.tokens} tokens at {answer.decode:.1f}/s, "
-            f"peak memory {format_bytes(figures['peak_memory'])}, loaded in {load_time:.2f} s"
+            f"peak memory {format_bytes(peak)}, loaded in {load_time:.2f} s"
         )
 
 
@@ -100,5 +99,3 @@ class Answer:
         self.text = "".join(parts)
         self.ttft = first - start
         self.decode = (self.tokens - 1) / (last - first) if last > first else 0.0
-
-

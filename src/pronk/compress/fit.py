@@ -14,13 +14,12 @@ from pronk.checkpoint.kinds import tensor_kind
 from pronk.compress.quantize import RoundToNearest
 from pronk.device import footprint
 from pronk.device.child import run_json
-from pronk.device.plan import FORMATS, Candidate, candidates, fits, pareto, plan, refusal
+from pronk.device.plan import Candidate, candidates, fits, pareto, planned, refusal
 from pronk.errors import BudgetError, PronkError, RequestError
-from pronk.graph.program import Limits, compile_program
-from pronk.spec import MemoryPlan, ModelSpec
+from pronk.spec import MemoryPlan
 from pronk.units import format_bytes
 
-__all__ = ["FitReport", "Tools", "arena_bytes", "fit", "source_formats"]
+__all__ = ["FitReport", "Tools", "fit", "source_formats"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,7 +102,6 @@ class _Work:
     context: int
     text: str | None
     threads: int | None
-    arena: int
     tools: Tools
     progress: Progress
     errors: dict[str, float] = field(default_factory=dict)
@@ -126,22 +124,12 @@ def source_formats(ckpt: Checkpoint) -> dict[str, dict[str, float]]:
     }
 
 
-def arena_bytes(spec: ModelSpec, context: int) -> int:
-    """Bytes of the activations of the most demanding variant."""
-
-    def arena(dtype: str) -> int:
-        return compile_program(spec, lambda _: dtype, Limits(context)).layout.arena_bytes
-
-    return max(map(arena, FORMATS))
-
-
 def fit(
     source_path: str | os.PathLike[str],
     memory_bytes: int,
     context: int | None,
     out_dir: str | os.PathLike[str],
     *,
-    arena_bytes: Callable[[ModelSpec, int], int] = arena_bytes,
     text: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -163,8 +151,6 @@ def fit(
         Tokens that must fit at once; 2,048, or all the model can, without.
     out_dir : path
         Where the bundle goes. A bundle that is there is replaced.
-    arena_bytes : callable
-        Spec and context to bytes of the activations at run time.
     text : path, optional
         UTF-8 text for the perplexity; Python's own documentation otherwise.
     threads : int, optional
@@ -203,16 +189,15 @@ def fit(
             )
         with BundleWriter(out_dir) as writer:
             tell("measuring the overhead", 0, 1)
-            overhead, arena = tools.overhead(source), arena_bytes(spec, context)
+            overhead = tools.overhead(source)
             tell("measuring the overhead", 1, 1)
-            found = candidates(spec, context, arena, overhead, source_formats(ckpt))
+            found = candidates(spec, context, overhead, source_formats(ckpt))
             work = _Work(
                 ckpt,
                 memory_bytes,
                 context,
                 None if text is None else os.fspath(text),
                 threads,
-                arena,
                 tools,
                 tell,
             )
@@ -237,7 +222,7 @@ def _attempt(
     """Write and measure variants until one holds the budget; it is left in `writer`."""
     within = fits(found, work.budget)
     if not within:
-        raise refusal(found, work.budget, work.ckpt.spec, work.context)
+        raise refusal(found, work.budget, work.context)
     rejected: list[tuple[Candidate, int]] = []
     while within and len(rejected) < _ATTEMPTS:
         candidate = within[0]
@@ -281,7 +266,7 @@ def _write_and_measure(
     work.progress("measuring", 0, 2)
     # The bundle's tokenizer may be larger in memory than the source's, or smaller.
     overhead = work.tools.overhead(writer.path)
-    settled = plan(ckpt.spec, formats, work.context, work.arena, overhead)
+    settled = planned(ckpt.spec, formats, work.context).memory(overhead)
     if settled.total > work.budget:
         return settled, settled.total, {}
     bench = work.tools.bench(writer.path, work.context, work.threads)

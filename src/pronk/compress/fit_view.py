@@ -24,7 +24,7 @@ def variants_table(
     """The variants with their memory plans, best first; the one chosen is marked."""
     from rich.table import Table
 
-    table = Table(title=f"variants for {format_bytes(budget)}", title_justify="left")
+    table = Table(title=f"variants for {format_bytes(budget)} (sizes in MB)", title_justify="left")
     for name in ("", *KINDS):
         table.add_column(name.replace("_", "/"))
     for name in ("weights", "KV", "arena", "overhead", "total", "error"):
@@ -35,7 +35,7 @@ def variants_table(
         table.add_row(
             "*" if mine else "",
             *(one.variant.formats[kind] for kind in KINDS),
-            *(format_bytes(size) for size in sizes),
+            *(f"{size / 1e6:.1f}" for size in sizes),
             f"{100 * one.variant.predicted_error**0.5:.2f} %",
             style="bold" if mine else "dim" if one.plan.total > budget else None,
         )

@@ -40,9 +40,7 @@ class Engine:
         self._sessions: dict[str, Request] = {}
         self._next_id = 0
 
-    def add(
-        self, prompt: Sequence[int], params: SamplingParams, session: str | None = None
-    ) -> int:
+    def add(self, prompt: Sequence[int], params: SamplingParams, session: str | None = None) -> int:
         """Queue a prompt and return its request id.
 
         Parameters

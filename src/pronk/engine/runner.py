@@ -42,7 +42,9 @@ class Runner:
             kv_bf16=limits.kv_dtype == "bf16",
             kv_block_bytes=program.kv_block_bytes,
         )
-        lower(program.graph, program.layout, self.executor, program.kv_block_bytes // spec.num_layers)
+        lower(
+            program.graph, program.layout, self.executor, program.kv_block_bytes // spec.num_layers
+        )
         output = program.graph.values[program.graph.output]
         self._logits = (program.layout.value_offsets[output.name], output.row_bytes)
         self._tables = np.zeros((limits.max_sequences, limits.max_blocks), np.int32)

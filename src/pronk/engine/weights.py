@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
@@ -108,6 +109,9 @@ def _load_matrix(checkpoint: Checkpoint, runner: Runner, weight: Weight, loss: _
             exact = dequantize(rows, info.dtype, weight.cols)
             rows = quantize(exact, weight.dtype)
             difference = dequantize(rows, weight.dtype, weight.cols) - exact
-            loss.add((info.dtype, weight.dtype), weight.name,
-                     float(np.vdot(difference, difference)), float(np.vdot(exact, exact)))  # fmt: skip
+            loss.add((info.dtype, weight.dtype), weight.name, _square(difference), _square(exact))
         runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, start, rows)
+
+
+def _square(x: NDArray[np.float32]) -> float:
+    return float(np.vdot(x, x))

@@ -42,7 +42,8 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> NDArray[np.float32]:
         )
     elif rope.kind != "default":
         raise ValueError(f"unknown rope kind {rope.kind!r}")
-    return frequencies.astype(np.float32)
+    result: NDArray[np.float32] = frequencies.astype(np.float32)
+    return result
 
 
 @dataclass

@@ -106,9 +106,7 @@ class Graph:
     def with_ops(self, ops: list[Op], values: Mapping[str, Value]) -> Graph:
         """The same graph with other ops; values that nothing produces are dropped."""
         kept = {op.output for op in ops}
-        return replace(
-            self, ops=tuple(ops), values={k: v for k, v in values.items() if k in kept}
-        )
+        return replace(self, ops=tuple(ops), values={k: v for k, v in values.items() if k in kept})
 
     def check(self) -> None:
         """Raise ValueError unless every name is defined before it is used."""

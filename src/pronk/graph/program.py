@@ -10,7 +10,7 @@ from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
 from pronk.graph.pack import KV_BLOCK, kv_block_bytes, runtime_dtype
 from pronk.graph.passes import Pass, cpu_passes, run_passes
-from pronk.spec import ModelSpec
+from pronk.spec import MemoryPlan, ModelSpec
 
 __all__ = ["Limits", "Program", "compile_program", "stored_dtypes"]
 
@@ -73,6 +73,11 @@ class Program:
     def kv_bytes(self) -> int:
         """Bytes of the KV pool."""
         return self.limits.num_blocks * self.kv_block_bytes
+
+    def memory(self, overhead: int) -> MemoryPlan:
+        """The plan, given the bytes that the process takes before weights."""
+        layout = self.layout
+        return MemoryPlan(layout.weight_bytes, self.kv_bytes, layout.arena_bytes, overhead)
 
 
 def stored_dtypes(tensors: Mapping[str, tuple[str, int]]) -> Callable[[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from pronk.graph.ir import Graph, Op
 
 __all__ = ["Reference", "fake_quantize"]
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 
 def fake_quantize(x: Array, steps: int = 127, group: int = 32) -> Array:
@@ -20,7 +21,8 @@ def fake_quantize(x: Array, steps: int = 127, group: int = 32) -> Array:
     top = np.abs(groups).max(-1, keepdims=True)
     inverse = np.divide(np.float32(steps), top, out=np.zeros_like(top), where=top > 0)
     q = np.rint(groups * inverse)
-    return (q * (top / np.float32(steps))).reshape(x.shape).astype(np.float32)
+    result: Array = (q * (top / np.float32(steps))).reshape(x.shape).astype(np.float32)
+    return result
 
 
 def _rotate(x: Array, angles: Array, heads: int) -> Array:
@@ -83,7 +85,8 @@ class Reference:
 
     def _rms_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         mean = np.mean(x[0] * x[0], -1, keepdims=True)
-        return w[0] * (x[0] / np.sqrt(mean + np.float32(op.attrs["eps"])))
+        result: Array = w[0] * (x[0] / np.sqrt(mean + np.float32(op.attrs["eps"])))
+        return result
 
     def _quantize(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         return x[0][:, : self.graph.values[op.output].width]
@@ -97,7 +100,9 @@ class Reference:
             else:
                 parts.append(x[0][:, :cols] @ weight.T)
         out = np.concatenate(parts, 1)
-        return out + x[1][:, : out.shape[1]] if len(x) > 1 else out
+        residual: Array | float = x[1][:, : out.shape[1]] if len(x) > 1 else 0.0
+        result: Array = out + residual
+        return result
 
     def _rope(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
@@ -147,7 +152,8 @@ class Reference:
     def _silu_mul(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
         gate, up = x[0][:, :width], x[1][:, :width]
-        return gate / (1 + np.exp(-gate)) * up
+        result: Array = gate / (1 + np.exp(-gate)) * up
+        return result
 
     def _add(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
