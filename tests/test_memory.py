@@ -1,0 +1,73 @@
+"""Memory used is memory planned, to the byte inside and to a few percent for the process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from checkpoints import tiny_gguf, tiny_llama_dir
+
+from pronk import _native, load
+from pronk.checkpoint.base import open_checkpoint
+from pronk.graph import pack
+from pronk.graph.program import Limits
+from pronk.model import compile_checkpoint
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
+def test_sizes_are_those_of_the_native_core(dtype):
+    for rows in (1, 16, 17, 320):
+        for cols in (32, 96, 1536):
+            expected = _native.packed_bytes(dtype, rows, cols)
+            assert pack.packed_bytes(dtype, rows, cols) == expected
+    for planes in (0, 1, 2):
+        assert pack.act_row_bytes(96, planes) == _native.act_row_bytes(96, planes)
+    assert (pack.PANEL, pack.GROUP, pack.KV_BLOCK) == (
+        _native.PANEL,
+        _native.GROUP,
+        _native.KV_BLOCK,
+    )
+
+
+def test_the_executor_allocates_the_plan(tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", tiny_llama_dir(tmp_path / "hf"), "q4_1")
+    with open_checkpoint(path) as checkpoint:
+        planned = compile_checkpoint(checkpoint, Limits(256)).memory(0)
+    with load(path, context=256) as model:
+        executor = model._open().executor
+        assert executor.weight_bytes == planned.weights == model.memory.weights
+        assert executor.kv_bytes == planned.kv == model.memory.kv
+        assert executor.arena_bytes == planned.arena == model.memory.arena
+
+
+def test_packed_weights_are_no_larger_than_the_file(smollm2):
+    with open_checkpoint(smollm2) as checkpoint:
+        planned = compile_checkpoint(checkpoint, Limits(256)).memory(0)
+        stored = sum(t.nbytes for t in checkpoint.tensors.values())
+    assert planned.weights <= stored * 1.001
+
+
+def measured(*arguments: object) -> dict[str, int]:
+    command = [sys.executable, "-m", "pronk", *map(str, arguments), "--json"]
+    return dict(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
+
+
+def test_the_process_takes_what_inspect_says(smollm2):
+    planned = measured("inspect", smollm2, "--context", 1024)["memory"]["total"]
+    peak = measured("run", smollm2, "Name a colour.", "--context", 1024, "--max-tokens", 40)
+    assert peak["peak_memory"] == pytest.approx(planned, rel=0.05)
+
+
+def test_a_bundle_refuses_a_context_that_breaks_its_budget(tmp_path):
+    source = tiny_llama_dir(tmp_path / "hf", head_dim=64, max_position_embeddings=8192)
+    out = tmp_path / "fitted"
+    budget = measured("inspect", source, "--context", 64)["memory"]["total"] + 2_000_000
+    measured("fit", source, "--memory", budget, "--context", 64, "-o", out)
+    assert measured("run", out, "hello", "--max-tokens", 2)["peak_memory"] <= budget
+    assert measured("inspect", out)["context"] == 64  # the one it was fitted to
+    command = [sys.executable, "-m", "pronk", "run", out, "hello", "--context", "8192"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "was fitted to" in refused.stderr
