@@ -101,10 +101,11 @@ def test_a_tied_bundle_embeds_with_its_head(hf_dir: Path) -> None:
     with open_checkpoint(hf_dir) as checkpoint:
         assert checkpoint.format == "bundle" and not checkpoint.spec.tie_embeddings
         assert checkpoint.budget is None
-    fitted = {"format": 1, "tied": False, "budget": {"memory": 10**8, "context": 256}}
+    fitted = {"format": 1, "tied": False, "budget": {"memory": 10**8, "context": 256},
+              "plan": {"overhead": 5}}  # fmt: skip
     (hf_dir / "pronk.json").write_text(json.dumps(fitted))
     with open_checkpoint(hf_dir) as checkpoint:
-        assert checkpoint.budget == Budget(memory=10**8, context=256)
+        assert checkpoint.budget == Budget(memory=10**8, context=256, overhead=5)
     (hf_dir / "pronk.json").write_text('{"format": 1, "budget": {"memory": "1G"}}')
     with pytest.raises(CheckpointError, match="budget"):
         open_checkpoint(hf_dir)

@@ -321,8 +321,9 @@ def load(
         program = compile_checkpoint(checkpoint, limits)
         tokenizer = checkpoint.load_tokenizer()
         trim()
-        memory = program.memory(resident_memory())
         budget = checkpoint.budget
+        # Later imports and temporaries count too: what `fit` measured has them.
+        memory = program.memory(max(resident_memory(), budget.overhead if budget else 0))
         # Up to the context it was fitted to, the budget has been measured.
         if budget and limits.context > budget.context and memory.total > budget.memory:
             raise BudgetError(

@@ -100,10 +100,14 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the user allows: peak resident bytes of the whole process, at a context length."""
+    """What the user allows: peak resident bytes of the whole process, at a context length.
+
+    ``overhead`` is what the process took before any weights, in bytes, where that was measured.
+    """
 
     memory: int
     context: int
+    overhead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if not isinstance(tied, bool):
             raise CheckpointError(f"{path / 'pronk.json'} gives tied as something else than a bool")
         self.format = "bundle"
-        self.budget = _budget(path, manifest.get("budget"))
+        self.budget = _budget(path, manifest)
         return tied
 
     def _open_files(self, path: Path) -> dict[str, _Stored]:
@@ -270,15 +270,15 @@ class SafetensorsCheckpoint(Checkpoint):
             os.close(self._fds.pop())
 
 
-def _budget(path: Path, entry: Any) -> Budget | None:
+def _budget(path: Path, manifest: dict[str, Any]) -> Budget | None:
     """What the bundle was fitted to; None for one that was not."""
-    if entry is None:
+    budget, plan = manifest.get("budget"), manifest.get("plan", {})
+    if budget is None:
         return None
-    if isinstance(entry, dict):
-        memory, context = entry.get("memory"), entry.get("context")
-        whole = isinstance(memory, int) and isinstance(context, int)
-        if whole and 0 <= memory <= 1 << 62 and 0 <= context <= 1 << 31:  # type: ignore[operator]
-            return Budget(int(memory), int(context))  # type: ignore[arg-type]
+    if isinstance(budget, dict) and isinstance(plan, dict):
+        figures = [budget.get("memory"), budget.get("context"), plan.get("overhead", 0)]
+        if _whole(figures, 1 << 62):
+            return Budget(*figures)
     raise CheckpointError(f"{path / 'pronk.json'} gives a budget that is not whole numbers")
 
 
