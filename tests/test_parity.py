@@ -69,6 +69,26 @@ def test_mistral_agrees_with_transformers(tmp_path):
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_bundle_runs_alike_in_transformers(tmp_path, tied):
+    from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.bundle import write_bundle
+    from pronk.compress.quantize import RoundToNearest
+
+    source = tiny_llama_dir(tmp_path / "hf", tie_word_embeddings=tied)
+    formats = {"head": "q8_0", "attention": "q4_1", "gate_up": "q4_0", "down": "q4_1"}
+    with open_checkpoint(source) as checkpoint:
+        out = write_bundle(
+            checkpoint, formats, tmp_path / "out", quantize=RoundToNearest(), meta={}
+        )
+    expected = transformers_logits(out, IDS)
+    with load(out, context=256, kv_dtype="f32") as model:
+        assert not model.conversions
+        actual = model.logits(IDS)
+    # What is left is the rounding of activations, and of the embedding copy kept for transformers.
+    assert np.abs(actual - expected).max() < 2e-3 * np.abs(expected).max()
+
+
 def test_greedy_text_is_that_of_transformers(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM

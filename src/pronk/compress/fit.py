@@ -274,9 +274,11 @@ def _write_and_measure(
     if type(peak) is not int or peak <= 0:
         raise PronkError("pronk bench --json did not give peak_memory")
     work.progress("measuring", 1, 2)
+    bench.pop("model", None)  # a temporary path
     measurements: dict[str, Any] = {"bench": bench}
     if peak <= work.budget:
         measurements["eval"] = work.tools.evaluate(writer.path, work.text, work.threads)
+        measurements["eval"].pop("model", None)
     work.progress("measuring", 2, 2)
     writer.update(
         plan=settled.to_dict(), measurements=measurements, quantization_error=rounding.errors

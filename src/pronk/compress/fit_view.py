@@ -22,12 +22,18 @@ def variants_table(
     considered: Iterable[Candidate], budget: int, chosen: Candidate | None = None
 ) -> Table:
     """The variants with their memory plans, best first; the one chosen is marked."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title=f"variants for {format_bytes(budget)} (sizes in MB)", title_justify="left")
+    table = Table(
+        title=f"variants for {format_bytes(budget)} (sizes in MB)",
+        title_justify="left",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("", *KINDS):
         table.add_column(name.replace("_", "/"))
-    for name in ("weights", "KV", "arena", "overhead", "total", "error"):
+    for name in ("weights", "KV", "arena", "overhead", "total", "error %"):
         table.add_column(name, justify="right")
     for one in considered:
         mine = chosen is not None and one.variant == chosen.variant
@@ -36,7 +42,7 @@ def variants_table(
             "*" if mine else "",
             *(one.variant.formats[kind] for kind in KINDS),
             *(f"{size / 1e6:.1f}" for size in sizes),
-            f"{100 * one.variant.predicted_error**0.5:.2f} %",
+            f"{100 * one.variant.predicted_error**0.5:.2f}",
             style="bold" if mine else "dim" if one.plan.total > budget else None,
         )
     return table
