@@ -198,18 +198,14 @@ int64_t Executor::items(const Op& op, const Step& step) const {
 }
 
 void Executor::walk(const Step& step) {
-    for (Counter& c : counters_) c.next.store(0, std::memory_order_relaxed);
     const std::function<void()> task = [&] {
-        size_t turn = 0;
         for (const Op& op : ops_) {
             if (op.head != step.head) continue;
-            std::atomic<int64_t>& next = counters_[turn].next;
             const int64_t count = items(op, step);
-            for (int64_t i; (i = next.fetch_add(op.grain, std::memory_order_relaxed)) < count;)
+            for (int64_t i; (i = next_.fetch_add(op.grain, std::memory_order_relaxed)) < count;)
                 apply(op, step, i, std::min(i + op.grain, count));
-            std::atomic<int64_t>& stale = counters_[(turn + 2) % 3].next;
-            team_.barrier([&] { stale.store(0, std::memory_order_relaxed); });
-            turn = (turn + 1) % 3;
+            // By then every thread has taken its last item.
+            team_.barrier([&] { next_.store(0, std::memory_order_relaxed); });
         }
     };
     team_.run(task);

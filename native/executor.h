@@ -1,6 +1,6 @@
 // Runs a Program: a list of ops over one arena, walked by all threads with a barrier between ops.
 #pragma once
-#include <array>
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -104,11 +104,7 @@ class Executor {
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
     int64_t last_tokens_ = 0;
-    // Item counters of three consecutive ops: one in use, one being left, one being zeroed.
-    struct alignas(64) Counter {
-        std::atomic<int64_t> next{0};
-    };
-    std::array<Counter, 3> counters_;
+    alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;
 };
 

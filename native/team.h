@@ -3,6 +3,9 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,16 +32,19 @@ inline void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
 class Team {
   public:
     explicit Team(int size) : size_(size) {
-        for (int i = 1; i < size; ++i) threads_.emplace_back([this] { work(); });
+        threads_.reserve(static_cast<size_t>(size));
+        try {
+            for (int i = 1; i < size; ++i) threads_.emplace_back([this] { work(); });
+        } catch (const std::system_error&) {
+            const size_t started = threads_.size() + 1;
+            stop();  // a thread that is not joined would end the process
+            throw std::invalid_argument("the system allows " + std::to_string(started) + " of " +
+                                        std::to_string(size) + " threads: use fewer");
+        }
     }
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
-    ~Team() {
-        task_ = nullptr;
-        start_.fetch_add(1, std::memory_order_release);
-        start_.notify_all();
-        for (std::thread& t : threads_) t.join();
-    }
+    ~Team() { stop(); }
 
     int size() const { return size_; }
 
@@ -66,6 +72,13 @@ class Team {
     }
 
   private:
+    void stop() {
+        task_ = nullptr;
+        start_.fetch_add(1, std::memory_order_release);
+        start_.notify_all();
+        for (std::thread& t : threads_) t.join();
+    }
+
     void work() {
         for (uint32_t seen = 0;;) {
             wait_change(start_, seen);

@@ -217,6 +217,10 @@ def test_a_bundle_is_replaced_and_nothing_else(tied: Path, tmp_path: Path) -> No
         with pytest.raises(RequestError, match="not a bundle"):
             write(tied, MIXED, tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+    (tmp_path / "link").symlink_to("out")
+    write(tied, everywhere("q8_0"), tmp_path / "link")
+    assert json.loads((target / "pronk.json").read_text())["formats"] == everywhere("q8_0")
+    assert names(tmp_path) == ["file", "link", "mine", "out"]
     (tmp_path / "empty").mkdir()
     assert is_bundle(write(tied, MIXED, tmp_path / "empty"))
 

@@ -270,6 +270,7 @@ HOSTILE = {
     "recursive-loop": "{% for a in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "sorting": "{% set l = ['a' * 99] * 9999 %}{% for i in range(99999) %}"
     "{% if l|sort %}{% endif %}{% endfor %}",
+    "silent-filter": "{% set r = range(90000)|list %}{{ r|reject('in', r)|first }}",
     "rfind": "{% set s = 'a' * 2000000 %}{{ s.rfind('ab' + s[1000000:]) }}",
     "rsplit": "{% set s = 'a' * 2000000 %}{{ s.rsplit(sep='ab' + s[1000000:]) }}",
     "hexadecimal": "{% set n = ('f' * 4000000)|int(base=16) %}{{ n is divisibleby(n // 3) }}",

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
@@ -95,6 +96,8 @@ def test_chat_keeps_its_history(tiny_q4):
     assert len(turns) == 3
     assert turns[0]["text"] == turns[2]["text"]  # forgotten after /reset
     assert all(turn["tokens"] for turn in turns)
+    other = pronk("chat", tiny_q4, "--json", "--max-tokens", 8, stdin="two\n").stdout
+    assert json.loads(other)["text"] != turns[1]["text"]  # the second turn saw the first
 
 
 def test_inspect_counts_memory_without_weights(tiny_q4):
@@ -196,6 +199,46 @@ def test_bad_prompts(tiny_q4):
 )
 def test_parameters_out_of_range(tiny_q4, arguments, match):
     assert match in sentence("run", tiny_q4, "hi", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "value", "match"),
+    [
+        ("eval", "--window", 2, "the window"),
+        ("eval", "--stride", 0, "the stride"),
+        ("eval", "--max-tokens", -3, "--max-tokens"),
+        ("bench", "--runs", 0, "1 run"),
+        ("bench", "--tokens", 0, "2 tokens"),
+        ("bench", "--prompt-tokens", -1, "--prompt-tokens"),
+        ("inspect", "--context", 0, "the context"),
+    ],
+)
+def test_figures_out_of_range(tiny_q4, verb, option, value, match):
+    assert match in sentence(verb, tiny_q4, option, value)
+
+
+def test_options_stand_anywhere(tiny_q4):
+    out = pronk("run", "--max-tokens", 2, tiny_q4, "--json", "hello", "--raw").stdout
+    assert json.loads(out)["tokens"] == 2
+    out = pronk("run", "--max-tokens", 2, "--json", "--", tiny_q4, "-5 + 3").stdout
+    assert json.loads(out)["tokens"] == 2
+
+
+def test_threads_that_the_system_refuses(tiny_q4):
+    command = f"ulimit -v 3000000; {sys.executable} -m pronk run {tiny_q4} hi --threads 1024"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "of 1024 threads: use fewer" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_sentence():
+    command = [sys.executable, "-m", "pronk", "list", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("pronk: error: [Errno 28] No space left")
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_model():

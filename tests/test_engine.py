@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 from checkpoints import tiny_llama_dir
@@ -103,6 +105,19 @@ def test_a_session_reuses_what_it_shares(tiny):
     assert engine.pool.free == engine.pool.num_blocks
 
 
+def test_a_chat_keeps_its_history_in_the_cache(tiny):
+    turns = [{"role": "user", "content": word} for word in ("one", "two")]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with load(tiny, context=256) as model:
+        list(model.chat(turns[:1], params, session="chat"))
+        pieces = model.chat(turns, params, session="chat")
+        (request,) = model._engine._requests.values()
+        pairs = zip(model.render(turns[:1]), model.render(turns), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        assert request.computed >= shared > 0
+        assert len(list(pieces)) == 4
+
+
 def test_a_kept_session_gives_way_to_a_request(tiny):
     engine = Engine(make_runner(tiny, context=128), frozenset())
     engine.add(PROMPTS[0], SamplingParams(max_tokens=10), session="old")
@@ -147,6 +162,7 @@ def test_logits_are_those_of_generation(tiny):
         full = ids + [p.token for p in pieces]
         logits = model.logits(full).astype(np.float64)
         assert logits.shape == (len(full), 320)
+        assert (model.logits(np.array(full)) == logits).all()
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for i, piece in enumerate(pieces):
             row = logprobs[len(ids) - 1 + i]
@@ -155,6 +171,108 @@ def test_logits_are_those_of_generation(tiny):
             assert piece.top_logprobs[0] == (piece.token, piece.logprob)
         with pytest.raises(RequestError, match="129 tokens do not fit the context of 128"):
             model.logits([1] * 129)
+
+
+def test_answers_taken_in_turns_are_whole(tiny):
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    with load(tiny, context=256) as model:
+        alone = [[p.token for p in model.generate(ids, params)] for ids in PROMPTS[:3]]
+        started = [model.generate(ids, params) for ids in PROMPTS[:3]]
+        got = [[], [], []]
+        for _ in range(9):
+            for tokens, pieces in zip(got, started, strict=True):
+                tokens.append(next(pieces).token)
+        assert got == alone
+        assert all(next(pieces, None) is None for pieces in started)
+        first, second = (model.generate(ids, params) for ids in PROMPTS[:2])
+        assert [p.token for p in second] == alone[1]  # the first waits with what it has
+        assert [p.token for p in first] == alone[0]
+        assert not model._events
+
+
+def test_a_dropped_answer_ends_its_request(tiny):
+    with load(tiny, context=128) as model:
+        engine = model._engine
+        for begun in (False, True):
+            pieces = model.generate(PROMPTS[0])
+            if begun:
+                next(pieces)
+            assert engine.busy
+            del pieces
+            assert not engine.busy
+            assert not model._events
+            assert engine.pool.free == engine.pool.num_blocks
+
+
+def test_a_closed_model_says_so(tiny):
+    model = load(tiny, context=128)
+    pieces = model.generate(PROMPTS[0])
+    next(pieces)
+    model.close()
+    for call in (
+        lambda: next(pieces),
+        lambda: model.context,
+        lambda: model.generate([1]),
+        lambda: model.logits([1]),
+    ):
+        with pytest.raises(RequestError, match="the model is closed"):
+            call()
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupted_step_is_repeated(tiny, monkeypatch, after):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    engine = Engine(make_runner(tiny, max_tokens=32), frozenset())
+    ids = [engine.add(p, params) for p in PROMPTS[:2]]
+    step, calls = engine.runner.step, iter(range(1000))
+
+    def interrupted(*arguments):
+        odd = next(calls) % 2
+        if odd or after:
+            logits = step(*arguments)
+        if not odd:
+            raise KeyboardInterrupt
+        return logits
+
+    monkeypatch.setattr(engine.runner, "step", interrupted)
+    tokens = {i: [] for i in ids}
+    while engine.busy:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        for event in engine.step():
+            tokens[event.request_id].append(event.sample.token)
+    for i, prompt in zip(ids, PROMPTS, strict=False):
+        assert tokens[i] == alone(tiny, prompt, params)
+
+
+def test_sessions_in_line_give_way_to_the_first(tiny):
+    engine = Engine(make_runner(tiny, context=128), frozenset())
+    follow = {}
+    for name, first in (("a", 3), ("b", 5)):
+        prompt = [first] * 40
+        request = engine.add(prompt, SamplingParams(max_tokens=2), session=name)
+        follow[name] = prompt + drain(engine)[0][request]
+    # Each holds half of the pool and needs all of it.
+    ids = [engine.add(prompt, SamplingParams(), session=name) for name, prompt in follow.items()]
+    assert engine.pool.free == 0
+    tokens, _ = drain(engine)
+    for i, prompt in zip(ids, follow.values(), strict=True):
+        assert tokens[i] == alone(tiny, prompt, SamplingParams(max_tokens=128 - len(prompt)))
+
+
+def test_a_pool_that_nothing_will_free_is_refused(tiny):
+    engine = Engine(make_runner(tiny, context=128), frozenset())
+    held = engine.logits([1] * 120)
+    next(held)
+    engine.add(PROMPTS[1], SamplingParams())
+    with pytest.raises(RequestError, match="in use by logits"):
+        engine.step()
+    held.close()
+    assert len(drain(engine)[0][0]) == 128 - len(PROMPTS[1])
+    # A pool smaller than the context bounds a sequence.
+    engine = Engine(make_runner(tiny, context=128, kv_tokens=64), frozenset())
+    engine.add(PROMPTS[1], SamplingParams())
+    assert len(drain(engine)[0][0]) == 64 - len(PROMPTS[1])
 
 
 def test_blocks_are_taken_and_given_back():

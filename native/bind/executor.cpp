@@ -29,7 +29,7 @@ Ref at(const Slot& s) { return {s.first, s.second}; }
 MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
     const auto& [format_name, offset, rows, column, bias] = p;
     const Format format = parse_format(format_name);
-    if (rows <= 0 || cols <= 0 || column < 0 || column % kPanel ||
+    if (rows <= 0 || cols <= 0 || column < 0 || column > kMaxSide || column % kPanel ||
         (is_grouped(format) && cols % kGroup))
         throw std::invalid_argument("matmul part has an impossible shape");
     MatmulPart part;
@@ -219,8 +219,10 @@ void bind_executor(nb::module_& m) {
             [](const Executor& e, Slot source, Matrix out) {
                 const int64_t rows = static_cast<int64_t>(out.shape(0));
                 const int64_t bytes = static_cast<int64_t>(out.shape(1)) * 4;
-                if (source.first < 0 || bytes > source.second ||
-                    source.first + rows * source.second > e.arena_bytes())
+                // In this order no product overflows.
+                if (source.first < 0 || bytes > source.second || source.second > e.arena_bytes() ||
+                    (source.second && rows > e.arena_bytes() / source.second) ||
+                    source.first > e.arena_bytes() - rows * source.second)
                     throw std::invalid_argument("read lies outside the arena");
                 for (int64_t i = 0; i < rows; ++i)
                     std::memcpy(reinterpret_cast<uint8_t*>(out.data()) + i * bytes,

@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"pronk {arguments[0]}", description=what + ".")
     module.configure(parser)
+    # Options may stand between a model and its prompt, but after -- everything is a word.
+    parse = parser.parse_args if "--" in arguments else parser.parse_intermixed_args
     try:
-        code = int(module.run(parser.parse_args(arguments[1:])) or 0)
+        code = int(module.run(parse(arguments[1:])) or 0)
         sys.stdout.flush()
         return code
     except PronkError as error:
@@ -65,3 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         # The reader of our output has left; nothing can be said to it.
         sys.stderr.close()
         return 141
+    except OSError as error:
+        print(f"pronk: error: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"pronk: error: memory ran out ({error}): use a shorter context, window or prompt",
+              file=sys.stderr)  # fmt: skip
+        return 2

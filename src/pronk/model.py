@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from pronk.checkpoint.base import Checkpoint, open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
+from pronk.engine.request import Event
 from pronk.engine.runner import Runner
 from pronk.engine.weights import Conversion, load_weights
 from pronk.errors import BudgetError, RequestError
@@ -102,10 +105,12 @@ class Model:
         self.memory = memory
         self._runner: Runner | None = runner
         self._engine = Engine(runner, tokenizer.eos_ids)
+        self._events: dict[int, deque[Event]] = {}  # not yet taken, by request
 
     @property
     def context(self) -> int:
         """Most tokens of one sequence."""
+        self._open()
         return self._engine.context
 
     @property
@@ -179,6 +184,9 @@ class Model:
     ) -> Iterator[Piece]:
         """Generate from a text or token ids, one piece per token.
 
+        Several may be under way: they share the steps, whichever of them is asked for a piece.
+        One that is dropped ends its request.
+
         Parameters
         ----------
         prompt : str or sequence of int
@@ -201,7 +209,25 @@ class Model:
         self._open()
         params = params or SamplingParams()
         request = self._engine.add(self.encode(prompt), params, session)
-        return self._pieces(request, params)
+        self._events[request] = deque()
+        pieces = self._pieces(request, params)
+        # The `finally` of a generator that was never begun does not run.
+        weakref.finalize(pieces, self._end, request).atexit = False
+        return pieces
+
+    def _end(self, request: int) -> None:
+        self._events.pop(request, None)
+        if self._runner is not None:
+            self._engine.abort(request)
+
+    def _next_event(self, request: int) -> Event:
+        """A request's next token; what the steps give other requests waits for them."""
+        events = self._events[request]
+        while not events:
+            self._open()
+            for event in self._engine.step():
+                self._events[event.request_id].append(event)
+        return events.popleft()
 
     def chat(
         self,
@@ -220,24 +246,17 @@ class Model:
         reason = None
         try:
             while reason is None:
-                for event in self._engine.step():
-                    if event.request_id != request:
-                        continue  # a generator that is not drained leaves its request waiting
-                    sample, reason = event.sample, event.finish_reason
-                    ended = reason == "stop"  # an end token is no text
-                    text = "" if ended else stream.push(sample.token)
-                    if stream.stopped:
-                        reason = "stop"
-                    elif reason:
-                        text += stream.flush()
-                    yield Piece(sample.token, text, sample.logprob, sample.top_logprobs, reason)
+                event = self._next_event(request)
+                sample, reason = event.sample, event.finish_reason
+                ended = reason == "stop"  # an end token is no text
+                text = "" if ended else stream.push(sample.token)
+                if stream.stopped:
+                    reason = "stop"
+                elif reason:
+                    text += stream.flush()
+                yield Piece(sample.token, text, sample.logprob, sample.top_logprobs, reason)
         finally:
-            self._engine.abort(request)
-
-    def iter_logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Logits of every token, in chunks of [<= 128, vocabulary]: see `logits`."""
-        self._open()
-        return self._engine.logits(ids)
+            self._end(request)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Next-token logits at every position.
@@ -252,9 +271,12 @@ class Model:
         ndarray, float32 [tokens, vocabulary]
             Row i is the prediction after ``ids[: i + 1]``.
         """
-        out = np.empty((len(ids), self.spec.vocab_size), np.float32)
+        self._open()
+        tokens = self.encode(ids)
+        parts = self._engine.logits(tokens)  # checked before anything of their size is allocated
+        out = np.empty((len(tokens), self.spec.vocab_size), np.float32)
         done = 0
-        for part in self.iter_logits(ids):
+        for part in parts:
             out[done : done + len(part)] = part
             done += len(part)
         return out

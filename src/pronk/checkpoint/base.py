@@ -114,12 +114,16 @@ def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `raw`; one that names a key twice is refused."""
+    """The JSON object in `raw`; one that names a key twice, or half a character, is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
             raise ValueError("a name comes twice")
+        # JSON can escape a lone surrogate, which nothing can print or write.
+        for text in (*out, *out.values()):
+            if isinstance(text, str):
+                text.encode()
         return out
 
     try:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pronk.checkpoint.base import Checkpoint
-from pronk.checkpoint.bundle_config import generation_config, hf_config
+from pronk.checkpoint.bundle_config import hf_config
 from pronk.checkpoint.bundle_tensors import Quantize, write_tensors
 from pronk.errors import PronkError, RequestError
 
@@ -49,7 +49,8 @@ class BundleWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.target = Path(directory).absolute()
+        # A link stays, and what it points to is replaced.
+        self.target = Path(os.path.realpath(directory))
         self.path = self._beside("tmp", os.getpid())
         self._fields: dict[str, Any] = {}
         self._open = False
@@ -58,7 +59,7 @@ class BundleWriter:
         _recover(self.target)
         if os.path.lexists(self.target) and not is_bundle(self.target):
             empty = self.target.is_dir() and not any(self.target.iterdir())
-            if not empty or self.target.is_symlink():
+            if not empty:
                 raise RequestError(
                     f"{self.target} exists and is not a bundle: give -o another directory"
                 )
@@ -116,9 +117,8 @@ class BundleWriter:
             _write_json(
                 self.path / "config.json", hf_config(ckpt.spec, formats, tokenizer.bos_id, eos)
             )
-            _write_json(
-                self.path / "generation_config.json", generation_config(tokenizer.bos_id, eos)
-            )
+            # That of a variant written before has figures which no longer hold.
+            (self.path / BUNDLE_FILE).unlink(missing_ok=True)
             self._fields = {
                 "format": FORMAT,
                 "pronk_version": getattr(pronk, "__version__", "0"),
@@ -134,7 +134,10 @@ class BundleWriter:
     def update(self, **fields: Any) -> None:
         """Set fields of ``pronk.json``, such as ``measurements``."""
         self._fields.update(fields)
-        _write_json(self.path / BUNDLE_FILE, self._fields)
+        try:
+            _write_json(self.path / BUNDLE_FILE, self._fields)
+        except OSError as error:
+            raise _cannot(self.target, error) from error
 
     def commit(self) -> Path:
         """Put the bundle in its place and return that.

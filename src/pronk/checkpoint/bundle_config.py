@@ -7,7 +7,7 @@ from typing import Any
 
 from pronk.spec import ModelSpec
 
-__all__ = ["GROUP", "generation_config", "hf_config"]
+__all__ = ["GROUP", "hf_config"]
 
 GROUP = 32
 """Elements that share a scale, in every format Pronk writes."""
@@ -55,12 +55,6 @@ def hf_config(
         "eos_token_id": _one_or_many(eos),
         "quantization_config": _quantization(formats),
     }
-
-
-def generation_config(bos: int | None, eos: Sequence[int]) -> dict[str, Any]:
-    """``generation_config.json`` of a bundle."""
-    fields = {"bos_token_id": bos, "eos_token_id": _one_or_many(eos)}
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _one_or_many(ids: Sequence[int]) -> int | list[int] | None:

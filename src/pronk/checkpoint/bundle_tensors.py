@@ -173,11 +173,7 @@ def _write_packed(ckpt: Checkpoint, name: str, dtype: str, file: _File, quantize
     rows, cols = ckpt.tensors[name].shape
     base = _packed_name(name).removesuffix("weight")
     for start, blocks in quantize(ckpt, name, dtype):
-        if dtype == "q4_1":
-            parts = split_minima(blocks, cols)
-        else:
-            parts = pack_blocks(blocks, dtype, cols)
-            del parts["weight_shape"]
+        parts = split_minima(blocks, cols) if dtype == "q4_1" else pack_blocks(blocks, dtype, cols)
         for part, values in parts.items():
             file.put(f"{base}{part}", start * values[0].nbytes, values)
         if name == EMBEDDING:

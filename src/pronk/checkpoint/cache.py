@@ -60,7 +60,7 @@ def folder_of(name: str) -> Path:
 def _safe(name: str) -> str:
     if re.fullmatch(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*", name):
         return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80] + "-" + digest
 
 

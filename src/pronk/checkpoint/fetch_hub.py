@@ -57,6 +57,7 @@ def fetch_hf(address: str, folder: Path, progress: Progress) -> Fetched:
     hub = _import("huggingface_hub", "hf")
     _import("huggingface_hub.utils", "hf").disable_progress_bars()
     target = folder / _FOLDER
+    target.mkdir()
     try:
         with progress.watch(target, "downloading"):
             hub.snapshot_download(
@@ -171,7 +172,9 @@ def _whole(target: Path, name: str) -> Fetched:
         return _single(target / gguf[0], target.parent)
     if gguf:
         raise SourceError(f"{name} holds several .gguf files; name one of: {', '.join(gguf[:20])}")
-    raise SourceError(f"{name} holds no config.json with .safetensors files, and no .gguf file")
+    raise SourceError(
+        f"{name} holds no config.json with .safetensors files; for a .gguf file, give its name too"
+    )
 
 
 def _remove_others(folder: Path, *keep: str) -> None:

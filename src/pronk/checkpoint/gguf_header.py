@@ -215,8 +215,6 @@ class _Cursor:
             self.at = at
             if self.position > self.size:
                 raise self.truncated()
-            if at > len(window):  # the last string ends beyond the window
-                self.window, self.base, self.at = b"", self.position, 0
 
     def array(self, depth: int = 1) -> GgufArray:
         if depth > _MAX_DEPTH:

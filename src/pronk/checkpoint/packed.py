@@ -22,7 +22,6 @@ __all__ = [
     "pack_blocks",
     "packed_dtype",
     "read_schemes",
-    "unpack_blocks",
     "unpack_down",
 ]
 
@@ -41,55 +40,34 @@ def packed_dtype(bits: int, symmetric: bool) -> str | None:
 
 
 def pack_blocks(blocks: Bytes, dtype: str, cols: int) -> dict[str, NDArray[Any]]:
-    """Rows of q8_0, q4_0 or q4_1 blocks as the tensors of a packed Linear weight.
+    """Rows of q8_0 or q4_0 blocks as the tensors of a packed Linear weight.
 
     Parameters
     ----------
     blocks : uint8 [rows, row_bytes]
-    dtype : {"q8_0", "q4_0", "q4_1"}
+    dtype : {"q8_0", "q4_0"}
+        Those of q4_1 are `pronk.checkpoint.real_minima.split_minima`'s.
     cols : int
 
     Returns
     -------
     dict
-        ``weight_packed`` int32 [rows, cols * bits / 32], ``weight_scale`` float16
-        [rows, cols / 32], ``weight_shape`` int64 [2] and, for q4_1, ``weight_zero_point``
-        int32 [ceil(rows / 8), cols / 32].
-
-    Raises
-    ------
-    CheckpointError
-        If a q4_1 minimum is not minus a whole zero point of 0 to 15 times its scale:
-        the packed form cannot say it.
+        ``weight_packed`` int32 [rows, cols * bits / 32] and ``weight_scale`` float16
+        [rows, cols / 32].
     """
     rows, groups = len(blocks), cols // 32
-    head = 4 if dtype == "q4_1" else 2
     part = blocks.reshape(rows, groups, -1)
     scale = np.ascontiguousarray(part[:, :, :2]).view(np.float16)[:, :, 0]
     out: dict[str, NDArray[Any]] = {}
     if _BITS[dtype] == 8:
-        values = part[:, :, head:] ^ np.uint8(0x80)
+        values = part[:, :, 2:] ^ np.uint8(0x80)
     else:
-        low, high = part[:, :, head:] & np.uint8(15), part[:, :, head:] >> np.uint8(4)
+        low, high = part[:, :, 2:] & np.uint8(15), part[:, :, 2:] >> np.uint8(4)
         both = np.concatenate([low, high], axis=2)
         values = both[:, :, 0::2] | (both[:, :, 1::2] << np.uint8(4))
     out["weight_packed"] = np.ascontiguousarray(values).reshape(rows, -1).view("<i4")
     out["weight_scale"] = scale
-    out["weight_shape"] = np.array([rows, cols], dtype=np.int64)
-    if dtype == "q4_1":
-        minimum = np.ascontiguousarray(part[:, :, 2:4]).view(np.float16)[:, :, 0]
-        out["weight_zero_point"] = _pack_down(_zero_points(scale, minimum))
     return out
-
-
-def unpack_blocks(packed: Mapping[str, NDArray[Any]], dtype: str, cols: int) -> Bytes:
-    """The inverse of `pack_blocks`: uint8 [rows, row_bytes]."""
-    words = np.ascontiguousarray(packed["weight_packed"]).view(np.uint8)
-    scale = packed["weight_scale"].astype(np.float32)
-    zero = None
-    if dtype == "q4_1":
-        zero = unpack_down(packed["weight_zero_point"], 0, len(words))
-    return assemble(words, scale, zero, dtype)
 
 
 def assemble(words: Bytes, scale: NDArray[np.float32], zero: Bytes | None, dtype: str) -> Bytes:
@@ -127,28 +105,6 @@ def assemble(words: Bytes, scale: NDArray[np.float32], zero: Bytes | None, dtype
         both[:, :, 1::2] = values >> np.uint8(4)
         out[:, :, head:] = both[:, :, :16] | (both[:, :, 16:] << np.uint8(4))
     return out.reshape(rows, -1)
-
-
-def _zero_points(scale: NDArray[np.float16], low: NDArray[np.float16]) -> Bytes:
-    d, m = scale.astype(np.float32), low.astype(np.float32)
-    zero = np.rint(np.divide(-m, d, out=np.zeros_like(d), where=d != 0))
-    same = (zero >= 0) & (zero <= 15) & ((zero * -d).astype(np.float16) == low)
-    if not same.all():
-        raise CheckpointError(
-            "a q4_1 weight has minima that are no whole multiples of their scales, which the "
-            "packed format cannot hold: quantize it with whole zero points"
-        )
-    return zero.astype(np.uint8)
-
-
-def _pack_down(zero: Bytes) -> NDArray[np.int32]:
-    """4-bit zero points [rows, groups] packed down the rows, int32 [ceil(rows / 8), groups]."""
-    rows, groups = zero.shape
-    padded = np.zeros((-(-rows // 8), 8, groups), dtype=np.uint32)
-    padded.reshape(-1, groups)[:rows] = zero
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)[None, :, None]
-    words: NDArray[np.uint32] = np.bitwise_or.reduce(padded << shifts, axis=1)
-    return words.view(np.int32)
 
 
 def unpack_down(words: NDArray[np.int32], first: int, count: int) -> Bytes:

@@ -43,11 +43,7 @@ def split_minima(blocks: Bytes, cols: int) -> dict[str, NDArray[Any]]:
     plain[:, :2] = np.ascontiguousarray(scale)[:, None].view(np.uint8)
     plain[:, 2:] = np.where(flat[:, None], np.uint8(0), data[:, 4:])
     parts = pack_blocks(plain.reshape(rows, -1), "q4_0", cols)
-    return {
-        "weight_packed": parts["weight_packed"],
-        "weight_scale": parts["weight_scale"],
-        "weight_zero_point": zero.reshape(rows, -1),
-    }
+    return {**parts, "weight_zero_point": zero.reshape(rows, -1)}
 
 
 def join_minima(words: Bytes, scale: NDArray[np.float32], zero: NDArray[np.float32]) -> Bytes:

@@ -124,7 +124,8 @@ def _existing(name: str) -> Path:
     path = Path(name)
     try:
         if name and path.exists():
-            return path
+            # "./NAME" has lost its "./", and must stay a path when it is resolved again.
+            return path if _fetcher(str(path)) is None else path.absolute()
     except (OSError, ValueError):  # a name no file can have
         pass
     raise SourceError(

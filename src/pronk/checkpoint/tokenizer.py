@@ -62,10 +62,10 @@ class Tokenizer:
         self.chat_template = chat_template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id: int | None = backend.token_to_id(bos_token) if bos_token else None
-        ends = set(eos_ids)
+        ends = list(eos_ids)
         eos = backend.token_to_id(eos_token) if eos_token else None
         if eos is not None:
-            ends.add(eos)
+            ends.append(eos)
         added = backend.get_added_tokens_decoder()
         self._added = {id: (token.content, token.special) for id, token in added.items()}
         known = [*ends, *self._added, *([] if self.bos_id is None else [self.bos_id])]
@@ -155,7 +155,9 @@ class Tokenizer:
         config.update({key: token for key, token in names.items() if token})
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        generation: dict[str, Any] = {"eos_token_id": sorted(self.eos_ids)}
+        generation: dict[str, Any] = {}
+        if self.eos_ids:
+            generation["eos_token_id"] = sorted(self.eos_ids)
         if self.bos_id is not None:
             generation["bos_token_id"] = self.bos_id
         _write(directory / "tokenizer.json", text)
@@ -221,8 +223,8 @@ def _template(path: Path, config: dict[str, Any]) -> str | None:
             raise CheckpointError(f"{file} is no UTF-8") from None
     value = config.get("chat_template")
     if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
-        value = named.get("default")
+        named = [t for t in value if isinstance(t, dict) and t.get("name") == "default"]
+        value = named[-1].get("template") if named else None
     if value is not None and not isinstance(value, str):
         raise CheckpointError(f"{path} gives chat_template as something else than a string")
     return value

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.corpus import default_corpus, encode
     from pronk.evaluate.latency import latency
 
+    if args.prompt_tokens < 1:
+        raise RequestError(f"--prompt-tokens must be at least 1, not {args.prompt_tokens}")
     model, load_time = common.open_model(args.model, args.threads, args.context)
     room = model.context - args.tokens
     if room < 1:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from pronk.commands import common
+from pronk.errors import RequestError
 
 __all__ = ["configure", "run"]
 
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.divergence import divergence
     from pronk.evaluate.perplexity import perplexity
 
+    if args.max_tokens < 0:
+        raise RequestError(f"--max-tokens must be 0 (all) or more, not {args.max_tokens}")
     corpus = load_corpus(args.text)
     model, _ = common.open_model(args.model, args.threads, args.window)
     ids = encode(corpus, model.tokenizer, args.max_tokens or None)

@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 _ATTEMPTS = 4
 _CONTEXT = 2048
+_LEAST_WINDOW, _WINDOW = 3, 512
 
 
 def _bench(path: Path, context: int, threads: int | None) -> dict[str, Any]:
@@ -33,8 +34,10 @@ def _bench(path: Path, context: int, threads: int | None) -> dict[str, Any]:
     return run_json("pronk", ["bench", os.fspath(path), "--json", *extra])
 
 
-def _evaluate(path: Path, text: str | None, threads: int | None) -> dict[str, Any]:
+def _evaluate(path: Path, text: str | None, context: int, threads: int | None) -> dict[str, Any]:
     extra = [] if threads is None else ["--threads", str(threads)]
+    # No longer than the context fitted to: more would need more memory than the budget.
+    extra += ["--window", str(max(_LEAST_WINDOW, min(_WINDOW, context)))]
     if text is not None:
         extra += ["--text", text]
     return run_json("pronk", ["eval", os.fspath(path), "--json", *extra])
@@ -51,12 +54,12 @@ class Tools:
     bench : callable
         Bundle path, context and threads to the JSON of ``pronk bench``.
     evaluate : callable
-        Bundle path, text file and threads to the JSON of ``pronk eval``.
+        Bundle path, text file, context and threads to the JSON of ``pronk eval``.
     """
 
     overhead: Callable[[Path], int] = footprint.measure
     bench: Callable[[Path, int, int | None], dict[str, Any]] = _bench
-    evaluate: Callable[[Path, str | None, int | None], dict[str, Any]] = _evaluate
+    evaluate: Callable[[Path, str | None, int, int | None], dict[str, Any]] = _evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +280,9 @@ def _write_and_measure(
     bench.pop("model", None)  # a temporary path
     measurements: dict[str, Any] = {"bench": bench}
     if peak <= work.budget:
-        measurements["eval"] = work.tools.evaluate(writer.path, work.text, work.threads)
+        measurements["eval"] = work.tools.evaluate(
+            writer.path, work.text, work.context, work.threads
+        )
         measurements["eval"].pop("model", None)
     work.progress("measuring", 2, 2)
     writer.update(

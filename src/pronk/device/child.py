@@ -24,8 +24,9 @@ def run_json(module: str, arguments: Sequence[str], timeout: float = 3600.0) -> 
     """
     what = f"python -m {module}"
     try:
+        # -P: modules are not looked for in the current directory, as they are not by `pronk`.
         done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from pronk.engine.runner import Runner
 from pronk.engine.sampler import Sampler
 from pronk.engine.scheduler import Scheduler
 from pronk.errors import RequestError
+from pronk.graph.pack import KV_BLOCK
 from pronk.spec import SamplingParams
 
 __all__ = ["Engine"]
@@ -32,7 +34,8 @@ class Engine:
         limits = runner.program.limits
         self.runner = runner
         self.eos_ids = eos_ids
-        self.context = limits.context
+        # A request that the whole pool cannot hold would wait for ever.
+        self.context = min(limits.context, limits.num_blocks * KV_BLOCK)
         self.pool = BlockPool(limits.num_blocks)
         self.manager = GlobalBlocks(self.pool)
         self.scheduler = Scheduler(self.manager, limits.max_tokens, limits.max_sequences)
@@ -108,35 +111,52 @@ class Engine:
         return bool(self._requests)
 
     def step(self) -> list[Event]:
-        """Run one step and return the tokens it produced, at most one per request."""
+        """Run one step and return the tokens it produced, at most one per request.
+
+        Raises
+        ------
+        RequestError
+            If all that waits needs blocks that an unfinished `logits` holds.
+        """
         chosen = self.scheduler.schedule()
         if not chosen and self.scheduler.waiting:
-            # Nothing runs, so only kept sessions can hold what the first in line waits for.
+            # Nothing runs: kept sessions, and what others in line took over from one, hold the
+            # blocks that the first waits for.
             self.drop_sessions()
+            for request in islice(self.scheduler.waiting, 1, None):
+                self.manager.release(request.blocks)
+                request.computed = 0
             chosen = self.scheduler.schedule()
+            if not chosen:
+                raise RequestError("the KV pool is in use by logits: take or close them first")
         if not chosen:
             return []
         ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
         rows: list[int] = []
-        ready: list[Request] = []
         for index, (request, count) in enumerate(chosen):
             start, stop = request.computed, request.computed + count
             ids += request.tokens[start:stop]
             positions += range(start, stop)
             sequences += [index] * count
-            request.computed = stop
-            if request.pending == 0:
+            if count == request.pending:
                 rows.append(len(ids) - 1)
-                ready.append(request)
         blocks = [request.blocks for request, _ in chosen]
-        logits = self.runner.step(ids, positions, sequences, blocks, rows)
-        return [self._emit(r, row) for r, row in zip(ready, logits, strict=True)]
+        logits = iter(self.runner.step(ids, positions, sequences, blocks, rows))
+        # Requests move on only now: one whose step was interrupted repeats it.
+        events: list[Event] = []
+        for request, count in chosen:
+            if count == request.pending:
+                events.append(self._emit(request, next(logits)))
+            else:
+                request.computed += count
+        return events
 
     def _emit(self, request: Request, logits: NDArray[np.float32]) -> Event:
         sample = request.sampler.sample(logits)
         request.tokens.append(sample.token)
+        request.computed = len(request.tokens) - 1
         reason = None
         if sample.token in self.eos_ids and not request.params.ignore_eos:
             reason = "stop"
@@ -183,6 +203,9 @@ class Engine:
         self.check(tokens)
         if len(tokens) > self.context:
             raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
+        return self._logits(tokens)
+
+    def _logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
         if self.manager.needed(len(tokens)) > self.scheduler.available():
             raise RequestError("the KV pool is in use by running requests: wait for them to end")

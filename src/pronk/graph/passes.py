@@ -174,8 +174,6 @@ def split_threads(graph: Graph) -> Graph:
         if op.kind == "matmul":
             panels = sum(-(-graph.weights[w].rows // 16) for w in op.weights)
             grain = max(1, min(32, panels // 16))
-        elif op.kind == "attend":
-            grain = 1
         ops.append(op.with_attrs(grain=grain))
     return graph.with_ops(ops, graph.values)
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
-from pronk.graph.pack import KV_BLOCK, kv_block_bytes, runtime_dtype
+from pronk.graph.pack import GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
 from pronk.graph.passes import Pass, cpu_passes, run_passes
 from pronk.spec import MemoryPlan, ModelSpec
 
 __all__ = ["Limits", "Program", "compile_program", "stored_dtypes"]
+
+_TOGETHER = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,20 @@ class Program:
 
 
 def stored_dtypes(tensors: Mapping[str, tuple[str, int]]) -> Callable[[str], str]:
-    """Runtime format by name, from the stored (dtype, row length) of each tensor."""
+    """Runtime format by name, from the stored (dtype, row length) of each tensor.
+
+    The queries, keys and values of a layer lie in one matrix and so meet the same activations:
+    where one of them is quantized in groups, a float one runs as ``q8_0``.
+    """
 
     def dtype_of(name: str) -> str:
-        dtype, cols = tensors[name]
-        return runtime_dtype(dtype, cols)
+        runs = runtime_dtype(*tensors[name])
+        layer, _, matrix = name.rpartition(".self_attn.")
+        if runs not in GROUPED and matrix in _TOGETHER:
+            siblings = (f"{layer}.self_attn.{other}" for other in _TOGETHER)
+            if any(runtime_dtype(*tensors[s]) in GROUPED for s in siblings if s in tensors):
+                return "q8_0"
+        return runs
 
     return dtype_of
 

@@ -9,6 +9,7 @@ turn, and only methods and filters known to stay in proportion to their input ar
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -214,6 +215,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
                 self.filters[name] = self._metered_filter(name, self.filters[name])
             else:
                 del self.filters[name]
+        self.tests = {name: _metered_test(test) for name, test in self.tests.items()}
         self.filters["tojson"] = _tojson
         self.filters["sum"] = jinja2.pass_environment(_sum)
         self.globals = {
@@ -332,6 +334,16 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         if passes is not None:
             metered.jinja_pass_arg = passes  # type: ignore[attr-defined]
         return metered
+
+
+def _metered_test(inner: Any) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def metered(*args: Any, **kwargs: Any) -> Any:
+        # `select` and `reject` test item after item with no turn of a loop between.
+        Meter.active().charge(0)
+        return inner(*args, **kwargs)
+
+    return metered
 
 
 def _check_product(operator: str, left: Any, right: Any) -> None:
