@@ -190,7 +190,7 @@ void Executor::head(const int32_t* rows, int64_t count) {
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    if (op.kind == OpKind::attention) return step.count * op.heads;
+    if (op.kind == OpKind::attention) return step.count * kv_shape_.heads;
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -205,8 +205,10 @@ void Executor::walk(const Step& step) {
             if (op.head != step.head) continue;
             std::atomic<int64_t>& next = counters_[turn].next;
             const int64_t count = items(op, step);
-            for (int64_t i; (i = next.fetch_add(op.grain, std::memory_order_relaxed)) < count;)
-                apply(op, step, i, std::min(i + op.grain, count));
+            // No result depends on the split, so a small step may be cut finer.
+            const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
+            for (int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < count;)
+                apply(op, step, i, std::min(i + grain, count));
             std::atomic<int64_t>& stale = counters_[(turn + 2) % 3].next;
             team_.barrier([&] { stale.store(0, std::memory_order_relaxed); });
             turn = (turn + 1) % 3;
@@ -234,7 +236,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
         case OpKind::attention:
-            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, first, last);
+            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, step.count, first, last);
         case OpKind::gather:
             for (int64_t i = first; i < last; ++i)
                 std::memcpy(out.row<uint8_t>(i), a.row<uint8_t>(step.rows[i]),

@@ -40,7 +40,7 @@ struct Op {
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;
-    int64_t grain = 1;  // items a thread takes at once
+    int64_t grain = 1;  // most items a thread takes at once
 };
 
 struct Limits {

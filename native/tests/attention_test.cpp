@@ -121,8 +121,8 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const float scale = 1 / std::sqrt(static_cast<float>(c.dim));
     kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), 0, n / 2);
     kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), n / 2, n);
-    kernels.attention(rows, c.heads, scale, setup.view(), setup.at(0), {out.data(), out_stride}, 0,
-                      n * c.heads);
+    kernels.attention(rows, c.heads, scale, setup.view(), setup.at(0), {out.data(), out_stride}, n,
+                      0, n * c.kv_heads);
     double rotation = 0, worst = 0;
     for (int64_t t = 0; t < n; ++t) {
         rotation = std::max(
@@ -146,9 +146,9 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
         std::memcpy(one.data(), before.data() + t * stride, static_cast<size_t>(stride));
         kernels.rope_store({one.data(), stride}, {table.data() + t * c.dim * 4, c.dim * 4}, c.heads,
                            again.view(), again.at(t), 0, 1);
-        for (int h = c.heads; h-- > 0;)
+        for (int h = c.kv_heads; h-- > 0;)
             kernels.attention({one.data(), stride}, c.heads, scale, again.view(), again.at(t),
-                              {alone.data() + t * out_stride, out_stride}, h, h + 1);
+                              {alone.data() + t * out_stride, out_stride}, 1, h, h + 1);
     }
     check(again.pool == setup.pool && alone == out,
           "%s attention dim %d %s: one token at a time differs", kernels.name, c.dim, kv);

@@ -164,19 +164,14 @@ def fuse_quantize(graph: Graph) -> Graph:
 
 
 def split_threads(graph: Graph) -> Graph:
-    """Give every op its grain: how many items (rows, panels, heads) a thread takes at once.
+    """Give every op its grain: the most items (rows, panels, heads) a thread takes at once.
 
-    Small enough that two threads end together, large enough that taking is free.
+    Large enough that taking is free and neighbours share what they read; the executor cuts
+    small steps finer, so that all threads have work.
     """
     ops = []
     for op in graph.ops:
-        grain = 1
-        if op.kind == "matmul":
-            panels = sum(-(-graph.weights[w].rows // 16) for w in op.weights)
-            grain = max(1, min(32, panels // 16))
-        elif op.kind == "attend":
-            grain = 1
-        ops.append(op.with_attrs(grain=grain))
+        ops.append(op.with_attrs(grain=32 if op.kind == "matmul" else 16))
     return graph.with_ops(ops, graph.values)
 
 
