@@ -15,6 +15,7 @@
 namespace pronk::PRONK_NS {
 
 constexpr int kMaxHeadDim = 256;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Within a layer's part of a block: keys of every head, then values of every head.
 inline uint8_t* kv_head(const KvView& kv, int64_t block, int64_t head, bool value) {
@@ -60,14 +61,23 @@ inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, co
     }
 }
 
+// A softmax-weighted sum of values so far: the maximum score, the sum of weights against it, and
+// the weighted values.
+struct Sum {
+    float* acc;
+    float top, total;
+};
+
 // One query head of one token on its way through the blocks.
 struct Query {
     const float* q;
     float* out;
-    int64_t length;  // positions it attends to
-    float top, total;
+    int64_t length;    // positions it attends to
+    float top, total;  // of the current chunk
     alignas(64) float acc[kMaxHeadDim];
     alignas(64) float p[kBlock];
+    float all_top, all_total;  // of the chunks before it
+    alignas(64) float all[kMaxHeadDim];
 };
 
 // Scores of the 32 positions of a block against R queries, into each one's p.
@@ -107,17 +117,15 @@ inline void score_block(const uint8_t* keys, bool bf16, Query* rows, int64_t dim
 
 // Turns the scores of a block into weights against the running maximum; n positions count.
 inline void soften(Query& row, float scale, int n, int64_t dim) {
-    const float lowest = -std::numeric_limits<float>::infinity();
-    F lo = keep_first(mul(load(row.p), set(scale)), n, lowest);
-    F hi = keep_first(mul(load(row.p + 16), set(scale)), n > 16 ? n - 16 : 0, lowest);
+    F lo = keep_first(mul(load(row.p), set(scale)), n, kLowest);
+    F hi = keep_first(mul(load(row.p + 16), set(scale)), n > 16 ? n - 16 : 0, kLowest);
     const float top = hmax(max(lo, hi));
     if (top > row.top) {  // rescale what is summed so far to the new maximum
         float factor[16];
         store(factor, exp(set(row.top - top)));
-        const float f = row.top == lowest ? 0.0f : factor[0];
+        const float f = row.top == kLowest ? 0.0f : factor[0];
         row.total *= f;
-        for (int64_t d = 0; d < dim; d += 16)
-            store(row.acc + d, mul(load(row.acc + d), set(f)));
+        for (int64_t d = 0; d < dim; d += 16) store(row.acc + d, mul(load(row.acc + d), set(f)));
         row.top = top;
     }
     lo = keep_first(exp(sub(lo, set(row.top))), n, 0.0f);
@@ -154,16 +162,18 @@ inline void weigh_block(const uint8_t* values, bool bf16, Query* rows, int n, in
         for (int i = 0; i < V; ++i) store(rows[r].acc + d + 16 * i, sum[r][i]);
 }
 
-// Queries of one sequence and KV head, in order of their lengths: each block is read once for all.
+// Queries of one sequence and KV head, in order of their lengths, over positions [from, to) of one
+// chunk: each block is read once for all.
 template <int R>
-void attend(Query* rows, float scale, const KvView& kv, const int32_t* blocks, int64_t head) {
+void attend(Query* rows, float scale, const KvView& kv, const int32_t* blocks, int64_t head,
+            int64_t from, int64_t to) {
     const int64_t dim = kv.head_dim;
     for (int r = 0; r < R; ++r) {
-        rows[r].top = -std::numeric_limits<float>::infinity();
+        rows[r].top = kLowest;
         rows[r].total = 0.0f;
         for (int64_t d = 0; d < dim; d += 16) store(rows[r].acc + d, set(0.0f));
     }
-    for (int64_t start = 0; start < rows[R - 1].length; start += kBlock) {
+    for (int64_t start = from; start < to; start += kBlock) {
         const int64_t block = blocks[start / kBlock];
         score_block<R>(kv_head(kv, block, head, false), kv.bf16, rows, dim);
         int n = 0;
@@ -182,17 +192,49 @@ void attend(Query* rows, float scale, const KvView& kv, const int32_t* blocks, i
         for (; d + 64 <= dim; d += 64) weigh_block<R, 4>(values, kv.bf16, rows, n, dim, d);
         for (; d < dim; d += 16) weigh_block<R, 1>(values, kv.bf16, rows, n, dim, d);
     }
-    for (int r = 0; r < R; ++r) {
-        const F inverse = set(1.0f / rows[r].total);
-        for (int64_t d = 0; d < dim; d += 16)
-            store(rows[r].out + d, mul(load(rows[r].acc + d), inverse));
-    }
 }
 
 inline void attend_some(int count, Query* rows, float scale, const KvView& kv,
-                        const int32_t* blocks, int64_t head) {
+                        const int32_t* blocks, int64_t head, int64_t from, int64_t to) {
     static constexpr decltype(&attend<1>) attends[] = {attend<1>, attend<2>, attend<3>, attend<4>};
-    attends[count - 1](rows, scale, kv, blocks, head);
+    attends[count - 1](rows, scale, kv, blocks, head, from, to);
+}
+
+// Joins the sum of a chunk to that of the chunks before it.
+inline void join(Sum& all, const Sum& chunk, int64_t dim) {
+    const float top = all.top > chunk.top ? all.top : chunk.top;
+    float factors[16];
+    store(factors, exp(keep_first(set(all.top - top), 1, chunk.top - top)));
+    for (int64_t d = 0; d < dim; d += 16)
+        store(all.acc + d,
+              fma(load(chunk.acc + d), set(factors[1]), mul(load(all.acc + d), set(factors[0]))));
+    all.total = all.total * factors[0] + chunk.total * factors[1];
+    all.top = top;
+}
+
+inline void finish(const Sum& all, int64_t dim, float* out) {
+    const F inverse = set(1.0f / all.total);
+    for (int64_t d = 0; d < dim; d += 16) store(out + d, mul(load(all.acc + d), inverse));
+}
+
+// Chunk by chunk, joined in order: what the parts of attention_parts give, bit for bit.
+inline void attend_all(int count, Query* rows, float scale, const KvView& kv, const int32_t* blocks,
+                       int64_t head) {
+    const int64_t length = rows[count - 1].length, dim = kv.head_dim;
+    Sum sums[4];
+    for (int64_t from = 0; from < length; from += kChunk) {
+        const int64_t to = length < from + kChunk ? length : from + kChunk;
+        attend_some(count, rows, scale, kv, blocks, head, from, to);
+        for (int r = 0; r < count; ++r) {
+            if (from == 0) {
+                sums[r] = {rows[r].all, rows[r].top, rows[r].total};
+                std::memcpy(rows[r].all, rows[r].acc, static_cast<size_t>(dim) * sizeof(float));
+            } else if (from < rows[r].length) {
+                join(sums[r], {rows[r].acc, rows[r].top, rows[r].total}, dim);
+            }
+        }
+    }
+    for (int r = 0; r < count; ++r) finish(sums[r], dim, rows[r].out);
 }
 
 inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
@@ -210,7 +252,7 @@ inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, co
             rows[filled].out = out.row<float>(t) + h * kv.head_dim;
             rows[filled].length = tokens.positions[t] + 1;
             if (++filled == most) {
-                attend_some(filled, rows, scale, kv, blocks, head);
+                attend_all(filled, rows, scale, kv, blocks, head);
                 filled = 0;
             }
         }
@@ -219,9 +261,57 @@ inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, co
                            tokens.sequences[t + 1] == sequence &&
                            tokens.positions[t + 1] > tokens.positions[t];
         if (filled && !joins) {
-            attend_some(filled, rows, scale, kv, blocks, head);
+            attend_all(filled, rows, scale, kv, blocks, head);
             filled = 0;
         }
+    }
+}
+
+// The parts of token t: row t * chunks + c holds, for every head, the values summed over chunk c,
+// then the maximum and the total.
+inline void attention_parts(Rows qkv, int64_t heads, float scale, const KvView& kv,
+                            const Tokens& tokens, Rows parts, int64_t chunks, int64_t first,
+                            int64_t last) {
+    constexpr int most = 4;
+    Query rows[most];
+    const int64_t group = heads / kv.kv_heads, dim = kv.head_dim, width = dim + kPartTail;
+    for (int64_t item = first; item < last; ++item) {
+        const int64_t head = item % kv.kv_heads, row = item / kv.kv_heads;
+        const int64_t t = row / chunks, from = row % chunks * kChunk;
+        const int64_t length = tokens.positions[t] + 1;
+        if (from >= length) continue;
+        const int64_t to = length < from + kChunk ? length : from + kChunk;
+        for (int64_t g = 0; g < group; g += most) {
+            const int n = static_cast<int>(group - g < most ? group - g : most);
+            for (int r = 0; r < n; ++r) {
+                rows[r].q = qkv.row<float>(t) + (head * group + g + r) * dim;
+                rows[r].length = length;
+            }
+            attend_some(n, rows, scale, kv, kv.tables + tokens.sequences[t] * kv.max_blocks, head,
+                        from, to);
+            for (int r = 0; r < n; ++r) {
+                float* part = parts.row<float>(row) + (head * group + g + r) * width;
+                std::memcpy(part, rows[r].acc, static_cast<size_t>(dim) * sizeof(float));
+                part[dim] = rows[r].top;
+                part[dim + 1] = rows[r].total;
+            }
+        }
+    }
+}
+
+// Joins the parts; items are token * heads + head. The first part is overwritten.
+inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Tokens& tokens,
+                           int64_t chunks, Rows out, int64_t first, int64_t last) {
+    const int64_t width = dim + kPartTail;
+    for (int64_t item = first; item < last; ++item) {
+        const int64_t t = item / heads, h = item % heads;
+        const auto part = [&](int64_t c) {
+            float* at = parts.row<float>(t * chunks + c) + h * width;
+            return Sum{at, at[dim], at[dim + 1]};
+        };
+        Sum all = part(0);
+        for (int64_t c = 1; c * kChunk < tokens.positions[t] + 1; ++c) join(all, part(c), dim);
+        finish(all, dim, out.row<float>(t) + h * dim);
     }
 }
 
