@@ -90,7 +90,8 @@ void Executor::write(int64_t offset, const float* values, int64_t count) {
 }
 
 void Executor::add(Op op) {
-    const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention;
+    const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention_parts ||
+                         op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
     const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
                         op.kind == OpKind::rms_norm || op.kind == OpKind::silu_mul;
@@ -145,6 +146,7 @@ void Executor::add(Op op) {
             }
             break;
         case OpKind::rope_store:
+        case OpKind::attention_parts:
         case OpKind::attention:
             require(op.heads > 0 && op.heads <= kMaxSide && kv_heads > 0 &&
                         op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
@@ -153,10 +155,12 @@ void Executor::add(Op op) {
                                         2 * kv_heads * kBlock * dim * (kv_shape_.bf16 ? 2 : 4),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
+            if (op.kind == OpKind::rope_store)
+                check(op.b, count, dim * 4, "rope table");
+            else
+                check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
             if (op.kind == OpKind::attention)
                 check(op.out, count, op.heads * dim * 4, "attention output");
-            else
-                check(op.b, count, dim * 4, "rope table");
             break;
     }
     // The head follows the body: run() walks the one, head() the other.
@@ -180,17 +184,28 @@ void Executor::run(const Batch& batch) {
           batch.tables,
           nullptr,
           batch.tokens,
-          false});
+          false,
+          chunks(batch)});
+}
+
+// Few tokens with long pasts leave threads idle unless a token's past is cut too.
+int64_t Executor::chunks(const Batch& batch) const {
+    if (batch.tokens * kv_shape_.heads >= 4 * team_.size()) return 0;
+    const int64_t longest = *std::max_element(batch.positions, batch.positions + batch.tokens);
+    const int64_t count = longest / kChunk + 1;
+    return count > 1 && batch.tokens * count <= limits_.max_tokens ? count : 0;
 }
 
 void Executor::head(const int32_t* rows, int64_t count) {
     require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
     require_range(rows, count, last_tokens_, "logit row");
-    walk({{}, nullptr, rows, count, true});
+    walk({{}, nullptr, rows, count, true, 0});
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    if (op.kind == OpKind::attention) return step.count * op.heads;
+    if (op.kind == OpKind::attention_parts) return step.count * step.chunks * kv_shape_.heads;
+    if (op.kind == OpKind::attention)
+        return step.count * (step.chunks ? op.heads : kv_shape_.heads);
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -202,8 +217,11 @@ void Executor::walk(const Step& step) {
         for (const Op& op : ops_) {
             if (op.head != step.head) continue;
             const int64_t count = items(op, step);
-            for (int64_t i; (i = next_.fetch_add(op.grain, std::memory_order_relaxed)) < count;)
-                apply(op, step, i, std::min(i + op.grain, count));
+            if (count == 0) continue;
+            // No result depends on the split, so a small step may be cut finer.
+            const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
+            for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
+                apply(op, step, i, std::min(i + grain, count));
             // By then every thread has taken its last item.
             team_.barrier([&] { next_.store(0, std::memory_order_relaxed); });
         }
@@ -229,8 +247,15 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.planes, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
+        case OpKind::attention_parts:
+            return k.attention_parts(a, op.heads, op.scalar, kv, step.tokens, b, step.chunks, first,
+                                     last);
         case OpKind::attention:
-            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, first, last);
+            if (step.chunks)
+                return k.attention_join(b, op.heads, kv.head_dim, step.tokens, step.chunks, out,
+                                        first, last);
+            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, step.count, first,
+                               last);
         case OpKind::gather:
             for (int64_t i = first; i < last; ++i)
                 std::memcpy(out.row<uint8_t>(i), a.row<uint8_t>(step.rows[i]),

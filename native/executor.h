@@ -18,6 +18,7 @@ enum class OpKind {
     quantize,
     matmul,
     rope_store,
+    attention_parts,
     attention,
     silu_mul,
     add,
@@ -40,7 +41,7 @@ struct Op {
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;
-    int64_t grain = 1;  // items a thread takes at once
+    int64_t grain = 1;  // most items a thread takes at once
 };
 
 struct Limits {
@@ -91,8 +92,10 @@ class Executor {
         const int32_t* rows;
         int64_t count;
         bool head;
+        int64_t chunks;  // attention in parts of so many chunks a token; 0: in one go
     };
     void walk(const Step& step);
+    int64_t chunks(const Batch& batch) const;
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
     Rows rows(const Ref& ref) const;

@@ -64,6 +64,21 @@ def test_company_does_not_matter(models, dtype, activations):
         np.testing.assert_array_equal(np.stack(rows), expected)
 
 
+@pytest.mark.parametrize("isa", isas())
+def test_a_long_past_cut_over_threads_does_not_matter(models, isa):
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 320, 1100)]
+    limits = {"context": 1152, "isa": isa}
+    whole = run_whole(make_runner(models["q4_1"], threads=1, **limits), ids)
+    runner = make_runner(models["q4_1"], threads=4, **limits)
+    blocks = [list(range(36))]
+    # A few tokens at a time, whose past is cut in three; the chunks before them are not cut.
+    run_whole(runner, ids[:1020])
+    for start, stop in ((1020, 1021), (1021, 1026), (1026, 1027)):
+        positions, n = list(range(start, stop)), stop - start
+        got = runner.step(ids[start:stop], positions, [0] * n, blocks, list(range(n)))
+        np.testing.assert_array_equal(got, whole[start:stop])
+
+
 def test_steps_are_repeatable(models):
     runner = make_runner(models["q4_1"])
     np.testing.assert_array_equal(run_whole(runner, PROMPTS[0]), run_whole(runner, PROMPTS[0]))

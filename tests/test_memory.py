@@ -24,11 +24,8 @@ def test_sizes_are_those_of_the_native_core(dtype):
             assert pack.packed_bytes(dtype, rows, cols) == expected
     for planes in (0, 1, 2):
         assert pack.act_row_bytes(96, planes) == _native.act_row_bytes(96, planes)
-    assert (pack.PANEL, pack.GROUP, pack.KV_BLOCK) == (
-        _native.PANEL,
-        _native.GROUP,
-        _native.KV_BLOCK,
-    )
+    for name in ("PANEL", "GROUP", "KV_BLOCK", "PART_TAIL"):
+        assert getattr(pack, name) == getattr(_native, name)
 
 
 def test_the_executor_allocates_the_plan(tmp_path):

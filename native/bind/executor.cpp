@@ -53,6 +53,7 @@ void bind_executor(nb::module_& m) {
     m.attr("PANEL") = kPanel;
     m.attr("GROUP") = kGroup;
     m.attr("KV_BLOCK") = kBlock;
+    m.attr("PART_TAIL") = kPartTail;
     m.def(
         "packed_bytes",
         [](const std::string& format, int64_t rows, int64_t cols) {
@@ -161,14 +162,16 @@ void bind_executor(nb::module_& m) {
             "qkv"_a, "table"_a, "heads"_a, "layer"_a, "grain"_a)
         .def(
             "attention",
-            [](Executor& e, Slot qkv, int64_t heads, int64_t layer, float scale, Slot out,
-               int64_t grain) {
-                Op op{OpKind::attention};
-                op.a = at(qkv), op.heads = heads, op.layer = layer, op.scalar = scale;
-                op.out = at(out), op.grain = grain;
+            [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t layer, float scale,
+               Slot out, int64_t grain) {
+                Op op{OpKind::attention_parts};
+                op.a = at(qkv), op.b = at(parts), op.heads = heads, op.layer = layer;
+                op.scalar = scale, op.out = at(out), op.grain = 1;
+                e.add(op);
+                op.kind = OpKind::attention, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
+            "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "silu_mul",
             [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, int planes, int64_t grain) {

@@ -18,9 +18,11 @@
 
 namespace pronk {
 
-constexpr int kPanel = 16;  // rows per panel
-constexpr int kGroup = 32;  // elements that share a scale
-constexpr int kBlock = 32;  // positions per KV block
+constexpr int kPanel = 16;     // rows per panel
+constexpr int kGroup = 32;     // elements that share a scale
+constexpr int kBlock = 32;     // positions per KV block
+constexpr int kChunk = 512;    // positions that attention sums up before it joins sums
+constexpr int kPartTail = 16;  // floats after the values of a part: maximum, total, padding
 
 enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1 };
 

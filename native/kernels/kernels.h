@@ -64,9 +64,16 @@ struct Kernels {
     // Rotates q and k of qkv rows in place and stores k and v into the cache.
     void (*rope_store)(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
                        int64_t first, int64_t last);
-    // Items are token * heads + head.
+    // Items are KV head * count + token, of `count` tokens.
     void (*attention)(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
-                      Rows out, int64_t first, int64_t last);
+                      Rows out, int64_t count, int64_t first, int64_t last);
+    // The same in two steps, for few tokens with long pasts. Items are those of (token * chunks +
+    // chunk) * KV heads + KV head, then of token * heads + head.
+    void (*attention_parts)(Rows qkv, int64_t heads, float scale, const KvView& kv,
+                            const Tokens& tokens, Rows parts, int64_t chunks, int64_t first,
+                            int64_t last);
+    void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Tokens& tokens,
+                           int64_t chunks, Rows out, int64_t first, int64_t last);
     // Sums `bytes` of memory: what a read of the weights can reach at best.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Runs `rounds` of independent dot products; returns multiply and add operations done.

@@ -42,7 +42,7 @@ class Setup {
     }
 
   private:
-    static constexpr int kBlocks = 4, kPool = 9;
+    static constexpr int kBlocks = 40, kPool = 47;
     Case c_;
     int64_t width_, layer_;
 
@@ -121,8 +121,8 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const float scale = 1 / std::sqrt(static_cast<float>(c.dim));
     kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), 0, n / 2);
     kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), n / 2, n);
-    kernels.attention(rows, c.heads, scale, setup.view(), setup.at(0), {out.data(), out_stride}, 0,
-                      n * c.heads);
+    kernels.attention(rows, c.heads, scale, setup.view(), setup.at(0), {out.data(), out_stride}, n,
+                      0, n * c.kv_heads);
     double rotation = 0, worst = 0;
     for (int64_t t = 0; t < n; ++t) {
         rotation = std::max(
@@ -146,12 +146,24 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
         std::memcpy(one.data(), before.data() + t * stride, static_cast<size_t>(stride));
         kernels.rope_store({one.data(), stride}, {table.data() + t * c.dim * 4, c.dim * 4}, c.heads,
                            again.view(), again.at(t), 0, 1);
-        for (int h = c.heads; h-- > 0;)
+        for (int h = c.kv_heads; h-- > 0;)
             kernels.attention({one.data(), stride}, c.heads, scale, again.view(), again.at(t),
-                              {alone.data() + t * out_stride, out_stride}, h, h + 1);
+                              {alone.data() + t * out_stride, out_stride}, 1, h, h + 1);
     }
     check(again.pool == setup.pool && alone == out,
           "%s attention dim %d %s: one token at a time differs", kernels.name, c.dim, kv);
+
+    // In parts that are joined: the same bits.
+    const int64_t chunks = std::max(first_length, second_length) / kChunk + 1;
+    const int64_t part_stride = c.heads * (c.dim + kPartTail) * 4;
+    const Buffer parts(n * chunks * part_stride), joined(n * out_stride);
+    const Rows part_rows{parts.data(), part_stride};
+    kernels.attention_parts(rows, c.heads, scale, setup.view(), setup.at(0), part_rows, chunks, 0,
+                            n * chunks * c.kv_heads);
+    kernels.attention_join(part_rows, c.heads, c.dim, setup.at(0), chunks,
+                           {joined.data(), out_stride}, 0, n * c.heads);
+    check(joined == out, "%s attention dim %d %s lengths %d, %d: parts differ", kernels.name, c.dim,
+          kv, first_length, second_length);
 }
 
 }  // namespace
@@ -165,6 +177,8 @@ void test_attention(const Kernels& kernels) {
             test_case(kernels, {2, 2, dim, bf16, 40.0f}, 100, 5);
         }
         test_case(kernels, {1, 1, 256, bf16, 1.0f}, 40, 3);
+        test_case(kernels, {6, 1, 16, bf16, 10.0f}, 2 * kChunk + 7, 3);
+        test_case(kernels, {3, 3, 32, bf16, 1.0f}, kChunk + 1, kChunk);
     }
 }
 

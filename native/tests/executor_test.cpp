@@ -44,8 +44,11 @@ class Model {
         Op store = op(OpKind::rope_store, qkv, {}, 0);
         store.b = table, store.heads = kHeads;
         executor.add(store);
-        Op attention = op(OpKind::attention, qkv, heads, 0);
+        Op attention = op(OpKind::attention_parts, qkv, heads, 0);
+        attention.b = space(kHeads * (kDim + kPartTail));
         attention.heads = kHeads, attention.scalar = 0.25f;
+        executor.add(attention);
+        attention.kind = OpKind::attention;
         executor.add(attention);
         executor.add(op(OpKind::quantize, heads, act, kHidden, 2));
         matmul(act, {weights(Format::q4_0, kHidden, kHidden, 0)}, kHidden, x, x, 2, false);
@@ -216,7 +219,7 @@ void test_refusals(const Kernels& kernels) {
     const auto body = [&](const char* what, const std::function<void(Op&)>& change) {
         Executor fresh(1, kernels.name, 1 << 12, 1 << 16, kLimits, kKv);
         Op op = Model::op(OpKind::attention, {0, kQkv * 4}, {32768, kHidden * 4}, 0);
-        op.heads = kHeads;
+        op.heads = kHeads, op.b = op.a;
         fresh.add(op);
         change(op);
         throws(kernels, what, [&] { fresh.add(op); });
@@ -224,6 +227,7 @@ void test_refusals(const Kernels& kernels) {
     body("heads that do not divide", [](Op& op) { op.heads = 3; });
     body("heads that overflow", [&](Op& op) { op.heads = big; });
     body("no heads", [](Op& op) { op.heads = 0; });
+    body("no room for parts", [](Op& op) { op.b = {}; });
     body("a layer past its block", [](Op& op) { op.layer = 64; });
     body("a negative layer", [](Op& op) { op.layer = -64; });
     body("a layer that overflows", [](Op& op) { op.layer = INT64_MAX - 63; });

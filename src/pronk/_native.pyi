@@ -15,6 +15,8 @@ GROUP: int = 32
 
 KV_BLOCK: int = 32
 
+PART_TAIL: int = 16
+
 def packed_bytes(format: str, rows: int, cols: int) -> int:
     """Bytes of a packed matrix."""
 
@@ -57,7 +59,7 @@ class Executor:
 
     def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, layer: int, grain: int) -> None: ...
 
-    def attention(self, qkv: tuple[int, int], heads: int, layer: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
+    def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, layer: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
 
     def silu_mul(self, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], planes: int, grain: int) -> None: ...
 

@@ -88,9 +88,13 @@ class _Lowering:
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
         layer = op.integer("layer") * self.layer_bytes
+        qkv, parts = (self.slot(ref) for ref in op.inputs)
         self.executor.attention(
-            self.slot(op.inputs[0]), op.integer("heads"), layer, float(op.attrs["scale"]), out,
-            grain)  # fmt: skip
+            qkv, parts, op.integer("heads"), layer, float(op.attrs["scale"]), out, grain
+        )
+
+    def _workspace(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        """Memory that the next op uses: nothing to run."""
 
     def _silu_mul(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up = op.inputs

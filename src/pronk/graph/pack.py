@@ -8,6 +8,7 @@ __all__ = [
     "GROUPED",
     "KV_BLOCK",
     "PANEL",
+    "PART_TAIL",
     "act_row_bytes",
     "kv_block_bytes",
     "packed_bytes",
@@ -17,6 +18,7 @@ __all__ = [
 PANEL = 16  # rows interleaved into one panel
 GROUP = 32  # elements that share a scale
 KV_BLOCK = 32  # positions per KV block
+PART_TAIL = 16  # floats after the values of a part of attention
 ALIGN = 64  # bytes
 
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 from pronk.graph.ir import Graph, Op, Ref, Value
+from pronk.graph.pack import PART_TAIL
 
 __all__ = [
     "Pass",
@@ -82,7 +83,8 @@ def fuse_rope(graph: Graph) -> Graph:
     """The rotations of q and k and the attention over them work on the one q|k|v matrix.
 
     ``rope_store`` rotates q and k in place and stores k and v into the cache; ``attend`` then
-    reads q from the matrix and everything else from the cache.
+    reads q from the matrix and everything else from the cache. ``workspace`` holds its parts
+    where a long past is cut over threads: per head, values and ``PART_TAIL`` floats.
     """
     values = dict(graph.values)
     producer = {op.output: op for op in graph.ops}
@@ -102,9 +104,12 @@ def fuse_rope(graph: Graph) -> Graph:
                 store = Op("rope_store", (source, angles), name, attrs={
                     "layer": op.attrs["layer"], "heads": op.attrs["heads"],
                     "kv_heads": k.attrs["heads"], "inplace": True})  # fmt: skip
-                attend = Op("attend", (Ref(name),), op.output, attrs={
+                parts = f"{op.output}.parts"
+                heads = op.integer("heads")
+                values[parts] = Value(parts, "T", width + heads * PART_TAIL)
+                attend = Op("attend", (Ref(name), Ref(parts)), op.output, attrs={
                     **op.attrs, "kv_heads": k.attrs["heads"]})  # fmt: skip
-                ops += [store, attend]
+                ops += [store, Op("workspace", (), parts), attend]
                 continue
         ops.append(op)
     return graph.with_ops([op for op in ops if op.output not in ropes], values)
@@ -164,17 +169,14 @@ def fuse_quantize(graph: Graph) -> Graph:
 
 
 def split_threads(graph: Graph) -> Graph:
-    """Give every op its grain: how many items (rows, panels, heads) a thread takes at once.
+    """Give every op its grain: the most items (rows, panels, heads) a thread takes at once.
 
-    Small enough that two threads end together, large enough that taking is free.
+    Large enough that taking is free and neighbours share what they read; the executor cuts
+    small steps finer, so that all threads have work.
     """
     ops = []
     for op in graph.ops:
-        grain = 1
-        if op.kind == "matmul":
-            panels = sum(-(-graph.weights[w].rows // 16) for w in op.weights)
-            grain = max(1, min(32, panels // 16))
-        ops.append(op.with_attrs(grain=grain))
+        ops.append(op.with_attrs(grain=32 if op.kind == "matmul" else 16))
     return graph.with_ops(ops, graph.values)
 
 

@@ -116,6 +116,9 @@ class Reference:
         self._store(op.integer("layer"), out[:, heads * dim : cut], out[:, cut:], kv_heads)
         return out
 
+    def _workspace(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        return np.zeros((len(self._ids), self.graph.values[op.output].width), np.float32)
+
     def _attend(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         heads, kv_heads = op.integer("heads"), op.integer("kv_heads")
         dim = self.graph.values[op.output].width // heads
