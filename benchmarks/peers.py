@@ -46,7 +46,7 @@ def start_llama_cpp(path: str, threads: int, context: int) -> tuple[Generate, in
     import numpy as np
 
     model = llama_cpp.Llama(
-        path, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512,
+        path, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=context,
         verbose=False)  # fmt: skip
     vocab = model.n_vocab()
 
@@ -109,8 +109,8 @@ class Peer:
     def read(self) -> dict[str, float]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("a worker ended: is llama-cpp-python installed?")
+        if not line.startswith("{"):
+            raise SystemExit(f"a worker ended: {line.strip() or 'is its package installed?'}")
         return dict(json.loads(line))
 
     def measure(self, prompt: list[int], tokens: int) -> dict[str, float]:

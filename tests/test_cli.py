@@ -241,6 +241,22 @@ def test_a_full_disk_is_one_sentence():
     assert "Traceback" not in done.stderr
 
 
+def test_fit_refuses_before_it_writes(tiny, tmp_path):
+    broken = tmp_path / "text.txt"
+    broken.write_bytes(b"\xff\xfe\xfa")
+    fit = ("fit", tiny, "-o", tmp_path / "out", "--memory")
+    assert "UTF-8" in sentence(*fit, "900MB", "--text", broken)
+    assert "threads" in sentence(*fit, "900MB", "--threads", "0")
+    assert "not a size" in sentence(*fit, "lots")
+    assert "--memory" in sentence(*fit, "1MB")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+def test_sizes_that_the_kernels_cannot_take(tmp_path):
+    odd = tiny_llama_dir(tmp_path / "odd", hidden_size=48, num_attention_heads=4)
+    assert "hidden 48" in sentence("run", odd, "hi")
+
+
 def test_an_unknown_model():
     assert "nosuch" in sentence("run", "nosuch", "hi")
 

@@ -155,8 +155,6 @@ def test_requests_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
     for context in (1, 513):
         with pytest.raises(RequestError, match="context"):
             fit(source, 10**9, context, tmp_path / "out")
-    with pytest.raises(RequestError, match=r"none\.txt cannot be read"):
-        run(source, 10**9, tmp_path / "out", Bench(), text=tmp_path / "none.txt")
     # Without a context it is the model's own, here shorter than the default.
     bench = Bench()
     bench.bench = lambda path, context, threads: {"peak_memory": context}  # type: ignore[method-assign]

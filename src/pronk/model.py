@@ -26,7 +26,15 @@ from pronk.graph.program import Limits, Program, compile_program, stored_dtypes
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 from pronk.units import format_bytes
 
-__all__ = ["DEFAULT_CONTEXT", "Model", "Piece", "compile_checkpoint", "default_threads", "load"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "Model",
+    "Piece",
+    "choose_context",
+    "choose_threads",
+    "compile_checkpoint",
+    "load",
+]
 
 DEFAULT_CONTEXT = 2048  # tokens, where neither the user nor a bundle says otherwise
 
@@ -57,9 +65,20 @@ class Piece:
     finish_reason: str | None = None
 
 
-def default_threads() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def choose_threads(threads: int | None) -> int:
+    """The threads to run with: the user's, or all cores this process may run on.
+
+    Raises
+    ------
+    RequestError
+        If the number is out of range.
+    """
+    if threads is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if not 1 <= threads <= 1024:
+        raise RequestError(f"threads must be in [1, 1024], not {threads}")
+    return threads
 
 
 def compile_checkpoint(checkpoint: Checkpoint, limits: Limits) -> Program:
@@ -333,9 +352,7 @@ def load(
     """
     from pronk.checkpoint.sources import resolve
 
-    threads = default_threads() if threads is None else threads
-    if not 1 <= threads <= 1024:
-        raise RequestError(f"threads must be in [1, 1024], not {threads}")
+    threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "f32"):
         raise RequestError(f"kv_dtype must be bf16 or f32, not {kv_dtype!r}")
     with open_checkpoint(resolve(os.fspath(model))) as checkpoint:

@@ -137,14 +137,18 @@ def _from_bf16(blocks: Bytes) -> Floats:
 
 def _from_q8_0(blocks: Bytes) -> Floats:
     out = blocks[:, 2:].view(np.int8).astype(np.float32)
-    out *= _half(blocks[:, :2])
-    return out
+    return _scaled(out, blocks)
 
 
 def _from_q4_0(blocks: Bytes) -> Floats:
     out = _nibbles(blocks[:, 2:]).astype(np.float32)
     out -= 8
-    out *= _half(blocks[:, :2])
+    return _scaled(out, blocks)
+
+
+def _scaled(out: Floats, blocks: Bytes) -> Floats:
+    with np.errstate(invalid="ignore"):  # an infinite scale: whoever reads the values checks them
+        out *= _half(blocks[:, :2])
     return out
 
 

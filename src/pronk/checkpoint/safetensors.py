@@ -277,9 +277,11 @@ def _budget(path: Path, manifest: dict[str, Any]) -> Budget | None:
         return None
     if isinstance(budget, dict) and isinstance(plan, dict):
         figures = [budget.get("memory"), budget.get("context"), plan.get("overhead", 0)]
-        if _whole(figures, 1 << 62):
+        if _whole(figures, 1 << 62) and figures[1] >= 2:
             return Budget(*figures)
-    raise CheckpointError(f"{path / 'pronk.json'} gives a budget that is not whole numbers")
+    raise CheckpointError(
+        f"{path / 'pronk.json'} gives a budget that is not in whole bytes and tokens"
+    )
 
 
 def _part(path: Path, name: str) -> Path:

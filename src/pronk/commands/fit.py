@@ -30,9 +30,14 @@ def run(args: argparse.Namespace) -> None:
     from pronk.commands.progress import Progress
     from pronk.compress.fit import fit
     from pronk.compress.fit_view import print_report
+    from pronk.evaluate.corpus import load_corpus
+    from pronk.model import choose_threads
     from pronk.units import parse_size
 
+    # What is wrong with a request is said before the weights are quantized, not after.
     memory = parse_size(args.memory)
+    load_corpus(args.text)
+    choose_threads(args.threads)
     source = resolve(args.model)
     output = Path(args.output or f"{source.stem}-{args.memory}")
     with Progress("fitting") as progress:

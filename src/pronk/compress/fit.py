@@ -173,14 +173,6 @@ def fit(
     tools = tools or Tools()
     tell = progress or (lambda what, done, total: None)
     source = Path(source_path)
-    if text is not None:
-        # Said before the weights are quantized, not after.
-        try:
-            Path(text).open("rb").close()
-        except OSError as error:
-            raise RequestError(
-                f"the text {text} cannot be read: {error.strerror or error}"
-            ) from error
     with open_checkpoint(source) as ckpt:
         spec = ckpt.spec
         if context is None:

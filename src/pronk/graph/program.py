@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from pronk.errors import CheckpointError
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
-from pronk.graph.pack import GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
+from pronk.graph.pack import GROUP, GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
 from pronk.graph.passes import Pass, cpu_passes, run_passes
 from pronk.spec import MemoryPlan, ModelSpec
 
@@ -119,7 +120,19 @@ def compile_program(
     limits : Limits
     passes : tuple of Pass, optional
         A device adapter's; those of the CPU unless given.
+
+    Raises
+    ------
+    CheckpointError
+        If the model has sizes that the kernels cannot take.
     """
+    widths = (spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
+    if any(width % GROUP for width in widths) or spec.head_dim % 16 or spec.head_dim > 256:
+        raise CheckpointError(
+            f"the model's sizes (hidden {widths[0]}, MLP {widths[1]}, {spec.num_heads} heads of "
+            f"{spec.head_dim}) cannot run: widths must be multiples of {GROUP}, and heads of 16 "
+            "up to 256"
+        )
     graph = build_decoder(spec, dtype_of)
     graph = run_passes(graph, cpu_passes(limits.activations) if passes is None else passes)
     return Program(spec, limits, graph, plan_layout(graph, limits.max_tokens, limits.max_rows))
