@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk import resolve
-from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.evaluate.corpus import encode, load_corpus

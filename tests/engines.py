@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pronk import _native
-from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.graph.build import FREQUENCIES, rope_frequencies

@@ -16,10 +16,11 @@ import checkpoints
 import numpy as np
 import pytest
 
-from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.bundle import BundleWriter, is_bundle, write_bundle
 from pronk.checkpoint.kinds import KINDS, tensor_kind
+from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.real_minima import join_minima, split_minima
 from pronk.compress.quantize import RoundToNearest
 from pronk.errors import CheckpointError, PronkError, RequestError
@@ -253,7 +254,7 @@ def test_a_place_that_cannot_be_written(tied: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
-from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.bundle import BundleWriter
 from pronk.compress.quantize import RoundToNearest
 

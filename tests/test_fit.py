@@ -14,9 +14,9 @@ from typing import Any
 import checkpoints
 import pytest
 
-from pronk.checkpoint.base import open_checkpoint
 from pronk.checkpoint.bundle import is_bundle
 from pronk.checkpoint.kinds import KINDS
+from pronk.checkpoint.open import open_checkpoint
 from pronk.compress.fit import FitReport, Tools, fit, source_formats
 from pronk.compress.fit_view import print_report
 from pronk.device import child, footprint

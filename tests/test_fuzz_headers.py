@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 # Imported here, or the first example would be charged for loading them.
 import pronk.checkpoint.gguf
 import pronk.checkpoint.safetensors  # noqa: F401
-from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.errors import CheckpointError
 
 FUZZ = settings(

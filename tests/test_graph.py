@@ -9,7 +9,7 @@ import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
 from engines import isas, make_runner, reference_weights, run_whole
 
-from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
 from pronk.graph import passes
 from pronk.graph.build import build_decoder

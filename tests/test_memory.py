@@ -10,7 +10,7 @@ import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
 
 from pronk import _native, load
-from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.graph import pack
 from pronk.graph.program import Limits
 from pronk.model import compile_checkpoint

@@ -14,8 +14,8 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
-from pronk.checkpoint.base import open_checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
+from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.packed import assemble, pack_blocks
 from pronk.errors import CheckpointError
 

@@ -71,8 +71,8 @@ def test_mistral_agrees_with_transformers(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_bundle_runs_alike_in_transformers(tmp_path, tied):
-    from pronk.checkpoint.base import open_checkpoint
     from pronk.checkpoint.bundle import write_bundle
+    from pronk.checkpoint.open import open_checkpoint
     from pronk.compress.quantize import RoundToNearest
 
     source = tiny_llama_dir(tmp_path / "hf", tie_word_embeddings=tied)
@@ -110,7 +110,7 @@ def dequantized_twin(path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.open import open_checkpoint
 
     with open_checkpoint(path) as checkpoint:
         spec = checkpoint.spec

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from checkpoints import hf_tensors, tiny_llama_dir
 
-from pronk.checkpoint.base import open_checkpoint
 from pronk.checkpoint.blocks import quantize
+from pronk.checkpoint.open import open_checkpoint
 from pronk.errors import CheckpointError
 from pronk.spec import Budget
 

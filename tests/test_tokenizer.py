@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import CHAT_TEMPLATE, CORPUS, tiny_gguf, tiny_llama_dir
 
-from pronk.checkpoint.base import open_checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.errors import CheckpointError, RequestError
 

@@ -14,7 +14,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import abc
-import json
 import math
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +24,6 @@ __all__ = [
     "NATIVE_DTYPES",
     "Checkpoint",
     "TensorInfo",
-    "open_checkpoint",
-    "open_file",
-    "parse_json",
-    "read_exact",
-    "read_json",
     "row_bytes",
 ]
 
@@ -75,65 +67,6 @@ def row_bytes(dtype: str, cols: int) -> int:
             f"a row of {cols} elements is no multiple of the {dtype} block {block}"
         )
     return cols // block * nbytes
-
-
-def open_file(path: Path) -> tuple[int, int]:
-    """Open a regular file for `read_exact`: its descriptor and its size in bytes."""
-    # Without O_NONBLOCK, opening a pipe would wait for its writer.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path} is no regular file")
-    return fd, status.st_size
-
-
-def read_exact(fd: int, offset: int, nbytes: int, path: Path) -> NDArray[np.uint8]:
-    """Read exactly `nbytes` at `offset` into a fresh array, without moving the file position."""
-    out = np.empty(nbytes, dtype=np.uint8)
-    view = out.data
-    done = 0
-    while done < nbytes:
-        # Linux moves at most 0x7ffff000 bytes a call.
-        got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
-        if got <= 0:
-            raise CheckpointError(f"{path} ended at byte {offset + done} while a tensor was read")
-        done += got
-    return out
-
-
-def read_json(path: Path, limit: int = 1 << 24) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes."""
-    fd, size = open_file(path)
-    try:
-        if size > limit:
-            raise CheckpointError(f"{path} is {size} bytes long, above the limit of {limit}")
-        return parse_json(read_exact(fd, 0, size, path).tobytes(), path)
-    finally:
-        os.close(fd)
-
-
-def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `raw`; one that names a key twice, or half a character, is refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a name comes twice")
-        # JSON can escape a lone surrogate, which nothing can print or write.
-        for text in (*out, *out.values()):
-            if isinstance(text, str):
-                text.encode()
-        return out
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)[:100]
-        raise CheckpointError(f"{path} holds broken JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 class Checkpoint(abc.ABC):
@@ -198,28 +131,3 @@ class Checkpoint(abc.ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face directory or a bundle; only headers are read.
-
-    Raises
-    ------
-    CheckpointError
-        If it is none of these, is damaged, or holds a model Pronk does not know.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            from pronk.checkpoint.safetensors import SafetensorsCheckpoint
-
-            return SafetensorsCheckpoint(path)
-        if path.suffix == ".safetensors":
-            raise CheckpointError(
-                f"{path} is one weight file: give the directory that holds its config.json"
-            )
-        from pronk.checkpoint.gguf import GgufCheckpoint
-
-        return GgufCheckpoint(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import Checkpoint, TensorInfo, open_file, read_exact
+from pronk.checkpoint.base import Checkpoint, TensorInfo
 from pronk.checkpoint.blocks import BLOCK_SIZES, dequantize
 from pronk.checkpoint.families import build_spec, check_tensors, integer, number, rope_divisors
 from pronk.checkpoint.gguf_header import GgufArray, GgufHeader, StoredTensor, read_header
+from pronk.checkpoint.io import open_file, read_exact
 from pronk.errors import CheckpointError
 from pronk.spec import ModelSpec, RopeSpec
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import read_exact
 from pronk.checkpoint.blocks import BLOCK_SIZES
+from pronk.checkpoint.io import read_exact
 from pronk.errors import CheckpointError
 
 __all__ = ["GgufArray", "GgufHeader", "StoredTensor", "read_header"]

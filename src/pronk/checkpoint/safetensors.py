@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import (
-    Checkpoint,
-    TensorInfo,
-    open_file,
-    parse_json,
-    read_exact,
-    read_json,
-    row_bytes,
-)
+from pronk.checkpoint.base import Checkpoint, TensorInfo, row_bytes
 from pronk.checkpoint.blocks import dequantize
 from pronk.checkpoint.families import check_tensors
 from pronk.checkpoint.hf_config import read_spec
+from pronk.checkpoint.io import open_file, parse_json, read_exact, read_json
 from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
 from pronk.checkpoint.real_minima import join_minima
 from pronk.errors import CheckpointError

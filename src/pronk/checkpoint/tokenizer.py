@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pronk.checkpoint.base import open_file, read_exact, read_json
+from pronk.checkpoint.io import open_file, read_exact, read_json
 from pronk.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
-    from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.open import open_checkpoint
     from pronk.checkpoint.sources import resolve
     from pronk.device.footprint import measure
     from pronk.graph.program import Limits

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pronk.checkpoint.base import Checkpoint, open_checkpoint
+from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.bundle import BundleWriter
 from pronk.checkpoint.kinds import tensor_kind
+from pronk.checkpoint.open import open_checkpoint
 from pronk.compress.quantize import RoundToNearest
 from pronk.device import footprint
 from pronk.device.child import run_json

@@ -60,7 +60,7 @@ def measure(path: str | os.PathLike[str]) -> int:
 
 def _exercise(path: str) -> Tokenizer:
     modules = {name: importlib.import_module(name) for name in RUN_MODULES}
-    from pronk.checkpoint.base import open_checkpoint
+    from pronk.checkpoint.open import open_checkpoint
     from pronk.checkpoint.sources import resolve
 
     with open_checkpoint(resolve(path)) as ckpt:
