@@ -20,3 +20,11 @@ def smollm2() -> Path:
         if "cannot be downloaded" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("PRONK_HOME", str(folder))
+    return folder
