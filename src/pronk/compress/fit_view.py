@@ -22,13 +22,12 @@ def variants_table(
     considered: Iterable[Candidate], budget: int, chosen: Candidate | None = None
 ) -> Table:
     """The variants with their memory plans, best first; the one chosen is marked."""
-    from rich.box import SIMPLE
     from rich.table import Table
 
     table = Table(
         title=f"variants for {format_bytes(budget)} (sizes in MB)",
         title_justify="left",
-        box=SIMPLE,
+        box=None,
         padding=(0, 1, 0, 0),
     )
     for name in ("", *KINDS):

@@ -71,7 +71,6 @@ class Engine:
         request = Request(
             id=self._next_id,
             tokens=tokens,
-            prompt_length=len(tokens),
             max_length=min(longest, self.context),
             params=params,
             sampler=Sampler(params, tokens, vocab),

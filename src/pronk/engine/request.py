@@ -20,7 +20,6 @@ class Request:
 
     id: int
     tokens: list[int]
-    prompt_length: int
     max_length: int
     params: SamplingParams
     sampler: Sampler
