@@ -175,6 +175,11 @@ void attend(Query* rows, float scale, const KvView& kv, const int32_t* blocks, i
     }
     for (int64_t start = from; start < to; start += kBlock) {
         const int64_t block = blocks[start / kBlock];
+        if (start + kBlock < to) {
+            const int64_t next = blocks[start / kBlock + 1];
+            prefetch(kv_head(kv, next, head, false), kv.head_bytes());
+            prefetch(kv_head(kv, next, head, true), kv.head_bytes());
+        }
         score_block<R>(kv_head(kv, block, head, false), kv.bf16, rows, dim);
         int n = 0;
         for (int r = 0; r < R; ++r) {

@@ -8,6 +8,8 @@
 
 namespace pronk::PRONK_NS {
 
+constexpr int64_t kAhead = 2048;  // bytes of weights asked for before they are needed
+
 struct Act {  // one quantized row of activations (formats.h)
     const int8_t* q[2];
     const float* scale;
@@ -83,6 +85,8 @@ inline void tile_grouped(const uint8_t* panel, int64_t cols, const Act* x, F (*a
         for (int m = 0; m < M; ++m) acc[p][m] = set(0.0f);
     }
     for (int64_t g = 0; g < cols / kGroup; ++g) {
+        if constexpr (M == 1)  // one token waits for memory, several for arithmetic
+            for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, layout.quants);
         I dot[P][W][M];
         tile_group<fmt, P, W, M>(quants, x, g, dot);
 #pragma GCC unroll 2
