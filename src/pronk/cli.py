@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pronk: error: there is no verb {arguments[0]!r}: choose from {', '.join(VERBS)}",
               file=sys.stderr)  # fmt: skip
         return 2
+    # NumPy's linear algebra is not used, but its threads would take the cores from ours.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     module_name, what = VERBS[arguments[0]]
     module = import_module(module_name)
     parser = argparse.ArgumentParser(prog=f"pronk {arguments[0]}", description=what + ".")
