@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
 
+from pronk import load
 from pronk.cli import VERBS
 
 
@@ -80,6 +81,16 @@ def test_run_uses_the_chat_template_unless_raw(tiny_q4):
     assert tokens("--system", "be brief") > tokens()
 
 
+def test_run_with_coarser_activations(tiny_q4):
+    arguments = ("run", tiny_q4, "hello", "--max-tokens", 60, "--json")
+    texts = {
+        kind: json.loads(pronk(*arguments, "--activations", kind).stdout)["text"]
+        for kind in ("a15", "a8")
+    }
+    assert texts["a15"] == json.loads(pronk(*arguments).stdout)["text"]
+    assert texts["a8"] != texts["a15"]
+
+
 def test_run_stops_before_a_stop_string(tiny_q4):
     whole = json.loads(pronk("run", tiny_q4, "hello", "--max-tokens", 30, "--json").stdout)["text"]
     stop = whole[len(whole) // 2 :][:3]
@@ -116,14 +127,18 @@ def test_inspect_counts_memory_without_weights(tiny_q4):
 
 def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 500)  # above 4,096 tokens
     arguments = ("--text", text, "--window", 64, "--json")
+    whole = json.loads(pronk("eval", tiny, *arguments).stdout)["tokens"]
+    with load(tiny, context=64) as model:
+        assert whole == len(model.tokenizer.encode(text.read_text())) - 1 > 4096
+    arguments += ("--max-tokens", 500)
     same = json.loads(pronk("eval", tiny, "--reference", tiny, *arguments).stdout)
     assert same["kl"] < 1e-6
     assert same["top1_agreement"] == 1
     other = json.loads(pronk("eval", tiny_q4, "--reference", tiny, *arguments).stdout)
     assert other["kl"] > same["kl"]
-    assert other["tokens"] == same["tokens"] > 100
+    assert other["tokens"] == same["tokens"] == 499
     assert other["perplexity"] > 1
 
 

@@ -325,6 +325,7 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    activations: str = "a15",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -339,6 +340,9 @@ def load(
         Most tokens of a sequence; a bundle's own, or 2,048, unless given.
     kv_dtype : {"bf16", "f32"}
         Element type of the KV cache.
+    activations : {"a15", "a8"}
+        Precision of activations that meet quantized weights: bits an element, with a scale per
+        group of 32.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -356,8 +360,11 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "f32"):
         raise RequestError(f"kv_dtype must be bf16 or f32, not {kv_dtype!r}")
+    if activations not in ("a15", "a8"):
+        raise RequestError(f"activations must be a15 or a8, not {activations!r}")
     with open_checkpoint(resolve(os.fspath(model))) as checkpoint:
-        limits = Limits(choose_context(checkpoint, context), kv_dtype=kv_dtype)
+        context = choose_context(checkpoint, context)
+        limits = Limits(context, kv_dtype=kv_dtype, activations=activations)
         program = compile_checkpoint(checkpoint, limits)
         tokenizer = checkpoint.load_tokenizer()
         trim()

@@ -19,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to generate")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians over so many")
+    common.add_context(parser)
     common.add_runtime(parser)
     common.add_json(parser)
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.prompt_tokens < 1:
         raise RequestError(f"--prompt-tokens must be at least 1, not {args.prompt_tokens}")
-    model, load_time = common.open_model(args.model, args.threads, args.context)
+    model, load_time = common.open_model(args.model, args, args.context)
     room = model.context - args.tokens
     if room < 1:
         raise RequestError(

@@ -19,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a name, an address or a path")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    common.add_context(parser)
     common.add_runtime(parser)
     common.add_sampling(parser)
     common.add_json(parser)
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from pronk.checkpoint.registry import DEFAULT_MODEL
 
     params = common.sampling(args)
-    model, _ = common.open_model(args.model or DEFAULT_MODEL, args.threads, args.context)
+    model, _ = common.open_model(args.model or DEFAULT_MODEL, args, args.context)
     if not model.has_chat_template:
         raise RequestError("this model has no chat template: use pronk run --raw")
     interactive = sys.stdin.isatty() and not args.json

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pronk.spec import SamplingParams
 
 __all__ = [
+    "add_context",
     "add_json",
     "add_model",
     "add_runtime",
@@ -39,9 +40,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--context`` and ``--threads``."""
-    parser.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence")
+    """``--threads`` and ``--activations``."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    parser.add_argument(
+        "--activations", default="a15", choices=("a15", "a8"),
+        help="bits of activations: a8 is faster, and further from the model (default: a15)",
+    )  # fmt: skip
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """``--context``."""
+    parser.add_argument("--context", type=int, metavar="N", help="most tokens of a sequence")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -89,14 +98,17 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def open_model(name: str, threads: int | None, context: int | None) -> tuple[Model, float]:
-    """Load a model and say what was converted; returns it and the seconds it took."""
+def open_model(name: str, args: argparse.Namespace, context: int | None) -> tuple[Model, float]:
+    """Load a model and say what was converted; returns it and the seconds it took.
+
+    ``args`` holds what `add_runtime` declares.
+    """
     from pronk.checkpoint.sources import resolve
     from pronk.model import load
 
     path = resolve(name)  # a download is not part of the load time
     start = time.perf_counter()
-    model = load(path, threads, context)
+    model = load(path, args.threads, context, activations=args.activations)
     seconds = time.perf_counter() - start
     for c in model.conversions:
         note(

@@ -11,6 +11,9 @@ from pronk.errors import RequestError
 __all__ = ["configure", "run"]
 
 
+_MOST_OF_TOPICS = 4096
+
+
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     common.add_model(parser)
@@ -19,9 +22,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
     parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="use the first N (0: all)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+        "--max-tokens", type=int, metavar="N",
+        help="use the first N (default: all of FILE, or 4096 of Python's topics)",
+    )  # fmt: skip
+    common.add_runtime(parser)
     common.add_json(parser)
 
 
@@ -32,11 +36,12 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.divergence import divergence
     from pronk.evaluate.perplexity import perplexity
 
-    if args.max_tokens < 0:
-        raise RequestError(f"--max-tokens must be 0 (all) or more, not {args.max_tokens}")
+    if args.max_tokens is not None and args.max_tokens < 2:
+        raise RequestError(f"--max-tokens must be 2 or more, not {args.max_tokens}")
     corpus = load_corpus(args.text)
-    model, _ = common.open_model(args.model, args.threads, args.window)
-    ids = encode(corpus, model.tokenizer, args.max_tokens or None)
+    most = args.max_tokens or (_MOST_OF_TOPICS if args.text is None else None)
+    model, _ = common.open_model(args.model, args, args.window)
+    ids = encode(corpus, model.tokenizer, most)
     bos = model.tokenizer.bos_id
     options = {"window": args.window, "stride": args.stride, "bos": bos}
     with Progress("perplexity") as progress:
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
             **perplexity(model, ids, progress=progress, **options).to_dict(),
         }
     if args.reference:
-        reference, _ = common.open_model(args.reference, args.threads, args.window)
+        reference, _ = common.open_model(args.reference, args, args.window)
         with Progress("divergence") as progress:
             compared = divergence(reference, model, ids, progress=progress, **options)
         result |= {"reference": str(reference.path), **compared.to_dict()}

@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    common.add_context(parser)
     common.add_runtime(parser)
     common.add_sampling(parser)
     common.add_json(parser)
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     name, text = args.words if len(args.words) == 2 else (DEFAULT_MODEL, args.words[0])
     prompt = common.first_prompt(text)
     params = common.sampling(args)
-    model, load_time = common.open_model(name, args.threads, args.context)
+    model, load_time = common.open_model(name, args, args.context)
     start = time.perf_counter()
     if args.raw or not model.has_chat_template:
         ids = model.encode(prompt)

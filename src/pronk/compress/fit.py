@@ -27,6 +27,7 @@ Progress = Callable[[str, int, int], None]
 _ATTEMPTS = 4
 _CONTEXT = 2048
 _LEAST_WINDOW, _WINDOW = 3, 512
+_MOST_TOKENS = 4096  # enough to tell variants apart, in seconds
 
 
 def _bench(path: Path, context: int, threads: int | None) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def _evaluate(path: Path, text: str | None, context: int, threads: int | None) -
     # No longer than the context fitted to: more would need more memory than the budget.
     extra += ["--window", str(max(_LEAST_WINDOW, min(_WINDOW, context)))]
     if text is not None:
-        extra += ["--text", text]
+        extra += ["--text", text, "--max-tokens", str(_MOST_TOKENS)]
     return run_json("pronk", ["eval", os.fspath(path), "--json", *extra])
 
 
