@@ -8,8 +8,6 @@
 
 namespace pronk::PRONK_NS {
 
-constexpr int64_t kAhead = 2048;  // bytes of weights asked for before they are needed
-
 struct Act {  // one quantized row of activations (formats.h)
     const int8_t* q[2];
     const float* scale;

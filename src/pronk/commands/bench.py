@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pronk.commands import common
 from pronk.device.memory import peak_memory
 from pronk.errors import RequestError
 from pronk.units import format_bytes
+
+if TYPE_CHECKING:
+    from pronk.graph.ir import Weight
+    from pronk.model import Model
 
 __all__ = ["configure", "run"]
 
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     figures = latency(model, prompt, args.tokens, args.runs)
     peak = peak_memory()  # before the limits are measured: those need memory of their own
     memory, threads, isa, spec = model.memory, model.threads, model.isa, model.spec
-    matmul_parameters = _matmul_parameters(model)
+    parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
     model.close()
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         "bandwidth": limits.bandwidth,
         "int8_peak": limits.int8_peak,
         "fraction_of_bandwidth": figures.decode * streamed / limits.bandwidth,
-        "fraction_of_peak": figures.prefill * 2 * matmul_parameters / limits.int8_peak,
+        "fraction_of_peak": figures.prefill * 2 * parameters / limits.int8_peak,
     }
     if args.json:
         common.print_json(result)
@@ -78,19 +82,27 @@ def run(args: argparse.Namespace) -> None:
     print(f"  peak memory  {format_bytes(peak):>8}")
 
 
-def _matrices(model: Any) -> list[Any]:
-    """Weights that a token is multiplied with: all but vectors and an embedding of its own."""
+def _matrices(model: Model) -> list[tuple[Weight, bool]]:
+    """Matrices that a token is multiplied with, and whether every prompt token is.
+
+    The head is applied to the last token of a prompt only; an embedding of its own is looked up.
+    """
     graph = model.program.graph
-    used = {name for op in graph.ops if op.kind == "matmul" for name in op.weights}
-    return [w for w in graph.weights.values() if w.name in used and w.rows > 1]
+    return [
+        (graph.weights[name], graph.values[op.output].rows == "T")
+        for op in graph.ops
+        if op.kind == "matmul"
+        for name in op.weights
+        if graph.weights[name].rows > 1
+    ]
 
 
-def _matmul_parameters(model: Any) -> int:
-    return sum(w.rows * w.cols for w in _matrices(model))
+def _prompt_parameters(model: Model) -> int:
+    return sum(w.rows * w.cols for w, prompt in _matrices(model) if prompt)
 
 
-def _bytes_per_token(model: Any) -> int:
+def _bytes_per_token(model: Model) -> int:
     """Bytes of weights that a decode step reads; the cache is left out, being short here."""
     from pronk.graph.memory import weight_bytes
 
-    return sum(weight_bytes(w) for w in _matrices(model))
+    return sum(weight_bytes(w) for w, _ in _matrices(model))
