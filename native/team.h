@@ -1,6 +1,7 @@
 // A team of threads that walk one list of operations together.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -19,14 +20,18 @@ inline void cpu_pause() {
 #endif
 }
 
-// Waits for a value to change: spins for some microseconds, then parks (a core at rest costs no
-// power, and an oversubscribed machine gets its core back).
-inline void wait_change(const std::atomic<uint32_t>& value, uint32_t old) {
-    for (int i = 0; i < 4000; ++i) {
-        if (value.load(std::memory_order_acquire) != old) return;
+// Waits for a value to change: spins a number of times, then parks (a core at rest costs no power,
+// and an oversubscribed machine gets its core back). Returns how long it was parked.
+inline std::chrono::microseconds wait_change(const std::atomic<uint32_t>& value, uint32_t old,
+                                             int spins) {
+    using std::chrono::steady_clock;
+    for (int i = 0; i < spins; ++i) {
+        if (value.load(std::memory_order_acquire) != old) return {};
         cpu_pause();
     }
+    const auto start = steady_clock::now();
     while (value.load(std::memory_order_acquire) == old) value.wait(old);
+    return std::chrono::duration_cast<std::chrono::microseconds>(steady_clock::now() - start);
 }
 
 class Team {
@@ -67,11 +72,22 @@ class Team {
             phase_.store(phase + 1, std::memory_order_release);
             phase_.notify_all();
         } else {
-            wait_change(phase_, phase);
+            // A long wait inside a task means that a thread has lost its core to another process.
+            // While that lasts, spinning only keeps the core it could run on.
+            const int hurried = hurried_.load(std::memory_order_relaxed);
+            const auto parked = wait_change(phase_, phase, hurried ? kFewSpins : kSpins);
+            if (parked > kLong)
+                hurried_.store(kHurriedWaits, std::memory_order_relaxed);
+            else if (hurried)
+                hurried_.store(hurried - 1, std::memory_order_relaxed);
         }
     }
 
   private:
+    // Some hundred microseconds, some ten; and how many waits the second lasts (a few tokens).
+    static constexpr int kSpins = 4000, kFewSpins = 200, kHurriedWaits = 3000;
+    static constexpr std::chrono::microseconds kLong{200};
+
     void stop() {
         task_ = nullptr;
         start_.fetch_add(1, std::memory_order_release);
@@ -81,7 +97,7 @@ class Team {
 
     void work() {
         for (uint32_t seen = 0;;) {
-            wait_change(start_, seen);
+            wait_change(start_, seen, kSpins);
             ++seen;
             if (!task_) return;
             (*task_)();
@@ -94,6 +110,7 @@ class Team {
     alignas(64) std::atomic<uint32_t> start_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int> hurried_{0};  // waits left with few spins
     std::vector<std::thread> threads_;
 };
 
