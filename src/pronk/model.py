@@ -23,21 +23,23 @@ from pronk.engine.request import Event
 from pronk.engine.runner import Runner
 from pronk.engine.weights import Conversion, load_weights
 from pronk.errors import BudgetError, RequestError
-from pronk.graph.program import Limits, Program, compile_program, stored_dtypes
+from pronk.graph.program import (
+    Limits,
+    Program,
+    choose_context,
+    compile_program,
+    stored_dtypes,
+)
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 from pronk.units import format_bytes
 
 __all__ = [
-    "DEFAULT_CONTEXT",
     "Model",
     "Piece",
-    "choose_context",
     "choose_threads",
     "compile_checkpoint",
     "load",
 ]
-
-DEFAULT_CONTEXT = 2048  # tokens, where neither the user nor a bundle says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +88,6 @@ def compile_checkpoint(checkpoint: Checkpoint, limits: Limits) -> Program:
     """The program a checkpoint runs as, from its header alone."""
     stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
     return compile_program(checkpoint.spec, stored_dtypes(stored), limits)
-
-
-def choose_context(checkpoint: Checkpoint, context: int | None) -> int:
-    """The context to run with: the user's, the bundle's, or the default.
-
-    Raises
-    ------
-    RequestError
-        If it is out of the model's range.
-    """
-    longest = checkpoint.spec.context_length
-    if context is None:
-        return min(checkpoint.budget.context if checkpoint.budget else DEFAULT_CONTEXT, longest)
-    if not 2 <= context <= longest:
-        raise RequestError(f"the context must be in [2, {longest}] for this model, not {context}")
-    return context
 
 
 class Model:
@@ -363,7 +349,7 @@ def load(
     if activations not in ("a15", "a8"):
         raise RequestError(f"activations must be a15 or a8, not {activations!r}")
     with open_checkpoint(resolve(os.fspath(model))) as checkpoint:
-        context = choose_context(checkpoint, context)
+        context = choose_context(checkpoint.spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype, activations=activations)
         program = compile_checkpoint(checkpoint, limits)
         tokenizer = checkpoint.load_tokenizer()

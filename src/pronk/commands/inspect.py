@@ -26,12 +26,12 @@ def run(args: argparse.Namespace) -> None:
     from pronk.checkpoint.open import open_checkpoint
     from pronk.checkpoint.sources import resolve
     from pronk.device.footprint import measure
-    from pronk.graph.program import Limits
-    from pronk.model import choose_context, compile_checkpoint
+    from pronk.graph.program import Limits, choose_context
+    from pronk.model import compile_checkpoint
 
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
-        context = choose_context(checkpoint, args.context)
+        context = choose_context(checkpoint.spec, args.context, checkpoint.budget)
         program = compile_checkpoint(checkpoint, Limits(context))
         tensors = list(checkpoint.tensors.values())
         spec, kind = checkpoint.spec, checkpoint.format

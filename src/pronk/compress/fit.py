@@ -16,7 +16,8 @@ from pronk.compress.quantize import RoundToNearest
 from pronk.device import footprint
 from pronk.device.child import run_json
 from pronk.device.plan import Candidate, candidates, fits, pareto, planned, refusal
-from pronk.errors import BudgetError, PronkError, RequestError
+from pronk.errors import BudgetError, PronkError
+from pronk.graph.program import choose_context
 from pronk.spec import MemoryPlan
 from pronk.units import format_bytes
 
@@ -25,7 +26,6 @@ __all__ = ["FitReport", "Tools", "fit", "source_formats"]
 Progress = Callable[[str, int, int], None]
 
 _ATTEMPTS = 4
-_CONTEXT = 2048
 _LEAST_WINDOW, _WINDOW = 3, 512
 _MOST_TOKENS = 4096  # enough to tell variants apart, in seconds
 
@@ -177,13 +177,7 @@ def fit(
     source = Path(source_path)
     with open_checkpoint(source) as ckpt:
         spec = ckpt.spec
-        if context is None:
-            context = min(_CONTEXT, spec.context_length)
-        if not 2 <= context <= spec.context_length:
-            raise RequestError(
-                f"the context must be in [2, {spec.context_length}] tokens for this model, "
-                f"not {context}"
-            )
+        context = choose_context(spec, context)
         with BundleWriter(out_dir) as writer:
             tell("measuring the overhead", 0, 1)
             overhead = tools.overhead(source)

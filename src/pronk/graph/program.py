@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pronk.errors import CheckpointError
+from pronk.errors import CheckpointError, RequestError
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
 from pronk.graph.pack import GROUP, GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
 from pronk.graph.passes import Pass, cpu_passes, run_passes
-from pronk.spec import MemoryPlan, ModelSpec
+from pronk.spec import Budget, MemoryPlan, ModelSpec
 
-__all__ = ["Limits", "Program", "compile_program", "stored_dtypes"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "Limits",
+    "Program",
+    "choose_context",
+    "compile_program",
+    "stored_dtypes",
+]
+
+DEFAULT_CONTEXT = 2048  # tokens, where neither the user nor a bundle says otherwise
 
 _TOGETHER = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 
@@ -81,6 +90,22 @@ class Program:
         """The plan, given the bytes that the process takes before weights."""
         layout = self.layout
         return MemoryPlan(layout.weight_bytes, self.kv_bytes, layout.arena_bytes, overhead)
+
+
+def choose_context(spec: ModelSpec, context: int | None, budget: Budget | None = None) -> int:
+    """The context to run with: the user's, the one of the budget, or the default.
+
+    Raises
+    ------
+    RequestError
+        If it is out of the model's range.
+    """
+    longest = spec.context_length
+    if context is None:
+        return min(budget.context if budget else DEFAULT_CONTEXT, longest)
+    if not 2 <= context <= longest:
+        raise RequestError(f"the context must be in [2, {longest}] for this model, not {context}")
+    return context
 
 
 def stored_dtypes(tensors: Mapping[str, tuple[str, int]]) -> Callable[[str], str]:
