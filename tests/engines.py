@@ -20,7 +20,7 @@ from pronk.model import compile_checkpoint
 def isas() -> list[str]:
     """The vector instruction sets that this build has and this machine runs."""
     found = []
-    for name in ("generic", "avx2", "avx512", "neon"):
+    for name in ("generic", "avx2", "avx512", "amx", "neon"):
         try:
             found.append(_native.isa(name))
         except ValueError:

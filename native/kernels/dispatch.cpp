@@ -3,6 +3,11 @@
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -15,8 +20,28 @@ namespace pronk {
 
 namespace {
 
+// Whether tiles may be used: the CPU has them, and the system lets this process (all threads that
+// it starts from now on) keep their state.
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+    constexpr unsigned avx512_bf16 = 1u << 5;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx) != amx) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
 bool cpu_has(const char* name) {
 #if defined(__x86_64__)
+    if (!std::strcmp(name, "amx")) {
+        static const bool tiles = has_tiles();
+        return tiles && cpu_has("avx512");
+    }
     if (!std::strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -37,6 +62,9 @@ bool cpu_has(const char* name) {
 const Kernels& select_kernels(const char* name) {
     using Getter = const Kernels* (*)();
     static const Getter getters[] = {
+#if defined(PRONK_HAVE_AMX)
+        kernels_amx,
+#endif
 #if defined(PRONK_HAVE_AVX512)
         kernels_avx512,
 #endif

@@ -84,6 +84,7 @@ struct Kernels {
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
 const Kernels* kernels_neon();
 
 // The ISA named, else the one in PRONK_ISA, else the best the CPU has; throws

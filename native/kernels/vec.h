@@ -1,6 +1,9 @@
 // Picks the 16-lane vectors of the ISA this file is compiled for, and what all share.
 #pragma once
-#if defined(PRONK_BUILD_AVX512)
+#if defined(PRONK_BUILD_AMX)
+#define PRONK_AMX
+#include "vec_avx512.h"
+#elif defined(PRONK_BUILD_AVX512)
 #include "vec_avx512.h"
 #elif defined(PRONK_BUILD_AVX2)
 #include "vec_avx2.h"

@@ -1,14 +1,20 @@
-// 16-lane vectors on AVX-512 with VNNI.
+// 16-lane vectors on AVX-512 with VNNI; an AMX build has the same, and tiles besides.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 
+#if defined(PRONK_AMX)
+#define PRONK_NS amx
+#define PRONK_KERNELS kernels_amx
+#define PRONK_ISA_NAME "amx"
+#else
 #define PRONK_NS avx512
 #define PRONK_KERNELS kernels_avx512
 #define PRONK_ISA_NAME "avx512"
+#endif
 
-namespace pronk::avx512 {
+namespace pronk::PRONK_NS {
 
 constexpr int kTilePanels = 2, kTile = 4;
 constexpr uint8_t kBias8 = 128;
@@ -89,4 +95,4 @@ using N = I;
 inline N start(int32_t x) { return set_i(kBase + x); }
 inline I total(N acc) { return acc; }
 
-}  // namespace pronk::avx512
+}  // namespace pronk::PRONK_NS
