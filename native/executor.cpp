@@ -64,7 +64,7 @@ const uint8_t* Executor::weight(int64_t offset, int64_t bytes) const {
 
 void Executor::pack(Format format, int64_t offset, int64_t total_rows, int64_t cols, int64_t row0,
                     int64_t rows, const uint8_t* source, int64_t source_bytes) {
-    require(cols > 0 && (!is_grouped(format) || cols % kGroup == 0) && row0 >= 0 && rows >= 0 &&
+    require(cols > 0 && cols % traits(format).block == 0 && row0 >= 0 && rows >= 0 &&
                 total_rows <= kMaxSide && rows <= total_rows && row0 <= total_rows - rows &&
                 cols <= kMaxSide && source_bytes == rows * row_bytes(format, cols),
             "rows to pack do not fit their matrix");
@@ -95,10 +95,11 @@ void Executor::add(Op op) {
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
     const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
                         op.kind == OpKind::rms_norm || op.kind == OpKind::silu_mul;
-    require(op.planes == 0 || (planar && (op.planes == 1 || op.planes == 2)),
-            "activations have no, one or two planes");
+    require(!op.quantized || planar, "an op that writes floats alone is asked to quantize");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
-    const int64_t out_bytes = act_row_bytes(op.cols, op.planes);
+    const int64_t out_bytes = act_row_bytes(op.cols, op.quantized);
+    // Quantized rows come in blocks.
+    const int64_t act_count = op.quantized ? round_up(count, kActRows) : count;
     const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
     require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
     require(!op.head || !(attends || op.kind == OpKind::embed || op.kind == OpKind::rope_table),
@@ -114,13 +115,13 @@ void Executor::add(Op op) {
         case OpKind::quantize:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "input");
-            check(op.out, count, out_bytes, "output");
+            check(op.out, act_count, out_bytes, "output");
             break;
         case OpKind::silu_mul:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "gate");
             check(op.b, count, op.cols * 4, "up");
-            check(op.out, count, out_bytes, "silu_mul output");
+            check(op.out, act_count, out_bytes, "silu_mul output");
             break;
         case OpKind::add:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
@@ -136,10 +137,10 @@ void Executor::add(Op op) {
         case OpKind::matmul:
             require(!op.parts.empty(), "matmul without weights");
             for (const MatmulPart& part : op.parts) {
-                require(is_grouped(part.format) ? op.planes > 0 && op.cols % kGroup == 0
-                                                : op.planes == 0,
-                        "grouped weights need activations of one or two planes, others floats");
-                check(op.a, count, act_row_bytes(op.cols, op.planes), "matmul input");
+                require(is_grouped(part.format) == op.quantized &&
+                            op.cols % traits(part.format).block == 0,
+                        "grouped weights need quantized activations in whole blocks, others floats");
+                check(op.a, act_count, out_bytes, "matmul input");
                 const int64_t end = (part.column + round_up(part.rows, kPanel)) * 4;
                 check(op.out, count, end, "matmul output");
                 if (op.b.offset >= 0) check(op.b, count, end, "matmul residual");
@@ -237,14 +238,14 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
-            return k.embed(op.parts[0].weight, op.parts[0].format, k.bias8, op.cols,
+            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols,
                            step.tokens.ids, out, first, last);
         case OpKind::rope_table:
             return k.rope_table(step.tokens.positions, op.vector, op.cols / 2, out, first, last);
         case OpKind::rms_norm:
-            return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.planes, first, last);
-        case OpKind::quantize: return k.quantize(a, op.cols, out, op.planes, first, last);
-        case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.planes, first, last);
+            return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
+        case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
+        case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.quantized, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
         case OpKind::attention_parts:
@@ -265,7 +266,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             for (const MatmulPart& part : op.parts) {
                 const int64_t panels = round_up(part.rows, kPanel) / kPanel;
                 if (first < panels && last > 0)
-                    k.matmul(part, op.planes, op.cols, a, out, b, step.count,
+                    k.matmul(part, op.cols, a, out, b, step.count,
                              std::max<int64_t>(first, 0), std::min(last, panels));
                 first -= panels;
                 last -= panels;

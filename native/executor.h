@@ -36,7 +36,7 @@ struct Op {
     Ref a, b, out;
     int64_t cols = 0;
     float scalar = 0;   // epsilon, or the attention scale
-    int planes = 0;     // of the activations: a matmul's input, else the output
+    bool quantized = false;  // a matmul's input, else the output
     int64_t layer = 0;  // offset of the layer within a KV block
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies

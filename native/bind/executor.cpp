@@ -60,7 +60,7 @@ void bind_executor(nb::module_& m) {
             return packed_bytes(parse_format(format), rows, cols);
         },
         "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
-    m.def("act_row_bytes", &act_row_bytes, "cols"_a, "planes"_a,
+    m.def("act_row_bytes", &act_row_bytes, "cols"_a, "quantized"_a,
           "Bytes of a row of quantized activations.");
 
     nb::class_<Executor>(m, "Executor", "Runs a program of ops over one arena.")
@@ -122,35 +122,35 @@ void bind_executor(nb::module_& m) {
             "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
         .def(
             "rms_norm",
-            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out, int planes,
+            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out, bool quantized,
                bool head, int64_t grain) {
                 Op op{OpKind::rms_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
-                op.cols = cols, op.out = at(out), op.planes = planes, op.head = head;
+                op.cols = cols, op.out = at(out), op.quantized = quantized, op.head = head;
                 op.grain = grain;
                 e.add(std::move(op));
             },
-            "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "quantized"_a, "head"_a, "grain"_a)
         .def(
             "quantize",
-            [](Executor& e, Slot x, int64_t cols, Slot out, int planes, bool head, int64_t grain) {
+            [](Executor& e, Slot x, int64_t cols, Slot out, bool quantized, bool head, int64_t grain) {
                 Op op{OpKind::quantize};
-                op.a = at(x), op.cols = cols, op.out = at(out), op.planes = planes;
+                op.a = at(x), op.cols = cols, op.out = at(out), op.quantized = quantized;
                 op.head = head, op.grain = grain;
                 e.add(std::move(op));
             },
-            "x"_a, "cols"_a, "out"_a, "planes"_a, "head"_a, "grain"_a)
+            "x"_a, "cols"_a, "out"_a, "quantized"_a, "head"_a, "grain"_a)
         .def(
             "matmul",
-            [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, int planes,
+            [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, bool quantized,
                Slot residual, Slot out, bool head, int64_t grain) {
                 Op op{OpKind::matmul};
                 op.a = at(x), op.b = at(residual), op.out = at(out);
-                op.cols = cols, op.planes = planes, op.head = head, op.grain = grain;
+                op.cols = cols, op.quantized = quantized, op.head = head, op.grain = grain;
                 for (const Part& p : parts) op.parts.push_back(make_part(e, p, cols));
                 e.add(std::move(op));
             },
-            "x"_a, "parts"_a, "cols"_a, "planes"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
+            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
         .def(
             "rope_store",
             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer, int64_t grain) {
@@ -174,14 +174,14 @@ void bind_executor(nb::module_& m) {
             "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "silu_mul",
-            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, int planes, int64_t grain) {
+            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized, int64_t grain) {
                 Op op{OpKind::silu_mul};
                 op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out),
-                op.planes = planes;
+                op.quantized = quantized;
                 op.grain = grain;
                 e.add(std::move(op));
             },
-            "gate"_a, "up"_a, "cols"_a, "out"_a, "planes"_a, "grain"_a)
+            "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
         .def(
             "add",
             [](Executor& e, Slot a, Slot b, int64_t cols, Slot out, int64_t grain) {

@@ -1,64 +1,61 @@
 // Kernels that work on one token's row at a time: norms, activations, quantization, embedding.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "half.h"
 #include "kernels.h"
+#include "unpack.h"
 #include "vec.h"
 
 namespace pronk::PRONK_NS {
 
 // 16 integral floats to int8; returns their sum.
-inline int32_t store_plane(F low, F high, int8_t* q) {
-    const I a = to_int(low), b = to_int(high);
-    store_i8(q, a);
-    store_i8(q + 16, b);
-    return hsum(add(a, b));
+inline int32_t store_i8_sum(F x, int8_t* q) {
+    const I i = to_int(x);
+    store_i8(q, i);
+    return hsum(i);
 }
 
-// One group of 32 floats to one or two planes of int8 with their scale and sums (formats.h).
-inline void quantize_group(F a, F b, int64_t g, int64_t cols, int planes, uint8_t* row) {
-    int8_t* q = reinterpret_cast<int8_t*>(row) + g * kGroup;
-    float* scale = reinterpret_cast<float*>(row + planes * cols);
-    const int64_t groups = cols / kGroup;
-    int32_t* sums = reinterpret_cast<int32_t*>(scale + 2 * groups);
-    const float range = planes == 2 ? 127.0f * 128.0f : 127.0f;
+// One group of 32 floats of row t to 12-bit integers with their scale and sums (formats.h).
+inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_t t) {
+    const int64_t r = t % kActRows;
+    uint8_t* block = out.data + (t - r) * out.stride;
+    int8_t* q = reinterpret_cast<int8_t*>(block) + (r * groups + g) * 2 * kGroup;
+    float* scale = reinterpret_cast<float*>(block + kActRows * groups * 2 * kGroup) + g * 64 + r;
+    constexpr float range = kRange;
     const float top = hmax(max(abs(a), abs(b)));
     // Below 1e-30 the inverse could overflow; an infinity or a NaN shows in the scale.
     const F inverse = set(top > 1e-30f ? range / top : 0.0f);
     const F low = set(-range), high = set(range);
     a = round(min(max(mul(a, inverse), low), high));
     b = round(min(max(mul(b, inverse), low), high));
-    int32_t sum;
-    if (planes == 2) {
-        const F ha = round(mul(a, set(1.0f / 128.0f))), hb = round(mul(b, set(1.0f / 128.0f)));
-        sums[g] = store_plane(ha, hb, q);
-        const F down = set(-128.0f);  // what is left is in [-64, 64], and exact
-        sums[groups + g] = store_plane(fma(ha, down, a), fma(hb, down, b), q + cols);
-        sum = 128 * sums[g] + sums[groups + g];
-    } else {
-        sum = sums[g] = store_plane(a, b, q);
-    }
-    scale[g] = top / range;
-    scale[groups + g] = scale[g] * static_cast<float>(sum);
+    const F ha = round(mul(a, set(1.0f / kSplit))), hb = round(mul(b, set(1.0f / kSplit)));
+    const F down = set(-kSplit);  // what is left is in [-8, 8], and exact
+    const int32_t first = kSplit * store_i8_sum(ha, q) + store_i8_sum(fma(ha, down, a), q + 32);
+    const int32_t second =
+        kSplit * store_i8_sum(hb, q + 16) + store_i8_sum(fma(hb, down, b), q + 48);
+    scale[0] = top / range;
+    scale[kActRows] = scale[0] * static_cast<float>(first + second);
+    std::memcpy(scale + 2 * kActRows, &first, 4);
+    std::memcpy(scale + 3 * kActRows, &second, 4);
 }
 
-// Writes values produced 32 at a time by fn(k) either as floats or as quantized groups.
+// Writes values of row t, produced 16 at a time by fn(k), as floats or as quantized groups.
 template <class Fn>
-inline void write_row(int64_t cols, uint8_t* row, int planes, Fn fn) {
-    float* out = reinterpret_cast<float*>(row);
+inline void write_row(int64_t cols, Rows out, int64_t t, bool quantized, Fn fn) {
     for (int64_t k = 0; k < cols; k += kGroup) {
         const F a = fn(k), b = fn(k + 16);
-        if (planes) {
-            quantize_group(a, b, k / kGroup, cols, planes, row);
+        if (quantized) {
+            quantize_group(a, b, k / kGroup, cols / kGroup, out, t);
         } else {
-            store(out + k, a);
-            store(out + k + 16, b);
+            store(out.row<float>(t) + k, a);
+            store(out.row<float>(t) + k + 16, b);
         }
     }
 }
 
-inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out, int planes,
+inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out, bool quantized,
                      int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* row = x.row<float>(t);
@@ -66,23 +63,23 @@ inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows 
         for (int64_t k = 0; k < cols; k += 16) squares = fma(load(row + k), load(row + k), squares);
         const float mean = hsum(squares) / static_cast<float>(cols);
         const F scale = set(1.0f / std::sqrt(mean + eps));
-        write_row(cols, out.row<uint8_t>(t), planes,
+        write_row(cols, out, t, quantized,
                   [&](int64_t k) { return mul(load(weight + k), mul(load(row + k), scale)); });
     }
 }
 
-inline void quantize(Rows x, int64_t cols, Rows out, int planes, int64_t first, int64_t last) {
+inline void quantize(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        write_row(cols, out.row<uint8_t>(t), planes,
+        write_row(cols, out, t, quantized,
                   [&](int64_t k) { return load(x.row<float>(t) + k); });
 }
 
-inline void silu_mul(Rows gates, Rows ups, int64_t cols, Rows out, int planes, int64_t first,
+inline void silu_mul(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized, int64_t first,
                      int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* gate = gates.row<float>(t);
         const float* up = ups.row<float>(t);
-        write_row(cols, out.row<uint8_t>(t), planes, [&](int64_t k) {
+        write_row(cols, out, t, quantized, [&](int64_t k) {
             const F g = load(gate + k);
             const F sigmoid = div(set(1.0f), add(set(1.0f), exp(sub(set(0.0f), g))));
             return mul(mul(g, sigmoid), load(up + k));
@@ -92,39 +89,59 @@ inline void silu_mul(Rows gates, Rows ups, int64_t cols, Rows out, int planes, i
 
 inline void add_rows(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        write_row(cols, out.row<uint8_t>(t), 0, [&](int64_t k) {
+        write_row(cols, out, t, false, [&](int64_t k) {
             return add(load(a.row<float>(t) + k), load(b.row<float>(t) + k));
         });
 }
 
-inline float read_weight(const uint8_t* panel, Format format, uint8_t bias8, int64_t cols,
-                         int64_t r, int64_t k) {
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel);
-    if (format == Format::f32) return reinterpret_cast<const float*>(panel)[k * kPanel + r];
-    if (format == Format::f16) return f16_to_f32(halves[k * kPanel + r]);
-    if (format == Format::bf16) return bf16_to_f32(halves[k * kPanel + r]);
-    const GroupLayout layout = group_layout(format);
-    const int64_t g = k / kGroup, j = k % kGroup;
-    halves += g * layout.scales / 2;
-    const uint8_t* quants = panel + scales_bytes(format, cols) + g * layout.quants;
-    const float d = f16_to_f32(halves[r]);
-    if (format == Format::q8_0) {
-        const uint8_t q = quants[j / 4 * 64 + r * 4 + j % 4];
-        return d * static_cast<float>(static_cast<int8_t>(q ^ bias8));
+// Row `row` of a packed matrix, as floats.
+template <Format fmt>
+inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* out) {
+    const uint8_t* panel = weight + row / kPanel * panel_bytes(fmt, cols);
+    const int64_t r = row % kPanel;
+    if constexpr (!is_grouped(fmt)) {
+        const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel) + r;
+        const float* floats = reinterpret_cast<const float*>(panel) + r;
+        for (int64_t k = 0; k < cols; ++k)
+            out[k] = fmt == Format::f32   ? floats[k * kPanel]
+                     : fmt == Format::f16 ? f16_to_f32(halves[k * kPanel])
+                                          : bf16_to_f32(halves[k * kPanel]);
+    } else {
+        const uint8_t* quants = panel + scales_bytes(fmt, cols);
+        for (int64_t g = 0; g < cols / kGroup; ++g, quants += quant_bytes(fmt)) {
+            F d[2], m;
+            float scale[2][kPanel], minimum[kPanel] = {};
+            unpack_scales<fmt>(panel, g, d, m);
+            for (int h = 0; h < traits(fmt).halves; ++h) store(scale[h], d[h]);
+            if constexpr (traits(fmt).minimum) store(minimum, m);
+            uint8_t bytes[8][64];
+            quarters([&]<int i>() {
+                B low, high;
+                unpack_quants<fmt, i>(quants, low, high);
+                store_b(bytes[i], low);
+                store_b(bytes[i + 4], high);
+            });
+            for (int j = 0; j < kGroup; ++j) {
+                const uint8_t u = bytes[j / 4][4 * r + j % 4];
+                const int q = fmt == Format::q8_0 ? static_cast<int8_t>(u ^ kBias8)
+                                                  : u - traits(fmt).offset;
+                const float of = scale[traits(fmt).halves == 2 ? j / 16 : 0][r];
+                out[g * kGroup + j] = of * static_cast<float>(q) + minimum[r];
+            }
+        }
     }
-    const uint8_t byte = quants[j % 16 / 4 * 64 + r * 4 + j % 4];
-    const float q = static_cast<float>(j < 16 ? byte & 15 : byte >> 4);
-    if (format == Format::q4_0) return d * (q - 8.0f);
-    return d * q + f16_to_f32(halves[kPanel + r]);
 }
 
-inline void embed(const uint8_t* weight, Format format, uint8_t bias8, int64_t cols,
-                  const int32_t* ids, Rows out, int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-        const uint8_t* panel = weight + ids[t] / kPanel * panel_bytes(format, cols);
-        for (int64_t k = 0; k < cols; ++k)
-            out.row<float>(t)[k] = read_weight(panel, format, bias8, cols, ids[t] % kPanel, k);
-    }
+inline void embed(const uint8_t* weight, Format format, int64_t cols, const int32_t* ids, Rows out,
+                  int64_t first, int64_t last) {
+    using Read = void (*)(const uint8_t*, int64_t, int64_t, float*);
+    static constexpr Read readers[kFormats] = {
+        read_row<Format::f32>,  read_row<Format::f16>,  read_row<Format::bf16>,
+        read_row<Format::q8_0>, read_row<Format::q4_0>, read_row<Format::q4_1>,
+        read_row<Format::q5_0>, read_row<Format::q5_1>, read_row<Format::q4_k>,
+        read_row<Format::q5_k>, read_row<Format::q6_k>};
+    for (int64_t t = first; t < last; ++t)
+        readers[static_cast<int>(format)](weight, cols, ids[t], out.row<float>(t));
 }
 
 inline void rope_table(const int32_t* positions, const float* frequencies, int64_t half, Rows out,

@@ -3,10 +3,17 @@
 // A packed matrix is a run of panels of 16 rows, so that one 64-byte load holds four
 // consecutive k of each of the 16 rows and feeds one dot-product instruction.
 //   float formats: [k][16 rows]
-//   group formats: scales of every group (padded to 64 bytes), then the quants of every group.
-//     q8_0: f16 d[16];            quants 8 x 64 bytes: byte 4r+j of load i is row r, k = 4i+j
-//     q4_0: f16 d[16];            quants 4 x 64 bytes: low nibble k = 4i+j, high nibble k = 16+4i+j
-//     q4_1: f16 d[16], f16 m[16]; quants as q4_0
+//   group formats: the scales of every group (padded to 64 bytes), then the quants of every group.
+// Quants of a group, `bits` to an element:
+//   8 bits: 8 x 64 bytes, byte 4r+j of load i is row r, k = 4i+j
+//   4 to 6: 4 x 64 bytes of nibbles, of load i the low one k = 4i+j, the high one k = 16+4i+j; then
+//     the bits above the nibble, each where k = 4i+j has byte 4r+j:
+//     5 bits: 64 bytes, bit i.   6 bits: 2 x 64 bytes, bits 2(i%4) and up of load i/4.
+// Scales, each of 16 rows:
+//   one level: per group f16 d, then f16 m where the format has minima
+//   q4_k, q5_k: per 8 groups f16 d, f16 dmin, then 3 x 32 bits of sixteen 6-bit factors: of d for
+//     group 0..7, of dmin for 0..7; five to a word, the last spread over the words' top bits
+//   q6_k: per 8 groups f16 d, then int8 factors for each 16 elements
 //
 // Functions here and in half.h are static: were they shared, the linker could keep the copy that
 // was compiled for an ISA the CPU lacks.
@@ -24,50 +31,62 @@ constexpr int kBlock = 32;     // positions per KV block
 constexpr int kChunk = 512;    // positions that attention sums up before it joins sums
 constexpr int kPartTail = 16;  // floats after the values of a part: maximum, total, padding
 
-enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1 };
+enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
+constexpr int kFormats = 11;
+
+struct Traits {
+    const char* name;
+    int block, block_bytes;  // elements and bytes of the checkpoint's blocks
+    int bits;                // of a quant; 0 for floats
+    int offset;              // what a stored quant is above its value
+    bool minimum;            // value = d * quant + m
+    bool two_level;          // scales are a factor times that of 8 groups
+    int halves;              // 2 where each 16 elements have a scale
+};
+
+static constexpr Traits traits(Format f) {
+    constexpr Traits table[kFormats] = {
+        {"f32", 1, 4, 0, 0, false, false, 1},        {"f16", 1, 2, 0, 0, false, false, 1},
+        {"bf16", 1, 2, 0, 0, false, false, 1},       {"q8_0", 32, 34, 8, 0, false, false, 1},
+        {"q4_0", 32, 18, 4, 8, false, false, 1},     {"q4_1", 32, 20, 4, 0, true, false, 1},
+        {"q5_0", 32, 22, 5, 16, false, false, 1},    {"q5_1", 32, 24, 5, 0, true, false, 1},
+        {"q4_k", 256, 144, 4, 0, true, true, 1},     {"q5_k", 256, 176, 5, 0, true, true, 1},
+        {"q6_k", 256, 210, 6, 32, false, true, 2},
+    };
+    return table[static_cast<int>(f)];
+}
 
 static inline Format parse_format(const std::string& name) {
-    static const char* names[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"};
-    for (int i = 0; i < 6; ++i)
-        if (name == names[i]) return static_cast<Format>(i);
+    for (int i = 0; i < kFormats; ++i)
+        if (name == traits(static_cast<Format>(i)).name) return static_cast<Format>(i);
     throw std::invalid_argument("unknown weight format: " + name);
 }
 
-static inline bool is_grouped(Format f) { return f >= Format::q8_0; }
+static constexpr bool is_grouped(Format f) { return traits(f).bits > 0; }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Bytes of one row in the row-major layout of a checkpoint (GGUF blocks).
 static inline int64_t row_bytes(Format f, int64_t cols) {
-    switch (f) {
-        case Format::f32: return cols * 4;
-        case Format::f16:
-        case Format::bf16: return cols * 2;
-        case Format::q8_0: return cols / kGroup * 34;
-        case Format::q4_0: return cols / kGroup * 18;
-        case Format::q4_1: return cols / kGroup * 20;
-    }
-    return 0;
+    return cols / traits(f).block * traits(f).block_bytes;
 }
 
-struct GroupLayout {
-    int64_t scales;  // bytes of scales per group of 16 rows
-    int64_t quants;  // bytes of quants per group of 16 rows
-};
+constexpr int kSuper = 8;  // groups that share the upper level of two-level scales
 
-static inline GroupLayout group_layout(Format f) {
-    if (f == Format::q8_0) return {32, 512};
-    if (f == Format::q4_0) return {32, 256};
-    return {64, 256};
+// Bytes of 16 rows: of the scales of kSuper groups, and of the quants of one.
+static constexpr int64_t super_bytes(Format f) {
+    if (f == Format::q6_k) return 32 + kSuper * 2 * kPanel;
+    return traits(f).two_level ? 256 : kSuper * (traits(f).minimum ? 64 : 32);
 }
+static constexpr int64_t quant_bytes(Format f) { return 64 * traits(f).bits; }
 
 static inline int64_t scales_bytes(Format f, int64_t cols) {
-    return round_up(cols / kGroup * group_layout(f).scales, 64);
+    return round_up(cols / kGroup * super_bytes(f) / kSuper, 64);
 }
 
 static inline int64_t panel_bytes(Format f, int64_t cols) {
     if (!is_grouped(f)) return kPanel * row_bytes(f, cols);
-    return scales_bytes(f, cols) + cols / kGroup * group_layout(f).quants;
+    return scales_bytes(f, cols) + cols / kGroup * quant_bytes(f);
 }
 
 // So that no product of a shape's sizes overflows.
@@ -79,12 +98,18 @@ static inline int64_t packed_bytes(Format f, int64_t rows, int64_t cols) {
     return round_up(rows, kPanel) / kPanel * panel_bytes(f, cols);
 }
 
-// Quantized activations, in one or two planes of int8: q = plane 0, or 128 * plane 0 + plane 1.
-// One row is the planes, then per group float scale, float scale * sum(q), and for each plane
-// the int32 sum of its elements. No planes: plain floats.
-static inline int64_t act_row_bytes(int64_t cols, int planes) {
-    if (planes == 0) return cols * 4;
-    return round_up(planes * cols + cols / kGroup * (8 + 4 * planes), 64);
+// Quantized activations ("a12"): each group of 32 is 12-bit integers and a float scale. An integer
+// is kept as two int8, kSplit * high + low, so that the dot products of int8 serve; kSplit is 16
+// for a nibble times 16 is still a byte: tiles multiply both halves in one instruction.
+//
+// Rows come in blocks of 16: first the quants, per row and group 32 high and 32 low; then per group
+// four runs of 16 rows: scale, scale * sum of the integers (floats), and the integers' sums over
+// the first and the second 16 elements (int32).
+constexpr int kSplit = 16, kRange = 127 * kSplit;
+constexpr int kActRows = 16;
+
+static inline int64_t act_row_bytes(int64_t cols, bool quantized) {
+    return quantized ? cols / kGroup * (2 * kGroup + 16) : cols * 4;
 }
 
 }  // namespace pronk

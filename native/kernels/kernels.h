@@ -47,17 +47,18 @@ struct Kernels {
     const char* name;
     uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
     // Output columns [16 * first, 16 * last) of one part, for `tokens` rows of x.
-    void (*matmul)(const MatmulPart& part, int planes, int64_t cols, Rows x, Rows out,
-                   Rows residual, int64_t tokens, int64_t first, int64_t last);
-    // Rows [first, last): out = x * weight / rms(x); quantized when `planes`.
-    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, int planes,
+    // Grouped weights want x quantized.
+    void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
+                   int64_t tokens, int64_t first, int64_t last);
+    // Rows [first, last): out = x * weight / rms(x).
+    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, bool quantized,
                      int64_t first, int64_t last);
-    void (*quantize)(Rows x, int64_t cols, Rows out, int planes, int64_t first, int64_t last);
-    void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, int planes, int64_t first,
+    void (*quantize)(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last);
+    void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, bool quantized, int64_t first,
                      int64_t last);
     void (*add)(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last);
-    void (*embed)(const uint8_t* weight, Format format, uint8_t bias8, int64_t cols,
-                  const int32_t* ids, Rows out, int64_t first, int64_t last);
+    void (*embed)(const uint8_t* weight, Format format, int64_t cols, const int32_t* ids, Rows out,
+                  int64_t first, int64_t last);
     // cos | sin of position * frequency, `half` of each.
     void (*rope_table)(const int32_t* positions, const float* frequencies, int64_t half, Rows out,
                        int64_t first, int64_t last);

@@ -3,107 +3,102 @@
 // One tile is kTilePanels panels by up to kTile tokens. Every token's sum runs over the groups in
 // order with the same operations whatever the tile's size, so a result never depends on the batch.
 #pragma once
+#include <type_traits>
+
 #include "kernels.h"
+#include "matmul_row.h"
+#if defined(PRONK_AMX)
+#include "matmul_tiles.h"
+#endif
+#include "unpack.h"
 #include "vec.h"
 
 namespace pronk::PRONK_NS {
 
-struct Act {  // one quantized row of activations (formats.h)
-    const int8_t* q[2];
-    const float* scale;
-    const float* scaled_sum;
-    const int32_t* sum[2];
-    Act() = default;
-    Act(const uint8_t* row, int64_t cols, int planes) {
-        const int64_t groups = cols / kGroup;
-        q[0] = reinterpret_cast<const int8_t*>(row);
-        q[1] = q[0] + cols;
-        scale = reinterpret_cast<const float*>(row + planes * cols);
-        scaled_sum = scale + groups;
-        sum[0] = reinterpret_cast<const int32_t*>(scaled_sum + groups);
-        sum[1] = sum[0] + groups;
-    }
-};
-
-// The integer dot products of one group of W panels and M tokens in P planes, exact; from kBase.
-template <Format fmt, int P, int W, int M>
-inline void tile_group(const uint8_t* const* quants, const Act* x, int64_t g, I (*dot)[W][M]) {
-    const int64_t k = g * kGroup;
+// The integer dot products of one group (or of its halves) of W panels and M tokens, exact.
+template <Format fmt, int W, int M>
+inline void tile_group(const uint8_t* const* quants, const Act* x, int64_t g,
+                       I (*dot)[W][M]) {
+    constexpr int H = traits(fmt).halves;
+    constexpr bool nibbles = traits(fmt).bits == 4;
     const auto each = [](auto fn) {
 #pragma GCC unroll 2
-        for (int s = 0; s < P; ++s)
+        for (int s = 0; s < 2; ++s)
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
                 for (int p = 0; p < W; ++p) fn(s, p, m);
     };
-    if constexpr (fmt == Format::q8_0) {
-        each([&](int s, int p, int m) {
-            dot[s][p][m] = set_i(kBase - kBias8 * (kBias8 ? x[m].sum[s][g] : 0));
-        });
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) {
-            B w[W];
+    std::conditional_t<nibbles, N, I> sum[2][H][W][M];
+    each([&](int s, int p, int m) {
+        for (int h = 0; h < H; ++h)
+            if constexpr (nibbles)
+                sum[s][h][p][m] = zero_n();
+            else
+                sum[s][h][p][m] = set_i(0);
+    });
+    quarters([&]<int i>() {
+        B low[W], high[W];
 #pragma GCC unroll 2
-            for (int p = 0; p < W; ++p) w[p] = load_b(quants[p] + 64 * i);
-            each([&](int s, int p, int m) {
-                dot[s][p][m] = dot4_8bit(dot[s][p][m], w[p], x[m].q[s] + k + 4 * i);
-            });
-        }
-    } else {
-        N sum[P][W][M];
+        for (int p = 0; p < W; ++p) unpack_quants<fmt, i>(quants[p], low[p], high[p]);
         each([&](int s, int p, int m) {
-            sum[s][p][m] = start(fmt == Format::q4_0 ? -8 * x[m].sum[s][g] : 0);
-        });
-#pragma GCC unroll 8
-        for (int i = 0; i < 4; ++i) {
-            B low[W], high[W];
-#pragma GCC unroll 2
-            for (int p = 0; p < W; ++p) {
-                const B w = load_b(quants[p] + 64 * i);
-                low[p] = low_nibbles(w), high[p] = high_nibbles(w);
+            const int8_t* q = x[m].q + g * 2 * kGroup + s * kGroup + 4 * i;
+            auto& a = sum[s][0][p][m];
+            auto& b = sum[s][H - 1][p][m];
+            if constexpr (nibbles) {
+                a = dot4(a, low[p], q);
+                b = dot4(b, high[p], q + 16);
+            } else {
+                a = dot4_8bit(a, low[p], q);
+                b = dot4_8bit(b, high[p], q + 16);
             }
-            each([&](int s, int p, int m) {
-                const int8_t* q = x[m].q[s] + k + 4 * i;
-                sum[s][p][m] = dot4(dot4(sum[s][p][m], low[p], q), high[p], q + 16);
-            });
-        }
-        each([&](int s, int p, int m) { dot[s][p][m] = total(sum[s][p][m]); });
-    }
+        });
+    });
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+        for (int p = 0; p < W; ++p)
+#pragma GCC unroll 2
+            for (int h = 0; h < H; ++h) {
+                I both;
+                if constexpr (nibbles)
+                    both = add(shift_left<4>(total(sum[0][h][p][m])), total(sum[1][h][p][m]));
+                else
+                    both = add(shift_left<4>(sum[0][h][p][m]), sum[1][h][p][m]);
+                if constexpr (kOffset<fmt> != 0) {
+                    int32_t of_x = x[m].sum[h][g * kActStep];
+                    if constexpr (H == 1) of_x += x[m].sum[1][g * kActStep];
+                    both = add(both, set_i(-kOffset<fmt> * of_x));
+                }
+                dot[h][p][m] = both;
+            }
 }
 
-template <Format fmt, int P, int W, int M>
+template <Format fmt, int W, int M>
 inline void tile_grouped(const uint8_t* panel, int64_t cols, const Act* x, F (*acc)[M]) {
-    const GroupLayout layout = group_layout(fmt);
+    constexpr int H = traits(fmt).halves;
     const int64_t bytes = panel_bytes(fmt, cols);
-    const uint8_t *scales[W], *quants[W];
+    const uint8_t* quants[W];
     for (int p = 0; p < W; ++p) {
-        scales[p] = panel + p * bytes;
-        quants[p] = scales[p] + scales_bytes(fmt, cols);
+        quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
         for (int m = 0; m < M; ++m) acc[p][m] = set(0.0f);
     }
     for (int64_t g = 0; g < cols / kGroup; ++g) {
         if constexpr (M == 1)  // one token waits for memory, several for arithmetic
-            for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, layout.quants);
-        I dot[P][W][M];
-        tile_group<fmt, P, W, M>(quants, x, g, dot);
+            for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
+        I dot[H][W][M];
+        tile_group<fmt, W, M>(quants, x, g, dot);
 #pragma GCC unroll 2
         for (int p = 0; p < W; ++p) {
-            const F d = load_f16(reinterpret_cast<const uint16_t*>(scales[p]));
+            F d[2], minimum;
+            unpack_scales<fmt>(panel + p * bytes, g, d, minimum);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; ++m) {
-                F sum = times(dot[0][p][m], d);
-                if constexpr (P == 2) sum = fma(sum, set(128.0f), times(dot[1][p][m], d));
-                acc[p][m] = fma(sum, set(x[m].scale[g]), acc[p][m]);
-            }
-            if constexpr (fmt == Format::q4_1) {
-                const F minimum = load_f16(reinterpret_cast<const uint16_t*>(scales[p]) + kPanel);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m)
-                    acc[p][m] = fma(minimum, set(x[m].scaled_sum[g]), acc[p][m]);
-            }
-            scales[p] += layout.scales;
-            quants[p] += layout.quants;
+            for (int m = 0; m < M; ++m)
+                acc[p][m] = add_group<fmt>(acc[p][m], to_float(dot[0][p][m]),
+                                           to_float(dot[H - 1][p][m]), d, minimum,
+                                           set(x[m].scale[g * kActStep]),
+                                           set(x[m].scaled_sum[g * kActStep]));
+            quants[p] += quant_bytes(fmt);
         }
     }
 }
@@ -134,15 +129,15 @@ inline void tile_float(const uint8_t* panel, int64_t cols, const float* const* x
     }
 }
 
-// W panels by M tokens, of P planes.
-template <Format fmt, int P, int W, int M>
+// W panels by M tokens.
+template <Format fmt, int W, int M>
 void tile(const uint8_t* panel, const MatmulPart& part, int64_t cols, int64_t n, Rows x, Rows out,
           Rows residual, int64_t t) {
     F acc[W][M];
-    if constexpr (fmt >= Format::q8_0) {
+    if constexpr (is_grouped(fmt)) {
         Act rows[M];
-        for (int m = 0; m < M; ++m) rows[m] = Act(x.row<uint8_t>(t + m), cols, P);
-        tile_grouped<fmt, P, W, M>(panel, cols, rows, acc);
+        for (int m = 0; m < M; ++m) rows[m] = Act(x, t + m, cols);
+        tile_grouped<fmt, W, M>(panel, cols, rows, acc);
     } else {
         const float* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = x.row<float>(t + m);
@@ -150,57 +145,61 @@ void tile(const uint8_t* panel, const MatmulPart& part, int64_t cols, int64_t n,
     }
 #pragma GCC unroll 2
     for (int p = 0; p < W; ++p) {
-        const int64_t row = n + p * kPanel, column = part.column + row;
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            F y = acc[p][m];
-            if (part.bias) y = add(y, load(part.bias + row));
-            if (residual.data) y = add(y, load(residual.row<float>(t + m) + column));
-            store(out.row<float>(t + m) + column, y);
-        }
+        for (int m = 0; m < M; ++m)
+            finish_row(part, n + p * kPanel, t + m, acc[p][m], out, residual);
     }
 }
 
-template <Format fmt, int P, int W>
+template <Format fmt, int W>
 void matmul_panels(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
-                   int64_t tokens, int64_t p) {
+                   int64_t from, int64_t tokens, int64_t p) {
     const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
-    int64_t t = 0;
+    int64_t t = from;
     for (; t + kTile <= tokens; t += kTile)
-        tile<fmt, P, W, kTile>(panel, part, cols, p * kPanel, x, out, residual, t);
+        tile<fmt, W, kTile>(panel, part, cols, p * kPanel, x, out, residual, t);
     for (; t + 2 <= tokens; t += 2)
-        tile<fmt, P, W, 2>(panel, part, cols, p * kPanel, x, out, residual, t);
-    if (t < tokens) tile<fmt, P, W, 1>(panel, part, cols, p * kPanel, x, out, residual, t);
+        tile<fmt, W, 2>(panel, part, cols, p * kPanel, x, out, residual, t);
+    if (t < tokens) tile<fmt, W, 1>(panel, part, cols, p * kPanel, x, out, residual, t);
 }
 
-template <Format fmt, int P>
+template <Format fmt>
 void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last) {
+    constexpr int W = traits(fmt).halves == 2 ? 1 : kTilePanels;  // halves take registers twice
+    int64_t tiled = 0;
+#if defined(PRONK_AMX)
+    if constexpr (is_grouped(fmt)) {
+        const int64_t rest = tokens % kActRows;
+        tiled = rest <= kVectorTokens ? tokens - rest : tokens;
+        if (tiled) matmul_tiles<fmt>(part, cols, x, out, residual, tiled, first, last);
+    }
+#endif
+    if (tiled == tokens) return;
     int64_t p = first;
-    for (; p + kTilePanels <= last; p += kTilePanels)
-        matmul_panels<fmt, P, kTilePanels>(part, cols, x, out, residual, tokens, p);
-    for (; p < last; ++p) matmul_panels<fmt, P, 1>(part, cols, x, out, residual, tokens, p);
+    for (; p + W <= last; p += W)
+        matmul_panels<fmt, W>(part, cols, x, out, residual, tiled, tokens, p);
+    for (; p < last; ++p) matmul_panels<fmt, 1>(part, cols, x, out, residual, tiled, tokens, p);
 }
 
-inline void matmul(const MatmulPart& part, int planes, int64_t cols, Rows x, Rows out,
-                   Rows residual, int64_t tokens, int64_t first, int64_t last) {
+inline void matmul(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
+                   int64_t tokens, int64_t first, int64_t last) {
     switch (part.format) {
-#define PRONK_CASE(f, p) \
-    case Format::f:      \
-        return matmul_format<Format::f, p>(part, cols, x, out, residual, tokens, first, last);
-#define PRONK_GROUPED(f)                                                                         \
-    case Format::f:                                                                              \
-        return (planes == 2 ? matmul_format<Format::f, 2>                                        \
-                            : matmul_format<Format::f, 1>)(part, cols, x, out, residual, tokens, \
-                                                           first, last);
-        PRONK_CASE(f32, 0)
-        PRONK_CASE(f16, 0)
-        PRONK_CASE(bf16, 0)
-        PRONK_GROUPED(q8_0)
-        PRONK_GROUPED(q4_0)
-        PRONK_GROUPED(q4_1)
+#define PRONK_CASE(f) \
+    case Format::f: \
+        return matmul_format<Format::f>(part, cols, x, out, residual, tokens, first, last);
+        PRONK_CASE(f32)
+        PRONK_CASE(f16)
+        PRONK_CASE(bf16)
+        PRONK_CASE(q8_0)
+        PRONK_CASE(q4_0)
+        PRONK_CASE(q4_1)
+        PRONK_CASE(q5_0)
+        PRONK_CASE(q5_1)
+        PRONK_CASE(q4_k)
+        PRONK_CASE(q5_k)
+        PRONK_CASE(q6_k)
 #undef PRONK_CASE
-#undef PRONK_GROUPED
     }
 }
 

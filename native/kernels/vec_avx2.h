@@ -12,7 +12,6 @@ namespace pronk::avx2 {
 
 constexpr int kTilePanels = 1, kTile = 4;
 constexpr uint8_t kBias8 = 0;
-constexpr int32_t kBase = 0x4b400000;  // as on AVX-512
 
 struct F {
     __m256 lo, hi;
@@ -92,9 +91,21 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
               _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
 }
 inline I set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline F times(I sum, F d) {
-    return fma({_mm256_castsi256_ps(sum.lo), _mm256_castsi256_ps(sum.hi)}, d,
-               mul(d, set(-0x1.8p23f)));
+inline I load_i(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
+inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline F load_i8(const uint8_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return to_float({_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))});
+}
+template <int n>
+inline I shift_left(I a) {
+    return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)};
+}
+inline I bits_of(I a, int from, int mask) {
+    const __m128i n = _mm_cvtsi32_si128(from);
+    const __m256i m = _mm256_set1_epi32(mask);
+    return {_mm256_and_si256(_mm256_srl_epi32(a.lo, n), m),
+            _mm256_and_si256(_mm256_srl_epi32(a.hi, n), m)};
 }
 inline I to_int(F a) {  // nearest, ties to even
     return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)};
@@ -123,6 +134,10 @@ inline F round(F a) {
     return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
 }
 inline B load_b(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
+inline void store_b(uint8_t* p, B b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b.lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), b.hi);
+}
 inline B low_nibbles(B b) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
@@ -130,18 +145,25 @@ inline B low_nibbles(B b) {
 inline B high_nibbles(B b) {
     return low_nibbles({_mm256_srli_epi16(b.lo, 4), _mm256_srli_epi16(b.hi, 4)});
 }
+template <int shift, int mask>
+inline __m256i merge(__m256i w, __m256i bits) {
+    const __m256i x = shift >= 0 ? _mm256_slli_epi16(bits, shift & 15)
+                                 : _mm256_srli_epi16(bits, -shift & 15);
+    return _mm256_or_si256(w, _mm256_and_si256(x, _mm256_set1_epi8(mask)));
+}
+// w | (bits moved up by `shift`, or down, and masked): of each byte, no bits of its neighbour's may
+// reach the mask.
+template <int shift, int mask>
+inline B merge(B w, B bits) {
+    return {merge<shift, mask>(w.lo, bits.lo), merge<shift, mask>(w.hi, bits.hi)};
+}
 inline __m256i broadcast(const int8_t* a) {
     int32_t x;
     __builtin_memcpy(&x, a, 4);
     return _mm256_set1_epi32(x);
 }
-// Sums of nibble products over one group, from kBase + x; kBase joins last, for until then a
-// sum fits int16: each half lane is at most 16 products of 15 * 127, and with a start
-// of -8 * sum(a) at most 32 of 8 * 127; on the way there additions may wrap.
-inline N start(int32_t x) {
-    const __m256i v = _mm256_set1_epi32(x & 0xffff);
-    return {v, v};
-}
+// Sums of nibble products over one group: each half lane is at most 16 products of 15 * 127.
+inline N zero_n() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline N dot4(N acc, B w, const int8_t* a) {
     const __m256i x = broadcast(a);
     return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x)),
@@ -149,7 +171,7 @@ inline N dot4(N acc, B w, const int8_t* a) {
 }
 inline I total(N acc) {
     const __m256i ones = _mm256_set1_epi16(1);
-    return add({_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)}, set_i(kBase));
+    return {_mm256_madd_epi16(acc.lo, ones), _mm256_madd_epi16(acc.hi, ones)};
 }
 // |w| * (a with the sign of w): two products are at most 2 * 128 * 127 and fit int16.
 inline __m256i dot4_8bit(__m256i acc, __m256i w, __m256i x) {

@@ -18,10 +18,6 @@ namespace pronk::PRONK_NS {
 
 constexpr int kTilePanels = 2, kTile = 4;
 constexpr uint8_t kBias8 = 128;
-// Integer sums start at the bits of 1.5 * 2^23: such a sum, below 2^22 in size, read as a float is
-// 1.5 * 2^23 + sum, so that times() needs no conversion. It still rounds d * sum once, for
-// 1.5 * 2^23 * d is exact where d comes from 11 bits.
-constexpr int32_t kBase = 0x4b400000;
 
 struct F {
     __m512 v;
@@ -65,7 +61,19 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     second.v = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))));
 }
 inline I set_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline F times(I sum, F d) { return fma({_mm512_castsi512_ps(sum.v)}, d, mul(d, set(-0x1.8p23f))); }
+inline I load_i(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline F load_i8(const uint8_t* p) {
+    return to_float({_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});
+}
+template <int n>
+inline I shift_left(I a) {
+    return {_mm512_slli_epi32(a.v, n)};
+}
+inline I bits_of(I a, int from, int mask) {
+    const __m512i x = _mm512_srl_epi32(a.v, _mm_cvtsi32_si128(from));
+    return {_mm512_and_si512(x, _mm512_set1_epi32(mask))};
+}
 inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, ties to even
 inline int32_t hsum(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -79,6 +87,7 @@ inline F exp2i(F n) {
 }
 inline F round(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_b(uint8_t* p, B b) { _mm512_storeu_si512(p, b.v); }
 inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline B high_nibbles(B b) {
     return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))};
@@ -90,9 +99,16 @@ inline I dot4(I acc, B w, const int8_t* a) {
     return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))};
 }
 inline I dot4_8bit(I acc, B w, const int8_t* a) { return dot4(acc, w, a); }
-// Sums of nibble products over one group, from kBase + x.
-using N = I;
-inline N start(int32_t x) { return set_i(kBase + x); }
+// w | (bits moved up by `shift`, or down, and masked): of each byte, no bits of its neighbour's may
+// reach the mask.
+template <int shift, int mask>
+inline B merge(B w, B bits) {
+    const __m512i x = shift >= 0 ? _mm512_slli_epi16(bits.v, shift & 15)
+                                 : _mm512_srli_epi16(bits.v, -shift & 15);
+    return {_mm512_ternarylogic_epi32(w.v, x, _mm512_set1_epi8(mask), 0xf8)};
+}
+using N = I;  // sums of nibble products over one group
+inline N zero_n() { return set_i(0); }
 inline I total(N acc) { return acc; }
 
 }  // namespace pronk::PRONK_NS

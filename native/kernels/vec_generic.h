@@ -14,7 +14,6 @@ namespace pronk::generic {
 
 constexpr int kTilePanels = 1, kTile = 2;
 constexpr uint8_t kBias8 = 0;
-constexpr int32_t kBase = 0;  // its fma rounds twice
 constexpr int kLanes = 16;
 
 struct F {
@@ -93,8 +92,25 @@ inline I set_i(int32_t x) {
     for (int32_t& e : r.v) e = x;
     return r;
 }
-inline F times(I sum, F d) {
-    return map([&](int i) { return static_cast<float>(sum.v[i]) * d.v[i]; });
+inline I load_i(const uint8_t* p) {
+    I r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+inline F to_float(I a) {
+    return map([&](int i) { return static_cast<float>(a.v[i]); });
+}
+inline F load_i8(const uint8_t* p) {
+    return map([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+}
+template <int n>
+inline I shift_left(I a) {
+    for (int32_t& e : a.v) e = static_cast<int32_t>(static_cast<uint32_t>(e) << n);
+    return a;
+}
+inline I bits_of(I a, int from, int mask) {
+    for (int32_t& e : a.v) e = static_cast<int32_t>(static_cast<uint32_t>(e) >> from) & mask;
+    return a;
 }
 // Of a NaN or what no int32 holds, the least int32, as x86 has it.
 inline int32_t nearest_int(float x) {
@@ -133,6 +149,7 @@ inline B load_b(const uint8_t* p) {
     std::memcpy(b.v, p, sizeof b.v);
     return b;
 }
+inline void store_b(uint8_t* p, B b) { std::memcpy(p, b.v, sizeof b.v); }
 inline B low_nibbles(B b) {
     for (uint8_t& e : b.v) e &= 15;
     return b;
@@ -141,6 +158,13 @@ inline B high_nibbles(B b) {
     for (uint8_t& e : b.v) e >>= 4;
     return b;
 }
+// w | (bits moved up by `shift`, or down, and masked).
+template <int shift, int mask>
+inline B merge(B w, B bits) {
+    for (int i = 0; i < 4 * kLanes; ++i)
+        w.v[i] |= (shift >= 0 ? bits.v[i] << (shift & 7) : bits.v[i] >> (-shift & 7)) & mask;
+    return w;
+}
 inline I dot4(I acc, B w, const int8_t* a) {
     for (int i = 0; i < kLanes; ++i)
         for (int j = 0; j < 4; ++j)
@@ -148,9 +172,8 @@ inline I dot4(I acc, B w, const int8_t* a) {
     return acc;
 }
 inline I dot4_8bit(I acc, B w, const int8_t* a) { return dot4(acc, w, a); }
-// Sums of nibble products over one group, from kBase + x.
-using N = I;
-inline N start(int32_t x) { return set_i(kBase + x); }
+using N = I;  // sums of nibble products over one group
+inline N zero_n() { return set_i(0); }
 inline I total(N acc) { return acc; }
 
 }  // namespace pronk::generic

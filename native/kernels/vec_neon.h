@@ -13,7 +13,6 @@ namespace pronk::neon {
 
 constexpr int kTilePanels = 1, kTile = 4;
 constexpr uint8_t kBias8 = 0;
-constexpr int32_t kBase = 0x4b400000;  // as on AVX-512
 
 struct F {
     float32x4_t v[4];
@@ -94,9 +93,27 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
 inline I set_i(int32_t x) {
     return each<I>([&](int) { return vdupq_n_s32(x); });
 }
-inline F times(I sum, F d) {
-    const F f = each<F>([&](int i) { return vreinterpretq_f32_s32(sum.v[i]); });
-    return fma(f, d, mul(d, set(-0x1.8p23f)));
+inline I load_i(const uint8_t* p) {
+    return each<I>([&](int i) { return vreinterpretq_s32_u8(vld1q_u8(p + 16 * i)); });
+}
+inline F to_float(I a) {
+    return each<F>([&](int i) { return vcvtq_f32_s32(a.v[i]); });
+}
+inline F load_i8(const uint8_t* p) {
+    const int8x16_t x = vld1q_s8(reinterpret_cast<const int8_t*>(p));
+    const int16x8_t lo = vmovl_s8(vget_low_s8(x)), hi = vmovl_s8(vget_high_s8(x));
+    return to_float({{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)),
+                      vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}});
+}
+template <int n>
+inline I shift_left(I a) {
+    return each<I>([&](int i) { return vshlq_n_s32(a.v[i], n); });
+}
+inline I bits_of(I a, int from, int mask) {
+    return each<I>([&](int i) {
+        const uint32x4_t x = vshlq_u32(vreinterpretq_u32_s32(a.v[i]), vdupq_n_s32(-from));
+        return vreinterpretq_s32_u32(vandq_u32(x, vdupq_n_u32(static_cast<uint32_t>(mask))));
+    });
 }
 inline I to_int(F a) {  // nearest, ties to even
     return each<I>([&](int i) { return vcvtnq_s32_f32(a.v[i]); });
@@ -123,11 +140,22 @@ inline F round(F a) {
 inline B load_b(const uint8_t* p) {
     return each<B>([&](int i) { return vld1q_u8(p + 16 * i); });
 }
+inline void store_b(uint8_t* p, B b) {
+    for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, b.v[i]);
+}
 inline B low_nibbles(B b) {
     return each<B>([&](int i) { return vandq_u8(b.v[i], vdupq_n_u8(15)); });
 }
 inline B high_nibbles(B b) {
     return each<B>([&](int i) { return vshrq_n_u8(b.v[i], 4); });
+}
+// w | (bits moved up by `shift`, or down, and masked).
+template <int shift, int mask>
+inline B merge(B w, B bits) {
+    return each<B>([&](int i) {
+        const uint8x16_t x = vshlq_u8(bits.v[i], vdupq_n_s8(shift));
+        return vorrq_u8(w.v[i], vandq_u8(x, vdupq_n_u8(mask)));
+    });
 }
 // acc[lane] += sum over j of w[4 lane + j] * a[j], both signed.
 inline I dot4_8bit(I acc, B w, const int8_t* a) {
@@ -136,9 +164,8 @@ inline I dot4_8bit(I acc, B w, const int8_t* a) {
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
     return each<I>([&](int i) { return vdotq_s32(acc.v[i], vreinterpretq_s8_u8(w.v[i]), xs); });
 }
-// Sums of nibble products over one group, from kBase + x.
-using N = I;
-inline N start(int32_t x) { return set_i(kBase + x); }
+using N = I;  // sums of nibble products over one group
+inline N zero_n() { return set_i(0); }
 inline N dot4(N acc, B w, const int8_t* a) { return dot4_8bit(acc, w, a); }
 inline I total(N acc) { return acc; }
 

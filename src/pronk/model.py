@@ -311,7 +311,6 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
-    activations: str = "a15",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -326,9 +325,6 @@ def load(
         Most tokens of a sequence; a bundle's own, or 2,048, unless given.
     kv_dtype : {"bf16", "f32"}
         Element type of the KV cache.
-    activations : {"a15", "a8"}
-        Precision of activations that meet quantized weights: bits an element, with a scale per
-        group of 32.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -346,11 +342,9 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "f32"):
         raise RequestError(f"kv_dtype must be bf16 or f32, not {kv_dtype!r}")
-    if activations not in ("a15", "a8"):
-        raise RequestError(f"activations must be a15 or a8, not {activations!r}")
     with open_checkpoint(resolve(os.fspath(model))) as checkpoint:
         context = choose_context(checkpoint.spec, context, checkpoint.budget)
-        limits = Limits(context, kv_dtype=kv_dtype, activations=activations)
+        limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits)
         tokenizer = checkpoint.load_tokenizer()
         trim()

@@ -40,12 +40,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads`` and ``--activations``."""
+    """``--threads``."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
-    parser.add_argument(
-        "--activations", default="a15", choices=("a15", "a8"),
-        help="bits of activations: a8 is faster, and further from the model (default: a15)",
-    )  # fmt: skip
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +104,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
 
     path = resolve(name)  # a download is not part of the load time
     start = time.perf_counter()
-    model = load(path, args.threads, context, activations=args.activations)
+    model = load(path, args.threads, context)
     seconds = time.perf_counter() - start
     for c in model.conversions:
         note(

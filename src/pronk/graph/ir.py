@@ -1,9 +1,8 @@
 """The graph: values with one symbolic dimension, ops, weights. Plain frozen data.
 
 A value is a matrix of ``rows`` x ``width``: ``rows`` is ``"T"`` (the tokens of a step) or ``"R"``
-(the rows whose logits are asked for). Its dtype is ``"f32"``, or the form in which activations
-meet quantized weights: ``"a8"``, int8 in groups of 32 with a float scale each, or ``"a15"``, the
-same with 15 bits, as two planes of int8.
+(the rows whose logits are asked for). Its dtype is ``"f32"``, or ``"a12"``, the form in which
+activations meet quantized weights: 12-bit integers in groups of 32 with a float scale each.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pronk.graph.pack import GROUPED, act_row_bytes, align
+from pronk.graph.pack import ACT_ROWS, GROUPED, act_row_bytes, align
 
-__all__ = ["PLANES", "Graph", "Op", "Ref", "Value", "Weight"]
-
-PLANES = {"f32": 0, "a8": 1, "a15": 2}
+__all__ = ["Graph", "Op", "Ref", "Value", "Weight"]
 
 Attr = int | float | bool | str
 
@@ -32,12 +29,16 @@ class Value:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in the arena, a multiple of 64."""
-        return align(act_row_bytes(self.width, self.planes))
+        return align(act_row_bytes(self.width, self.quantized))
 
     @property
-    def planes(self) -> int:
-        """Planes of int8; 0 for floats."""
-        return PLANES[self.dtype]
+    def quantized(self) -> bool:
+        """Whether rows are 12-bit integers rather than floats."""
+        return self.dtype == "a12"
+
+    def bytes_of(self, rows: int) -> int:
+        """Bytes of so many rows; quantized ones come in blocks."""
+        return self.row_bytes * (align(rows, ACT_ROWS) if self.quantized else rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,8 @@ class _Lowering:
     def _is_head(self, op: Op) -> bool:
         return self.graph.values[op.output].rows == "R"
 
-    def _planes(self, op: Op) -> int:
-        return self.graph.values[op.output].planes
+    def _quantized(self, op: Op) -> bool:
+        return self.graph.values[op.output].quantized
 
     def _part(self, name: str, column: int, bias: int = -1) -> tuple[str, int, int, int, int]:
         weight = self.graph.weights[name]
@@ -56,13 +56,13 @@ class _Lowering:
     def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.rms_norm(
             self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
-            self.graph.values[op.output].width, out, self._planes(op), self._is_head(op),
+            self.graph.values[op.output].width, out, self._quantized(op), self._is_head(op),
             grain)  # fmt: skip
 
     def _quantize(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
         self.executor.quantize(
-            self.slot(op.inputs[0]), width, out, self._planes(op), self._is_head(op), grain
+            self.slot(op.inputs[0]), width, out, self._quantized(op), self._is_head(op), grain
         )
 
     def _matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -78,7 +78,7 @@ class _Lowering:
         residual = self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
         self.executor.matmul(
             self.slot(op.inputs[0]), parts, op.integer("cols"),
-            self.graph.values[op.inputs[0].value].planes, residual, out, self._is_head(op),
+            self.graph.values[op.inputs[0].value].quantized, residual, out, self._is_head(op),
             grain)  # fmt: skip
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -99,7 +99,7 @@ class _Lowering:
     def _silu_mul(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up = op.inputs
         width = self.graph.values[op.output].width
-        self.executor.silu_mul(self.slot(gate), self.slot(up), width, out, self._planes(op), grain)
+        self.executor.silu_mul(self.slot(gate), self.slot(up), width, out, self._quantized(op), grain)
 
     def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
         a, b = (self.slot(ref) for ref in op.inputs)

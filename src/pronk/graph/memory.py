@@ -68,7 +68,7 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     for name in sorted(first, key=lambda n: first[n]):
         live = [entry for entry in live if last[entry[2]] >= first[name]]
         value = graph.values[name]
-        size = value.row_bytes * (max_tokens if value.rows == "T" else max_rows)
+        size = value.bytes_of(max_tokens if value.rows == "T" else max_rows)
         offset = 0
         for start, stop, _ in sorted(live):
             if offset + size <= start:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "ACT_RANGE",
+    "ACT_ROWS",
     "ALIGN",
     "GROUP",
     "GROUPED",
@@ -20,16 +22,24 @@ GROUP = 32  # elements that share a scale
 KV_BLOCK = 32  # positions per KV block
 PART_TAIL = 16  # floats after the values of a part of attention
 ALIGN = 64  # bytes
+ACT_ROWS = 16  # rows of quantized activations come in blocks of so many
+ACT_RANGE = 127 * 16  # largest integer of a quantized activation
 
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
-# Bytes of scales and of quants of one group of one row.
-GROUPED = {"q8_0": (2, 32), "q4_0": (2, 16), "q4_1": (4, 16)}
+SUPER = 8  # groups that share the upper level of two-level scales
+# Bytes of scales of SUPER groups of one row, and of quants of one group.
+GROUPED = {
+    "q8_0": (16, 32),
+    "q4_0": (16, 16),
+    "q4_1": (32, 16),
+    "q5_0": (16, 20),
+    "q5_1": (32, 20),
+    "q4_k": (16, 16),
+    "q5_k": (16, 20),
+    "q6_k": (18, 24),
+}
 # What a format the kernels lack becomes at load: the native one that loses least, near its size.
 _NEAREST = {
-    "q5_0": "q8_0",
-    "q5_1": "q8_0",
-    "q5_k": "q8_0",
-    "q6_k": "q8_0",
     "q8_k": "q8_0",
     "q8_1": "q8_0",
     "f64": "f32",
@@ -48,14 +58,12 @@ def packed_bytes(dtype: str, rows: int, cols: int) -> int:
         return panels * PANEL * cols * _ELEMENT[dtype]
     scales, quants = GROUPED[dtype]
     groups = cols // GROUP
-    return panels * (align(PANEL * scales * groups) + PANEL * quants * groups)
+    return panels * (align(PANEL * scales * groups // SUPER) + PANEL * quants * groups)
 
 
-def act_row_bytes(cols: int, planes: int) -> int:
-    """Bytes of a row of activations in int8 planes, with a scale and sums per group."""
-    if planes == 0:
-        return cols * 4
-    return align(planes * cols + cols // GROUP * (8 + 4 * planes))
+def act_row_bytes(cols: int, quantized: bool) -> int:
+    """Bytes of a row of activations: floats, or integers with a scale and sums per group."""
+    return cols // GROUP * (2 * GROUP + 16) if quantized else cols * 4
 
 
 def kv_block_bytes(layers: int, kv_heads: int, head_dim: int, kv_dtype: str) -> int:

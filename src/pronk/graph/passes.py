@@ -1,6 +1,6 @@
 """Passes: Graph -> Graph, each small, each keeping the meaning.
 
-`cpu_passes` is the ordered list that the native executor needs; the NumPy interpreter runs the
+`CPU_PASSES` is the ordered list that the native executor needs; the NumPy interpreter runs the
 graph before and after any of them.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from pronk.graph.ir import Graph, Op, Ref, Value
 from pronk.graph.pack import PART_TAIL
 
 __all__ = [
+    "CPU_PASSES",
     "Pass",
-    "cpu_passes",
     "fuse_quantize",
     "fuse_residual",
     "fuse_rope",
@@ -132,20 +131,20 @@ def fuse_residual(graph: Graph) -> Graph:
     return graph.with_ops([op for op in ops if op.output not in absorbed], graph.values)
 
 
-def quantize_activations(graph: Graph, dtype: str) -> Graph:
+def quantize_activations(graph: Graph) -> Graph:
     """Matmuls on grouped weights read quantized activations, quantized right before.
 
-    15 bits are the default, not 8: decoding waits for memory and has the arithmetic to spare,
-    and what 8 bits lose is far more than the bf16 cache does (``benchmarks/activations.py``).
+    12 bits, not 8: what 8 bits lose is far more than the bf16 cache does, and 12 cost tiles
+    nothing (``benchmarks/activations.py``).
     """
     values = dict(graph.values)
     ops: list[Op] = []
     for op in graph.ops:
         if op.kind == "matmul" and graph.weights[op.weights[0]].grouped:
             source = values[op.inputs[0].value]
-            name = f"{source.name}.{dtype}"
+            name = f"{source.name}.a12"
             if name not in values:
-                values[name] = Value(name, source.rows, op.integer("cols"), dtype)
+                values[name] = Value(name, source.rows, op.integer("cols"), "a12")
                 ops.append(Op("quantize", (op.inputs[0],), name))
             op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
         ops.append(op)
@@ -180,22 +179,15 @@ def split_threads(graph: Graph) -> Graph:
     return graph.with_ops(ops, graph.values)
 
 
-def cpu_passes(activations: str = "a15") -> tuple[Pass, ...]:
-    """The passes the native executor needs, in order.
-
-    Parameters
-    ----------
-    activations : {"a15", "a8"}
-        Precision of activations that meet quantized weights.
-    """
-    return (
-        fuse_siblings,
-        fuse_rope,
-        fuse_residual,
-        partial(quantize_activations, dtype=activations),
-        fuse_quantize,
-        split_threads,
-    )
+# What the native executor needs, in order.
+CPU_PASSES: tuple[Pass, ...] = (
+    fuse_siblings,
+    fuse_rope,
+    fuse_residual,
+    quantize_activations,
+    fuse_quantize,
+    split_threads,
+)
 
 
 def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> Graph:

@@ -10,7 +10,7 @@ from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
 from pronk.graph.pack import GROUP, GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
-from pronk.graph.passes import Pass, cpu_passes, run_passes
+from pronk.graph.passes import Pass, CPU_PASSES, run_passes
 from pronk.spec import Budget, MemoryPlan, ModelSpec
 
 __all__ = [
@@ -43,8 +43,6 @@ class Limits:
         Tokens the KV pool holds over all sequences; None means one full context.
     kv_dtype : {"bf16", "f32"}
         Element type of the KV cache.
-    activations : {"a15", "a8"}
-        Precision of activations that meet quantized weights.
     """
 
     context: int
@@ -53,7 +51,6 @@ class Limits:
     max_sequences: int = 16
     kv_tokens: int | None = None
     kv_dtype: str = "bf16"
-    activations: str = "a15"
 
     @property
     def max_blocks(self) -> int:
@@ -159,5 +156,5 @@ def compile_program(
             "up to 256"
         )
     graph = build_decoder(spec, dtype_of)
-    graph = run_passes(graph, cpu_passes(limits.activations) if passes is None else passes)
+    graph = run_passes(graph, CPU_PASSES if passes is None else passes)
     return Program(spec, limits, graph, plan_layout(graph, limits.max_tokens, limits.max_rows))

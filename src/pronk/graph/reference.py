@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk.graph.ir import Graph, Op
+from pronk.graph.pack import ACT_RANGE, GROUP
 
 __all__ = ["Reference", "fake_quantize"]
 
 Array = NDArray[Any]
 
 
-def fake_quantize(x: Array, steps: int = 127, group: int = 32) -> Array:
+def fake_quantize(x: Array, steps: int = ACT_RANGE, group: int = GROUP) -> Array:
     """Round each group of a row to whole multiples of max|x| / steps, in float32."""
     groups = x.reshape(*x.shape[:-1], -1, group)
     top = np.abs(groups).max(-1, keepdims=True)
@@ -71,9 +72,8 @@ class Reference:
         x = [values[ref.value][:, ref.column :] for ref in op.inputs]
         w = [self.weights[name] for name in op.weights]
         result = getattr(self, f"_{op.kind}")(op, x, w)
-        planes = self.graph.values[op.output].planes
-        if planes:
-            result = fake_quantize(result, 127 if planes == 1 else 127 * 128)
+        if self.graph.values[op.output].quantized:
+            result = fake_quantize(result)
         return np.asarray(result, dtype=np.float32)
 
     def _embed(self, op: Op, x: list[Array], w: list[Array]) -> Array:

@@ -1,0 +1,46 @@
+// What every way of multiplying shares, so that all give the same bits: how a row of activations
+// is read, what a group adds to a sum, and how a sum becomes an output.
+#pragma once
+#include "kernels.h"
+#include "vec.h"
+
+namespace pronk::PRONK_NS {
+
+struct Act {  // one quantized row of activations (formats.h)
+    const int8_t* q;
+    const float* scale;  // of group g at 64 g, as the others
+    const float* scaled_sum;
+    const int32_t* sum[2];
+    Act() = default;
+    Act(Rows x, int64_t t, int64_t cols) {
+        const int64_t groups = cols / kGroup, r = t % kActRows;
+        const uint8_t* block = x.data + (t - r) * x.stride;
+        q = reinterpret_cast<const int8_t*>(block + r * groups * 2 * kGroup);
+        scale = reinterpret_cast<const float*>(block + kActRows * groups * 2 * kGroup) + r;
+        scaled_sum = scale + kActRows;
+        for (int h = 0; h < 2; ++h)
+            sum[h] = reinterpret_cast<const int32_t*>(scale) + (2 + h) * kActRows;
+    }
+};
+constexpr int64_t kActStep = 4 * kActRows;  // floats from one group's scales to the next's
+
+// What one group adds to a sum.
+template <Format fmt>
+inline F add_group(F acc, F dot0, F dot1, const F* d, F minimum, F scale, F scaled_sum) {
+    F sum = mul(dot0, d[0]);
+    if constexpr (traits(fmt).halves == 2) sum = fma(dot1, d[1], sum);
+    acc = fma(sum, scale, acc);
+    if constexpr (traits(fmt).minimum) acc = fma(minimum, scaled_sum, acc);
+    return acc;
+}
+
+// Adds bias and residual to the sums of rows [row, row + 16) of a part and stores them.
+inline void finish_row(const MatmulPart& part, int64_t row, int64_t t, F y, Rows out,
+                       Rows residual) {
+    const int64_t column = part.column + row;
+    if (part.bias) y = add(y, load(part.bias + row));
+    if (residual.data) y = add(y, load(residual.row<float>(t) + column));
+    store(out.row<float>(t) + column, y);
+}
+
+}  // namespace pronk::PRONK_NS
