@@ -80,9 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     variants = {
         "float32 activations, bf16 cache": {"exact": True},
-        "a15, float32 cache": {"exact": False, "activations": "a15", "kv_dtype": "f32"},
-        "a15, bf16 cache (default)": {"exact": False, "activations": "a15"},
-        "a8, bf16 cache": {"exact": False, "activations": "a8"},
+        "12 bits, float32 cache": {"exact": False, "kv_dtype": "f32"},
+        "12 bits, bf16 cache (default)": {"exact": False},
     }
     with open_checkpoint(resolve(args.model)) as checkpoint:
         ids = encode(load_corpus(args.text), checkpoint.load_tokenizer(), args.tokens)

@@ -137,9 +137,10 @@ void Executor::add(Op op) {
         case OpKind::matmul:
             require(!op.parts.empty(), "matmul without weights");
             for (const MatmulPart& part : op.parts) {
-                require(is_grouped(part.format) == op.quantized &&
-                            op.cols % traits(part.format).block == 0,
-                        "grouped weights need quantized activations in whole blocks, others floats");
+                require(
+                    is_grouped(part.format) == op.quantized &&
+                        op.cols % traits(part.format).block == 0,
+                    "grouped weights need quantized activations in whole blocks, others floats");
                 check(op.a, act_count, out_bytes, "matmul input");
                 const int64_t end = (part.column + round_up(part.rows, kPanel)) * 4;
                 check(op.out, count, end, "matmul output");
@@ -238,8 +239,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
-            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols,
-                           step.tokens.ids, out, first, last);
+            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, step.tokens.ids, out,
+                           first, last);
         case OpKind::rope_table:
             return k.rope_table(step.tokens.positions, op.vector, op.cols / 2, out, first, last);
         case OpKind::rms_norm:
@@ -266,8 +267,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             for (const MatmulPart& part : op.parts) {
                 const int64_t panels = round_up(part.rows, kPanel) / kPanel;
                 if (first < panels && last > 0)
-                    k.matmul(part, op.cols, a, out, b, step.count,
-                             std::max<int64_t>(first, 0), std::min(last, panels));
+                    k.matmul(part, op.cols, a, out, b, step.count, std::max<int64_t>(first, 0),
+                             std::min(last, panels));
                 first -= panels;
                 last -= panels;
             }

@@ -35,9 +35,9 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;   // epsilon, or the attention scale
+    float scalar = 0;        // epsilon, or the attention scale
     bool quantized = false;  // a matmul's input, else the output
-    int64_t layer = 0;  // offset of the layer within a KV block
+    int64_t layer = 0;       // offset of the layer within a KV block
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;

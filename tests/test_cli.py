@@ -81,17 +81,6 @@ def test_run_uses_the_chat_template_unless_raw(tiny_q4):
     assert tokens("--system", "be brief") > tokens()
 
 
-def test_activations_can_be_coarser(tiny_q4, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
-
-    def perplexity(*extra):
-        out = pronk("eval", tiny_q4, "--text", text, "--window", 64, "--json", *extra).stdout
-        return json.loads(out)["perplexity"]
-
-    assert perplexity() == perplexity("--activations", "a15") != perplexity("--activations", "a8")
-
-
 def test_run_stops_before_a_stop_string(tiny_q4):
     whole = json.loads(pronk("run", tiny_q4, "hello", "--max-tokens", 30, "--json").stdout)["text"]
     stop = whole[len(whole) // 2 :][:3]

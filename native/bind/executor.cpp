@@ -122,8 +122,8 @@ void bind_executor(nb::module_& m) {
             "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
         .def(
             "rms_norm",
-            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out, bool quantized,
-               bool head, int64_t grain) {
+            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
+               bool quantized, bool head, int64_t grain) {
                 Op op{OpKind::rms_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
                 op.cols = cols, op.out = at(out), op.quantized = quantized, op.head = head;
@@ -133,7 +133,8 @@ void bind_executor(nb::module_& m) {
             "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "quantized"_a, "head"_a, "grain"_a)
         .def(
             "quantize",
-            [](Executor& e, Slot x, int64_t cols, Slot out, bool quantized, bool head, int64_t grain) {
+            [](Executor& e, Slot x, int64_t cols, Slot out, bool quantized, bool head,
+               int64_t grain) {
                 Op op{OpKind::quantize};
                 op.a = at(x), op.cols = cols, op.out = at(out), op.quantized = quantized;
                 op.head = head, op.grain = grain;
@@ -174,7 +175,8 @@ void bind_executor(nb::module_& m) {
             "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "silu_mul",
-            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized, int64_t grain) {
+            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,
+               int64_t grain) {
                 Op op{OpKind::silu_mul};
                 op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out),
                 op.quantized = quantized;

@@ -22,7 +22,8 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
     const int64_t r = t % kActRows;
     uint8_t* block = out.data + (t - r) * out.stride;
     int8_t* q = reinterpret_cast<int8_t*>(block) + (r * groups + g) * 2 * kGroup;
-    float* scale = reinterpret_cast<float*>(block + kActRows * groups * 2 * kGroup) + g * 64 + r;
+    float* scale =
+        reinterpret_cast<float*>(block + kActRows * groups * 2 * kGroup) + g * 64 + 4 * r;
     constexpr float range = kRange;
     const float top = hmax(max(abs(a), abs(b)));
     // Below 1e-30 the inverse could overflow; an infinity or a NaN shows in the scale.
@@ -36,9 +37,9 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
     const int32_t second =
         kSplit * store_i8_sum(hb, q + 16) + store_i8_sum(fma(hb, down, b), q + 48);
     scale[0] = top / range;
-    scale[kActRows] = scale[0] * static_cast<float>(first + second);
-    std::memcpy(scale + 2 * kActRows, &first, 4);
-    std::memcpy(scale + 3 * kActRows, &second, 4);
+    scale[1] = scale[0] * static_cast<float>(first + second);
+    std::memcpy(scale + 2, &first, 4);
+    std::memcpy(scale + 3, &second, 4);
 }
 
 // Writes values of row t, produced 16 at a time by fn(k), as floats or as quantized groups.
@@ -70,8 +71,7 @@ inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows 
 
 inline void quantize(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        write_row(cols, out, t, quantized,
-                  [&](int64_t k) { return load(x.row<float>(t) + k); });
+        write_row(cols, out, t, quantized, [&](int64_t k) { return load(x.row<float>(t) + k); });
 }
 
 inline void silu_mul(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized, int64_t first,
@@ -115,7 +115,7 @@ inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* ou
             for (int h = 0; h < traits(fmt).halves; ++h) store(scale[h], d[h]);
             if constexpr (traits(fmt).minimum) store(minimum, m);
             uint8_t bytes[8][64];
-            quarters([&]<int i>() {
+            unrolled<4>([&]<int i>() {
                 B low, high;
                 unpack_quants<fmt, i>(quants, low, high);
                 store_b(bytes[i], low);
@@ -123,8 +123,8 @@ inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* ou
             });
             for (int j = 0; j < kGroup; ++j) {
                 const uint8_t u = bytes[j / 4][4 * r + j % 4];
-                const int q = fmt == Format::q8_0 ? static_cast<int8_t>(u ^ kBias8)
-                                                  : u - traits(fmt).offset;
+                const int q =
+                    fmt == Format::q8_0 ? static_cast<int8_t>(u ^ kBias8) : u - traits(fmt).offset;
                 const float of = scale[traits(fmt).halves == 2 ? j / 16 : 0][r];
                 out[g * kGroup + j] = of * static_cast<float>(q) + minimum[r];
             }

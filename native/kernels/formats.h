@@ -44,17 +44,15 @@ struct Traits {
     int halves;              // 2 where each 16 elements have a scale
 };
 
-static constexpr Traits traits(Format f) {
-    constexpr Traits table[kFormats] = {
-        {"f32", 1, 4, 0, 0, false, false, 1},        {"f16", 1, 2, 0, 0, false, false, 1},
-        {"bf16", 1, 2, 0, 0, false, false, 1},       {"q8_0", 32, 34, 8, 0, false, false, 1},
-        {"q4_0", 32, 18, 4, 8, false, false, 1},     {"q4_1", 32, 20, 4, 0, true, false, 1},
-        {"q5_0", 32, 22, 5, 16, false, false, 1},    {"q5_1", 32, 24, 5, 0, true, false, 1},
-        {"q4_k", 256, 144, 4, 0, true, true, 1},     {"q5_k", 256, 176, 5, 0, true, true, 1},
-        {"q6_k", 256, 210, 6, 32, false, true, 2},
-    };
-    return table[static_cast<int>(f)];
-}
+static constexpr Traits kTraits[kFormats] = {
+    {"f32", 1, 4, 0, 0, false, false, 1},      {"f16", 1, 2, 0, 0, false, false, 1},
+    {"bf16", 1, 2, 0, 0, false, false, 1},     {"q8_0", 32, 34, 8, 0, false, false, 1},
+    {"q4_0", 32, 18, 4, 8, false, false, 1},   {"q4_1", 32, 20, 4, 0, true, false, 1},
+    {"q5_0", 32, 22, 5, 16, false, false, 1},  {"q5_1", 32, 24, 5, 0, true, false, 1},
+    {"q4_k", 256, 144, 4, 0, true, true, 1},   {"q5_k", 256, 176, 5, 0, true, true, 1},
+    {"q6_k", 256, 210, 6, 32, false, true, 2},
+};
+static constexpr const Traits& traits(Format f) { return kTraits[static_cast<int>(f)]; }
 
 static inline Format parse_format(const std::string& name) {
     for (int i = 0; i < kFormats; ++i)
@@ -103,8 +101,8 @@ static inline int64_t packed_bytes(Format f, int64_t rows, int64_t cols) {
 // for a nibble times 16 is still a byte: tiles multiply both halves in one instruction.
 //
 // Rows come in blocks of 16: first the quants, per row and group 32 high and 32 low; then per group
-// four runs of 16 rows: scale, scale * sum of the integers (floats), and the integers' sums over
-// the first and the second 16 elements (int32).
+// and row the scale, scale * sum of the integers (floats), and the integers' sums over the first
+// and the second 16 elements (int32).
 constexpr int kSplit = 16, kRange = 127 * kSplit;
 constexpr int kActRows = 16;
 

@@ -15,91 +15,89 @@
 
 namespace pronk::PRONK_NS {
 
+// fn<p, m>() for every panel and token of a tile.
+template <int W, int M, class Fn>
+[[gnu::always_inline]] inline void each_sum(Fn fn) {
+    unrolled<W * M>([&]<int i>()
+                        __attribute__((always_inline)) { fn.template operator()<i / M, i % M>(); });
+}
+
 // The integer dot products of one group (or of its halves) of W panels and M tokens, exact.
 template <Format fmt, int W, int M>
-inline void tile_group(const uint8_t* const* quants, const Act* x, int64_t g,
-                       I (*dot)[W][M]) {
+[[gnu::always_inline]] inline void tile_group(const uint8_t* const* quants, const Act* x, int64_t g,
+                                              I (*dot)[W][M]) {
     constexpr int H = traits(fmt).halves;
     constexpr bool nibbles = traits(fmt).bits == 4;
-    const auto each = [](auto fn) {
-#pragma GCC unroll 2
-        for (int s = 0; s < 2; ++s)
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-                for (int p = 0; p < W; ++p) fn(s, p, m);
-    };
     std::conditional_t<nibbles, N, I> sum[2][H][W][M];
-    each([&](int s, int p, int m) {
-        for (int h = 0; h < H; ++h)
+    each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
+        unrolled<2 * H>([&]<int i>() __attribute__((always_inline)) {
             if constexpr (nibbles)
-                sum[s][h][p][m] = zero_n();
+                sum[i / H][i % H][p][m] = zero_n();
             else
-                sum[s][h][p][m] = set_i(0);
-    });
-    quarters([&]<int i>() {
-        B low[W], high[W];
-#pragma GCC unroll 2
-        for (int p = 0; p < W; ++p) unpack_quants<fmt, i>(quants[p], low[p], high[p]);
-        each([&](int s, int p, int m) {
-            const int8_t* q = x[m].q + g * 2 * kGroup + s * kGroup + 4 * i;
-            auto& a = sum[s][0][p][m];
-            auto& b = sum[s][H - 1][p][m];
-            if constexpr (nibbles) {
-                a = dot4(a, low[p], q);
-                b = dot4(b, high[p], q + 16);
-            } else {
-                a = dot4_8bit(a, low[p], q);
-                b = dot4_8bit(b, high[p], q + 16);
-            }
+                sum[i / H][i % H][p][m] = set_i(0);
         });
     });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-        for (int p = 0; p < W; ++p)
-#pragma GCC unroll 2
-            for (int h = 0; h < H; ++h) {
-                I both;
-                if constexpr (nibbles)
-                    both = add(shift_left<4>(total(sum[0][h][p][m])), total(sum[1][h][p][m]));
-                else
-                    both = add(shift_left<4>(sum[0][h][p][m]), sum[1][h][p][m]);
-                if constexpr (kOffset<fmt> != 0) {
-                    int32_t of_x = x[m].sum[h][g * kActStep];
-                    if constexpr (H == 1) of_x += x[m].sum[1][g * kActStep];
-                    both = add(both, set_i(-kOffset<fmt> * of_x));
+    unrolled<4>([&]<int i>() __attribute__((always_inline)) {
+        B low[W], high[W];
+        unrolled<W>([&]<int p>() __attribute__((always_inline)) {
+            unpack_quants<fmt, i>(quants[p], low[p], high[p]);
+        });
+        unrolled<2>([&]<int s>() __attribute__((always_inline)) {
+            each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
+                const int8_t* q = x[m].q + g * 2 * kGroup + s * kGroup + 4 * i;
+                auto& a = sum[s][0][p][m];
+                auto& b = sum[s][H - 1][p][m];
+                if constexpr (nibbles) {
+                    a = dot4(a, low[p], q);
+                    b = dot4(b, high[p], q + 16);
+                } else {
+                    a = dot4_8bit(a, low[p], q);
+                    b = dot4_8bit(b, high[p], q + 16);
                 }
-                dot[h][p][m] = both;
+            });
+        });
+    });
+    each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
+        unrolled<H>([&]<int h>() __attribute__((always_inline)) {
+            I both;
+            if constexpr (nibbles)
+                both = add(shift_left<4>(total(sum[0][h][p][m])), total(sum[1][h][p][m]));
+            else
+                both = add(shift_left<4>(sum[0][h][p][m]), sum[1][h][p][m]);
+            if constexpr (kOffset<fmt> != 0) {
+                int32_t of_x = x[m].sum[h][g * kActStep];
+                if constexpr (H == 1) of_x += x[m].sum[1][g * kActStep];
+                both = add(both, set_i(-kOffset<fmt> * of_x));
             }
+            dot[h][p][m] = both;
+        });
+    });
 }
 
 template <Format fmt, int W, int M>
-inline void tile_grouped(const uint8_t* panel, int64_t cols, const Act* x, F (*acc)[M]) {
+[[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, int64_t cols, const Act* x,
+                                                F (*acc)[M]) {
     constexpr int H = traits(fmt).halves;
     const int64_t bytes = panel_bytes(fmt, cols);
     const uint8_t* quants[W];
-    for (int p = 0; p < W; ++p) {
-        quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
-        for (int m = 0; m < M; ++m) acc[p][m] = set(0.0f);
-    }
+    for (int p = 0; p < W; ++p) quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+    each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
     for (int64_t g = 0; g < cols / kGroup; ++g) {
         if constexpr (M == 1)  // one token waits for memory, several for arithmetic
             for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
         I dot[H][W][M];
         tile_group<fmt, W, M>(quants, x, g, dot);
-#pragma GCC unroll 2
-        for (int p = 0; p < W; ++p) {
+        unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             F d[2], minimum;
             unpack_scales<fmt>(panel + p * bytes, g, d, minimum);
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m)
-                acc[p][m] = add_group<fmt>(acc[p][m], to_float(dot[0][p][m]),
-                                           to_float(dot[H - 1][p][m]), d, minimum,
-                                           set(x[m].scale[g * kActStep]),
+            unrolled<M>([&]<int m>() __attribute__((always_inline)) {
+                F sum = mul(to_float(dot[0][p][m]), d[0]);
+                if constexpr (H == 2) sum = fma(to_float(dot[1][p][m]), d[1], sum);
+                acc[p][m] = add_group<fmt>(acc[p][m], sum, set(x[m].scale[g * kActStep]), minimum,
                                            set(x[m].scaled_sum[g * kActStep]));
+            });
             quants[p] += quant_bytes(fmt);
-        }
+        });
     }
 }
 
@@ -186,7 +184,7 @@ inline void matmul(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
                    int64_t tokens, int64_t first, int64_t last) {
     switch (part.format) {
 #define PRONK_CASE(f) \
-    case Format::f: \
+    case Format::f:   \
         return matmul_format<Format::f>(part, cols, x, out, residual, tokens, first, last);
         PRONK_CASE(f32)
         PRONK_CASE(f16)

@@ -16,19 +16,16 @@ struct Act {  // one quantized row of activations (formats.h)
         const int64_t groups = cols / kGroup, r = t % kActRows;
         const uint8_t* block = x.data + (t - r) * x.stride;
         q = reinterpret_cast<const int8_t*>(block + r * groups * 2 * kGroup);
-        scale = reinterpret_cast<const float*>(block + kActRows * groups * 2 * kGroup) + r;
-        scaled_sum = scale + kActRows;
-        for (int h = 0; h < 2; ++h)
-            sum[h] = reinterpret_cast<const int32_t*>(scale) + (2 + h) * kActRows;
+        scale = reinterpret_cast<const float*>(block + kActRows * groups * 2 * kGroup) + 4 * r;
+        scaled_sum = scale + 1;
+        for (int h = 0; h < 2; ++h) sum[h] = reinterpret_cast<const int32_t*>(scale) + 2 + h;
     }
 };
 constexpr int64_t kActStep = 4 * kActRows;  // floats from one group's scales to the next's
 
-// What one group adds to a sum.
+// What one group adds to a sum: `sum` is its dot product times d, or that of its halves.
 template <Format fmt>
-inline F add_group(F acc, F dot0, F dot1, const F* d, F minimum, F scale, F scaled_sum) {
-    F sum = mul(dot0, d[0]);
-    if constexpr (traits(fmt).halves == 2) sum = fma(dot1, d[1], sum);
+inline F add_group(F acc, F sum, F scale, F minimum, F scaled_sum) {
     acc = fma(sum, scale, acc);
     if constexpr (traits(fmt).minimum) acc = fma(minimum, scaled_sum, acc);
     return acc;

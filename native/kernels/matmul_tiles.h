@@ -14,12 +14,23 @@
 namespace pronk::PRONK_NS {
 
 constexpr int64_t kVectorTokens = 4;  // up to so many, vectors are faster than tiles
-constexpr int kBlockGroups = 16;      // groups unpacked at once: they stay in the first cache
+constexpr int kBlockGroups = 20;      // most groups unpacked at once: they stay in the first cache
+
+// Sums of at most 2^22 start at the bits of 1.5 * 2^23. Read as a float such a sum is that much
+// more, and one multiply-add takes it off: no conversion, and still d * sum is rounded once, for
+// 1.5 * 2^23 * d is exact where d has up to 22 bits.
+constexpr int32_t kBase = 0x4b400000;
+constexpr float kBaseValue = 0x1.8p23f;
+template <Format fmt>
+constexpr bool kBased = traits(fmt).bits <= 5;
+// Groups multiplied before their sums are used: tiles and vectors get in each other's way.
+template <Format fmt>
+constexpr int kPhase = kBased<fmt> ? 4 : 2;
 
 // Tiles 0-3 are sums; 4 and 5 activations, 6 and 7 weights.
 template <Format fmt>
 inline void shape_tiles() {
-    struct alignas(64) {
+    struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16};
@@ -31,7 +42,8 @@ inline void shape_tiles() {
     };
     shape(0, bits <= 5 ? 64 : bits == 8 ? 32 : 16);
     shape(1, bits == 6 ? 16 : 32);
-    _tile_loadconfig(&shapes);
+    // GCC 12's intrinsic reads eight bytes as it tells the compiler, which then drops the others.
+    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
 }
 
 // One group as tiles want it: rows of four consecutive k of 16 rows.
@@ -48,7 +60,7 @@ inline void unpack_tile(const uint8_t* quants, uint8_t* b) {
             _mm512_store_si512(b + 64 * (i + 8), v);
         }
     };
-    quarters([&]<int i>() {
+    unrolled<4>([&]<int i>() {
         B low, high;
         unpack_quants<fmt, i>(quants, low, high);
         put(i, low);
@@ -61,10 +73,16 @@ inline void unpack_tile(const uint8_t* quants, uint8_t* b) {
 template <Format fmt>
 inline void multiply_tile(const int8_t* a, int64_t stride, const uint8_t* b, int32_t (*dot)[256]) {
     constexpr int bits = traits(fmt).bits;
-    _tile_zero(0);
+    alignas(64) static constexpr int32_t base[16] = {kBase, kBase, kBase, kBase, kBase, kBase,
+                                                     kBase, kBase, kBase, kBase, kBase, kBase,
+                                                     kBase, kBase, kBase, kBase};
+    if constexpr (kBased<fmt>)
+        _tile_loadd(0, base, 0);
+    else
+        _tile_zero(0);
     _tile_loadd(4, a, stride);
     _tile_loadd(6, b, 64);
-    if constexpr (bits <= 5) {
+    if constexpr (kBased<fmt>) {
         if constexpr (traits(fmt).minimum)
             _tile_dpbsud(0, 4, 6);
         else
@@ -104,25 +122,37 @@ struct Unpacked {  // kBlockGroups groups of a panel
     F d[kBlockGroups][2], minimum[kBlockGroups];
 };
 
-// M tokens (8 or 16) of block t against `count` groups from g0 on; `acc` carries on.
+// M tokens (8 or 16) of a block against `count` groups from g0 on; `acc` carries on.
 template <Format fmt, int M>
-inline void multiply_block(const Unpacked& w, const uint8_t* block, int64_t groups, int64_t g0,
-                           int64_t count, F* acc) {
+[[gnu::always_inline]] inline void multiply_block(const Unpacked& w, const uint8_t* block,
+                                                  int64_t groups, int64_t g0, int64_t count,
+                                                  F* acc) {
     const int64_t stride = groups * 2 * kGroup;
+    const int8_t* quants = reinterpret_cast<const int8_t*>(block) + g0 * 2 * kGroup;
     const float* scales = reinterpret_cast<const float*>(block + kActRows * stride) + g0 * 64;
-    alignas(64) int32_t dot[4][256];
-    for (int64_t g = 0; g < count; ++g, scales += 64) {
-        multiply_tile<fmt>(reinterpret_cast<const int8_t*>(block) + (g0 + g) * 2 * kGroup, stride,
-                           w.quants[g], dot);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            const auto sum = [&](int i) { return I{_mm512_load_si512(dot[i] + 16 * m)}; };
-            const auto both = [&](int h) {
-                if constexpr (traits(fmt).bits <= 5) return to_float(sum(h));
-                return to_float(add(shift_left<4>(sum(2 * h)), sum(2 * h + 1)));
-            };
-            acc[m] = add_group<fmt>(acc[m], both(0), both(traits(fmt).halves - 1), w.d[g],
-                                    w.minimum[g], set(scales[m]), set(scales[16 + m]));
+    alignas(64) int32_t dots[kPhase<fmt>][kBased<fmt> ? 1 : 4][256];
+    for (int64_t i = 0; i < count; i += kPhase<fmt>) {
+        const int64_t end = std::min<int64_t>(i + kPhase<fmt>, count);
+        for (int64_t g = i; g < end; ++g)
+            multiply_tile<fmt>(quants + g * 2 * kGroup, stride, w.quants[g], dots[g - i]);
+        for (int64_t g = i; g < end; ++g) {
+            const auto& dot = dots[g - i];
+            const F minus = mul(w.d[g][0], set(-kBaseValue));
+            unrolled<M>([&]<int m>() __attribute__((always_inline)) {
+                const auto load_dot = [&](int j) { return I{_mm512_load_si512(dot[j] + 16 * m)}; };
+                const auto both = [&](int h) {
+                    return to_float(add(shift_left<4>(load_dot(2 * h)), load_dot(2 * h + 1)));
+                };
+                F sum;
+                if constexpr (kBased<fmt>) {
+                    sum = fma({_mm512_castsi512_ps(load_dot(0).v)}, w.d[g][0], minus);
+                } else {
+                    sum = mul(both(0), w.d[g][0]);
+                    if constexpr (traits(fmt).halves == 2) sum = fma(both(1), w.d[g][1], sum);
+                }
+                acc[m] = add_group<fmt>(acc[m], sum, set(scales[64 * g + 4 * m]), w.minimum[g],
+                                        set(scales[64 * g + 4 * m + 1]));
+            });
         }
     }
 }
@@ -133,31 +163,33 @@ inline void multiply_tokens(const Unpacked& w, const MatmulPart& part, int64_t r
                             int64_t tokens) {
     F acc[M];
     const int64_t column = part.column + row, live = std::min<int64_t>(M, tokens - t);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)  // between blocks the sums wait in the output
+    unrolled<M>([&]<int m>() {  // between blocks the sums wait in the output
         acc[m] = g0 && m < live ? load(out.row<float>(t + m) + column) : set(0.0f);
+    });
     multiply_block<fmt, M>(w, x.data + t * x.stride, groups, g0, count, acc);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-        if (m >= live) break;
-        if (g0 + count < groups)
-            store(out.row<float>(t + m) + column, acc[m]);
-        else
-            finish_row(part, row, t + m, acc[m], out, residual);
-    }
+    unrolled<M>([&]<int m>() {
+        if (m < live) {
+            if (g0 + count < groups)
+                store(out.row<float>(t + m) + column, acc[m]);
+            else
+                finish_row(part, row, t + m, acc[m], out, residual);
+        }
+    });
 }
 
 template <Format fmt>
 void matmul_tiles(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                   int64_t tokens, int64_t first, int64_t last) {
     const int64_t groups = cols / kGroup;
+    const int64_t blocks = (groups + kBlockGroups - 1) / kBlockGroups;
+    const int64_t block = (groups + blocks - 1) / blocks;
     Unpacked w;
     shape_tiles<fmt>();
     for (int64_t p = first; p < last; ++p) {
         const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
         const uint8_t* quants = panel + scales_bytes(fmt, cols);
-        for (int64_t g0 = 0; g0 < groups; g0 += kBlockGroups) {
-            const int64_t count = std::min<int64_t>(kBlockGroups, groups - g0);
+        for (int64_t g0 = 0; g0 < groups; g0 += block) {
+            const int64_t count = std::min(block, groups - g0);
             for (int64_t g = 0; g < count; ++g, quants += quant_bytes(fmt)) {
                 prefetch(quants + kAhead, quant_bytes(fmt));
                 unpack_tile<fmt>(quants, w.quants[g]);

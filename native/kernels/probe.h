@@ -35,8 +35,7 @@ inline double peak(int64_t rounds, uint8_t* sink) {
     }
     uint32_t sum = 0;  // may wrap: only keeps the work from being dropped
 #pragma GCC unroll 16
-    for (int c = 0; c < chains; ++c)
-        sum += static_cast<uint32_t>(hsum(total(acc[c])));
+    for (int c = 0; c < chains; ++c) sum += static_cast<uint32_t>(hsum(total(acc[c])));
     std::memcpy(sink, &sum, 4);
     return static_cast<double>(rounds) * chains * 16 * 4 * 2;
 }

@@ -1,21 +1,23 @@
 // One group of a packed panel into vectors: quants as bytes, scales as floats (formats.h).
 #pragma once
+#include <utility>
+
 #include "kernels.h"
 #include "vec.h"
 
 namespace pronk::PRONK_NS {
 
+// fn<0>(), fn<1>(), ... fn<n - 1>(): what is indexed so stays in registers.
+template <int n, class Fn>
+[[gnu::always_inline]] inline void unrolled(Fn fn) {
+    [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+        (fn.template operator()<i>(), ...);
+    }(std::make_integer_sequence<int, n>());
+}
+
 // How far stored quants lie above the values: q8_0 is packed as the ISA wants it.
 template <Format fmt>
 constexpr int kOffset = fmt == Format::q8_0 ? kBias8 : traits(fmt).offset;
-
-template <class Fn>
-inline void quarters(Fn fn) {
-    fn.template operator()<0>();
-    fn.template operator()<1>();
-    fn.template operator()<2>();
-    fn.template operator()<3>();
-}
 
 // The stored quants of k = 4i..4i+3 and of k = 16+4i..16+4i+3.
 template <Format fmt, int i>
@@ -57,9 +59,7 @@ inline void unpack_scales(const uint8_t* panel, int64_t g, F* d, F& minimum) {
             d[h] = mul(half(super), load_i8(super + 32 + (2 * i + h) * kPanel));
     } else {
         const auto word = [&](int w) { return load_i(super + 64 + 64 * w); };
-        const auto factor = [&](int v) {
-            return to_float(bits_of(word(v / 5), 6 * (v % 5), 63));
-        };
+        const auto factor = [&](int v) { return to_float(bits_of(word(v / 5), 6 * (v % 5), 63)); };
         d[0] = mul(half(super), factor(i));
         F m;
         if (i < kSuper - 1)

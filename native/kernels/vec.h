@@ -17,8 +17,9 @@ namespace pronk::PRONK_NS {
 
 constexpr int64_t kAhead = 2048;  // bytes of a stream asked for before they are needed
 
-// Asks for memory that will be read soon; any address is harmless.
-inline void prefetch(const uint8_t* p, int64_t bytes) {
+// Asks for memory that will be read soon; any address is harmless. Inlined always: GCC may take a
+// function that only prefetches for one without effects and drop the call.
+[[gnu::always_inline]] inline void prefetch(const uint8_t* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 

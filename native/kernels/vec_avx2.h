@@ -147,8 +147,8 @@ inline B high_nibbles(B b) {
 }
 template <int shift, int mask>
 inline __m256i merge(__m256i w, __m256i bits) {
-    const __m256i x = shift >= 0 ? _mm256_slli_epi16(bits, shift & 15)
-                                 : _mm256_srli_epi16(bits, -shift & 15);
+    const __m256i x =
+        shift >= 0 ? _mm256_slli_epi16(bits, shift & 15) : _mm256_srli_epi16(bits, -shift & 15);
     return _mm256_or_si256(w, _mm256_and_si256(x, _mm256_set1_epi8(mask)));
 }
 // w | (bits moved up by `shift`, or down, and masked): of each byte, no bits of its neighbour's may

@@ -103,8 +103,8 @@ inline I dot4_8bit(I acc, B w, const int8_t* a) { return dot4(acc, w, a); }
 // reach the mask.
 template <int shift, int mask>
 inline B merge(B w, B bits) {
-    const __m512i x = shift >= 0 ? _mm512_slli_epi16(bits.v, shift & 15)
-                                 : _mm512_srli_epi16(bits.v, -shift & 15);
+    const __m512i x =
+        shift >= 0 ? _mm512_slli_epi16(bits.v, shift & 15) : _mm512_srli_epi16(bits.v, -shift & 15);
     return {_mm512_ternarylogic_epi32(w.v, x, _mm512_set1_epi8(mask), 0xf8)};
 }
 using N = I;  // sums of nibble products over one group
