@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,69 @@ CHAT_TEMPLATE = (
     "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+# ruff: disable[RUF001]
+_PIECES = [
+    *(line + "\n" for text in CORPUS for line in text.split("\n")),
+    *["    for i in range(10):\n", "return x[::-1]", "/* C++ */ a->b != c;", "#include <x>\r\n"],
+    *[
+        "你好，世界！",
+        "机器学习模型",
+        "日本語のテキスト、かな",
+        "한국어 문장",
+        "สวัสดี",
+        "नमस्ते",
+        "مرحبا",
+        "שלום",
+    ],
+    *[
+        "🙂",
+        "👩\u200d👩\u200d👧",
+        "🇩🇪",
+        "👍🏽",
+        "é",
+        "e\u0301",
+        "ñ",
+        "Å",
+        "\u212b",
+        "ﬁ",
+        "½",
+        "²",
+        "٣",
+        "ⅷ",
+    ],
+    *[" ", "  ", "   ", " " * 17, "\t", "\t\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000"],
+    *[
+        "it's",
+        "WE'RE",
+        "'S",
+        "don't",
+        "’s",
+        "3.14",
+        "1234567",
+        "0x1F",
+        "10_000",
+        "a1b2",
+        "𝔘",
+        "\u200b",
+    ],
+    *["...", "!?", "--", "://", "$\\alpha$", "</s>", "\ufeff", *SPECIAL],
+]
+# ruff: enable[RUF001]
+
+
+def mixed_lines(count: int) -> list[str]:
+    """Texts of code, scripts, emoji, whitespace runs and random characters; always the same."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(count):
+        pieces = rng.choices(_PIECES, k=rng.randint(1, 12))
+        for at in range(len(pieces)):
+            if rng.random() < 0.1:
+                code = rng.choice([rng.randrange(0x20, 0x2FFF), rng.randrange(0x3000, 0x20000)])
+                pieces[at] = chr(code) if not 0xD800 <= code < 0xE000 else "?"
+        lines.append(rng.choice(["", " "]).join(pieces))
+    return lines
 
 
 def tiny_tokenizer(path: Path, vocab_size: int = 320) -> None:
