@@ -168,6 +168,7 @@ def dequantized_twin(path):
     """A transformers model with the weights of a GGUF file in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     with open_checkpoint(path) as checkpoint:
         spec = checkpoint.spec
@@ -180,7 +181,8 @@ def dequantized_twin(path):
             tie_word_embeddings=spec.tie_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
         )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config).eval()
+        with no_init_weights():  # minutes, for a real one
+            model = AutoModelForCausalLM.from_config(config).eval()
         state = {}
         for name, info in checkpoint.tensors.items():
             state[name] = torch.from_numpy(checkpoint.read_float(name).reshape(info.shape))
