@@ -128,13 +128,14 @@ def twin_logits(twin, ids):
         return twin(torch.tensor([ids])).logits[0].numpy()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_bundle_runs_alike_in_transformers(tmp_path, tied):
+def test_a_bundle_runs_alike_in_transformers(tmp_path, tied, family):
     from pronk.checkpoint.bundle import write_bundle
     from pronk.checkpoint.open import open_checkpoint
     from pronk.compress.quantize import RoundToNearest
 
-    source = tiny_llama_dir(tmp_path / "hf", tie_word_embeddings=tied)
+    source = tiny_dir(tmp_path / "hf", family, tie_word_embeddings=tied)
     formats = {"head": "q8_0", "attention": "q4_1", "gate_up": "q4_0", "down": "q4_1"}
     with open_checkpoint(source) as checkpoint:
         out = write_bundle(
@@ -142,7 +143,7 @@ def test_a_bundle_runs_alike_in_transformers(tmp_path, tied):
         )
     expected = transformers_logits(out, IDS)
     with load(out, context=256, kv_dtype="f32") as model:
-        assert not model.conversions
+        assert model.spec.family == family and not model.conversions
         actual = model.logits(IDS)
     # What is left is the rounding of activations, and of the embedding copy kept for transformers.
     assert np.abs(actual - expected).max() < 2e-3 * np.abs(expected).max()
