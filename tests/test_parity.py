@@ -192,6 +192,9 @@ def dequantized_twin(path):
     return model
 
 
+PROMPTS = ["Write a Python function that reverses a list", "What is a hash table?", "Say hello."]
+
+
 def test_smollm2_agrees_with_its_dequantized_twin(smollm2):
     agrees_with_its_twin(smollm2, 2000)
 
@@ -204,6 +207,7 @@ def test_qwen_agrees_with_its_dequantized_twin(qwen):
 def agrees_with_its_twin(path, tokens):
     import torch
 
+    from pronk import SamplingParams
     from pronk.evaluate.corpus import default_corpus, encode
 
     twin = dequantized_twin(path)
@@ -218,6 +222,12 @@ def agrees_with_its_twin(path, tokens):
             same += int((actual.argmax(-1) == expected.argmax(-1)).sum())
             kl += float((expected.exp() * (expected - actual)).sum())
             total += len(part)
+        for prompt in PROMPTS:
+            ids = model.render([{"role": "user", "content": prompt}])
+            said = [piece.token for piece in model.generate(ids, SamplingParams(max_tokens=40))]
+            logits = twin_logits(twin, ids + said)[len(ids) - 1 : -1]
+            # Greedy text is the twin's own, but for what it itself nearly says as gladly.
+            assert (logits.max(-1) - logits[np.arange(len(said)), said]).max() < 0.5, prompt
     print(f"top-1 agreement {same / total:.4f}, KL {kl / total:.6f} nats over {total} tokens")
     assert same / total >= 0.99
     assert kl / total < 0.005
