@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,69 @@ CHAT_TEMPLATE = (
     "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+# ruff: disable[RUF001]
+_PIECES = [
+    *(line + "\n" for text in CORPUS for line in text.split("\n")),
+    *["    for i in range(10):\n", "return x[::-1]", "/* C++ */ a->b != c;", "#include <x>\r\n"],
+    *[
+        "你好，世界！",
+        "机器学习模型",
+        "日本語のテキスト、かな",
+        "한국어 문장",
+        "สวัสดี",
+        "नमस्ते",
+        "مرحبا",
+        "שלום",
+    ],
+    *[
+        "🙂",
+        "👩\u200d👩\u200d👧",
+        "🇩🇪",
+        "👍🏽",
+        "é",
+        "e\u0301",
+        "ñ",
+        "Å",
+        "\u212b",
+        "ﬁ",
+        "½",
+        "²",
+        "٣",
+        "ⅷ",
+    ],
+    *[" ", "  ", "   ", " " * 17, "\t", "\t\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000"],
+    *[
+        "it's",
+        "WE'RE",
+        "'S",
+        "don't",
+        "’s",
+        "3.14",
+        "1234567",
+        "0x1F",
+        "10_000",
+        "a1b2",
+        "𝔘",
+        "\u200b",
+    ],
+    *["...", "!?", "--", "://", "$\\alpha$", "</s>", "\ufeff", *SPECIAL],
+]
+# ruff: enable[RUF001]
+
+
+def mixed_lines(count: int) -> list[str]:
+    """Texts of code, scripts, emoji, whitespace runs and random characters; always the same."""
+    rng = random.Random(0)
+    lines = []
+    for _ in range(count):
+        pieces = rng.choices(_PIECES, k=rng.randint(1, 12))
+        for at in range(len(pieces)):
+            if rng.random() < 0.1:
+                code = rng.choice([rng.randrange(0x20, 0x2FFF), rng.randrange(0x3000, 0x20000)])
+                pieces[at] = chr(code) if not 0xD800 <= code < 0xE000 else "?"
+        lines.append(rng.choice(["", " "]).join(pieces))
+    return lines
 
 
 def tiny_tokenizer(path: Path, vocab_size: int = 320) -> None:
@@ -59,16 +123,27 @@ def tiny_tokenizer(path: Path, vocab_size: int = 320) -> None:
     )
 
 
-def tiny_llama_dir(
-    path: Path, *, seed: int = 0, dtype: str = "float32", shard: str | None = None, **config: Any
-) -> Path:
-    """Write a random tiny Llama as a Hugging Face directory and return the directory.
+def tiny_llama_dir(path: Path, **config: Any) -> Path:
+    """`tiny_dir` of a Llama."""
+    return tiny_dir(path, "llama", **config)
 
-    `config` overrides `LlamaConfig` fields; `dtype` is that of the stored weights and
-    `shard` a maximal shard size such as "50KB".
+
+def tiny_dir(
+    path: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    shard: str | None = None,
+    **config: Any,
+) -> Path:
+    """Write a random tiny model as a Hugging Face directory and return the directory.
+
+    `family` is its model type, `config` overrides fields of its config; `dtype` is that of the
+    stored weights and `shard` a maximal shard size such as "50KB".
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields: dict[str, Any] = {
         "vocab_size": 320,
@@ -77,7 +152,6 @@ def tiny_llama_dir(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "initializer_range": 0.1,
@@ -85,12 +159,16 @@ def tiny_llama_dir(
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
+    if family == "llama":  # others derive it, and their files leave it out
+        fields["head_dim"] = 16
+    if family == "mistral":
+        fields["sliding_window"] = None
     fields.update(config)
     path = Path(path)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**fields))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim == 1:  # norms start at one and biases at zero: hide no mistake
@@ -180,33 +258,36 @@ def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> 
     config = json.loads((hf_dir / "config.json").read_text())
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    arch = "qwen2" if config["model_type"] == "qwen2" else "llama"
     values: dict[str, Any] = {
         "general.name": "tiny",
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": kv_heads,
-        "llama.attention.key_length": config["head_dim"],
-        "llama.attention.value_length": config["head_dim"],
-        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
-        "llama.vocab_size": config["vocab_size"],
+        f"{arch}.block_count": config["num_hidden_layers"],
+        f"{arch}.context_length": config["max_position_embeddings"],
+        f"{arch}.embedding_length": config["hidden_size"],
+        f"{arch}.feed_forward_length": config["intermediate_size"],
+        f"{arch}.attention.head_count": heads,
+        f"{arch}.attention.head_count_kv": kv_heads,
+        f"{arch}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        f"{arch}.rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
         **_tokenizer_metadata(hf_dir, config["vocab_size"]),
     }
+    if arch == "llama":  # the converter writes these for no other
+        dim = config["head_dim"] or config["hidden_size"] // heads
+        values["llama.attention.key_length"] = dim
+        values["llama.attention.value_length"] = dim
+        values["llama.rope.dimension_count"] = dim
+        values["llama.vocab_size"] = config["vocab_size"]
     if rope.get("rope_type") == "linear":
-        values["llama.rope.scaling.type"] = "linear"
-        values["llama.rope.scaling.factor"] = float(rope["factor"])
+        values[f"{arch}.rope.scaling.type"] = "linear"
+        values[f"{arch}.rope.scaling.factor"] = float(rope["factor"])
     values.update({key.replace("__", "."): value for key, value in metadata.items()})
-    writer = gguf.GGUFWriter(path, values.pop("general.architecture", "llama"))
+    writer = gguf.GGUFWriter(path, values.pop("general.architecture", arch))
     writer.data_alignment = values.get("general.alignment", 32)
     for key, value in values.items():
         _add(writer, key, value)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     for name, weight in hf_tensors(hf_dir).items():
-        if "q_proj" in name or "k_proj" in name:
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             weight = permute(weight, heads if "q_proj" in name else kv_heads)
         if weight.ndim == 1 or dtype == "f32":
             writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight, dtype=np.float32))

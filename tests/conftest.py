@@ -13,8 +13,19 @@ from pronk.errors import SourceError
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The path of SmolLM2-135M, downloaded into the user's cache the first time."""
+    return registered("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Path:
+    """The path of Qwen2.5-Coder-0.5B (491 MB): for slow tests."""
+    return registered("qwen2.5-coder-0.5b")
+
+
+def registered(name: str) -> Path:
+    """The path of a registered model, downloaded the first time; skips where it cannot be."""
     try:
-        return resolve("smollm2-135m")
+        return resolve(name)
     except SourceError as error:
         # Anything else, such as a wrong checksum, is a failure.
         if "cannot be downloaded" not in str(error):

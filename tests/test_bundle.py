@@ -72,7 +72,8 @@ def rounded(source: Path, formats: dict[str, str]) -> dict[str, np.ndarray]:
             if kind is None:
                 out[name] = values
             elif name == "model.embed_tokens.weight" and not ckpt.spec.tie_embeddings:
-                out[name] = values.astype(np.float16).astype(np.float32)
+                rows = dequantize(quantize(values, "q8_0"), "q8_0", info.shape[-1])
+                out[name] = rows.astype(np.float16).astype(np.float32)
             else:
                 dtype = formats[kind]
                 out[name] = dequantize(quantize(values, dtype), dtype, info.shape[-1])
@@ -98,10 +99,13 @@ def test_pronk_reads_back_what_was_rounded(
         assert set(bundle.tensors) == set(ckpt.tensors)
         for tensor, info in bundle.tensors.items():
             kind = tensor_kind(tensor)
-            if kind is not None and info.dtype != "f16":
-                assert info.dtype == formats[kind]
+            table = tensor == "model.embed_tokens.weight" and name == "untied"
+            if kind is not None:
+                assert info.dtype == ("q8_0" if table else formats[kind])
+            # What transformers reads as float16 we read as the blocks it was, scales to an ulp.
+            near = {"rtol": 2e-3} if table else {"rtol": 0}
             np.testing.assert_allclose(
-                bundle.read_float(tensor), expected[tensor], rtol=0, atol=1e-6, err_msg=tensor
+                bundle.read_float(tensor), expected[tensor], atol=1e-6, err_msg=tensor, **near
             )
             half = bundle.read_float(tensor, 1, 3) if len(info.shape) == 2 else None
             if half is not None:

@@ -61,6 +61,19 @@ def test_run_streams_text_and_ends_with_figures(tiny_q4):
         assert word in done.stderr
 
 
+@pytest.mark.slow
+def test_every_verb_takes_qwen(qwen):
+    said = pronk("run", qwen, "Write a Python function that reverses a list").stdout
+    assert "def " in said and "return" in said
+    assert "4" in pronk("chat", qwen, stdin="What is 2 + 2?\n").stdout
+    seen = json.loads(pronk("inspect", qwen, "--json").stdout)
+    bench = json.loads(pronk("bench", qwen, "--json", "--runs", 1, "--tokens", 8).stdout)
+    # Memory used is memory planned.
+    assert abs(bench["peak_memory"] - seen["memory"]["total"]) < 0.03 * seen["memory"]["total"]
+    scored = json.loads(pronk("eval", qwen, "--max-tokens", 500, "--json").stdout)
+    assert 1 < scored["perplexity"] < 20
+
+
 def test_run_as_json(tiny_q4):
     arguments = ("run", tiny_q4, "hello", "--max-tokens", 6, "--json", "--temperature", 0.8,
                  "--seed", 4)  # fmt: skip

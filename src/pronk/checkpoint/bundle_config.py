@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pronk.checkpoint.families import FAMILIES
 from pronk.spec import ModelSpec
 
 __all__ = ["GROUP", "hf_config"]
@@ -29,9 +30,10 @@ def hf_config(
     The embedding is never tied: the output head is a packed Linear, and the embedding table
     beside it, which `transformers` cannot keep packed, is float16.
     """
+    family = next(f for f in FAMILIES if f.name == spec.family)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": family.name,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": spec.intermediate_size,
@@ -40,9 +42,11 @@ def hf_config(
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "hidden_act": "silu",
-        "attention_bias": spec.attention_bias,
+        "attention_bias": spec.attention_bias and not family.qkv_bias,
         "attention_dropout": 0.0,
         "mlp_bias": False,
+        "sliding_window": None,
+        "use_sliding_window": False,
         "rms_norm_eps": spec.norm_eps,
         "max_position_embeddings": spec.context_length,
         "rope_theta": spec.rope.theta,

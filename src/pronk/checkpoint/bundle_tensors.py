@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize
 from pronk.checkpoint.bundle_config import GROUP
-from pronk.checkpoint.kinds import tensor_kind
+from pronk.checkpoint.kinds import EMBEDDING_DTYPE, tensor_kind
 from pronk.checkpoint.packed import pack_blocks
 from pronk.checkpoint.real_minima import split_minima
 from pronk.errors import CheckpointError
@@ -123,7 +123,8 @@ def write_tensors(
     """Quantize every weight of a checkpoint into a safetensors file, a few rows at a time.
 
     Norms and biases are float32. A tied embedding becomes a packed output head, with the
-    same values in float16 for `transformers`; one that is not tied is float16 alone.
+    same values in float16 for `transformers`; one that is not tied is rounded likewise, and is
+    float16 alone.
     """
     tied = ckpt.spec.tie_embeddings
     plain = [name for name in ckpt.tensors if tensor_kind(name) is None]
@@ -153,7 +154,7 @@ def write_tensors(
             if name != EMBEDDING or tied:
                 _write_packed(ckpt, name, formats[tensor_kind(name) or ""], file, quantize)
             else:
-                _write_half(ckpt, name, file)
+                _write_half(ckpt, name, file, quantize)
     finally:
         file.close()
 
@@ -184,11 +185,9 @@ def _write_packed(ckpt: Checkpoint, name: str, dtype: str, file: _File, quantize
         file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
 
 
-def _write_half(ckpt: Checkpoint, name: str, file: _File) -> None:
-    rows, cols = ckpt.tensors[name].shape
-    step = max(1, (1 << 19) // cols)
-    for start in range(0, rows, step):
-        values = ckpt.read_float(name, start, min(rows, start + step))
+def _write_half(ckpt: Checkpoint, name: str, file: _File, quantize: Quantize) -> None:
+    cols = ckpt.tensors[name].shape[1]
+    for start, blocks in quantize(ckpt, name, EMBEDDING_DTYPE):
         with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
+            half = dequantize(blocks, EMBEDDING_DTYPE, cols).astype(np.float16)
         file.put(name, start * 2 * cols, _finite(name, half))

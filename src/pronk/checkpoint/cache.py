@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pronk.errors import SourceError
 
-__all__ = ["Record", "folder_of", "home", "locked", "publish", "read", "staging"]
+__all__ = ["Record", "folder_of", "home", "locked", "partial", "publish", "read", "staging"]
 
 _RECORD = "source.json"
 
@@ -117,18 +117,27 @@ def locked(name: str) -> Iterator[None]:
 def staging(name: str) -> Iterator[Path]:
     """A temporary folder in the cache, under the name's lock; gone afterwards.
 
-    What a killed run left of the same name is removed first.
+    What a killed run left of the same name is removed first, but for its `partial` folder.
     """
     parent = home() / "staging"
     parent.mkdir(parents=True, exist_ok=True)
     prefix = _safe(name) + "@"
     for stale in parent.glob(prefix + "*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale != partial(name):
+            shutil.rmtree(stale, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def partial(name: str) -> Path:
+    """The folder for what the next run of the same name may go on with, if this one ends early.
+
+    Used under the name's lock; whoever makes it removes it.
+    """
+    return home() / "staging" / f"{_safe(name)}@partial"
 
 
 def publish(folder: Path, record: Record) -> Path:

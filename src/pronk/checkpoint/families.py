@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pronk.checkpoint.base import TensorInfo
@@ -11,7 +12,8 @@ from pronk.errors import CheckpointError
 from pronk.spec import LayerSpec, ModelSpec, RopeSpec
 
 __all__ = [
-    "KNOWN",
+    "FAMILIES",
+    "Family",
     "build_spec",
     "check_tensors",
     "expected_tensors",
@@ -20,8 +22,53 @@ __all__ = [
     "rope_divisors",
 ]
 
-# Hugging Face model types whose decoder is the Llama decoder, by architecture class.
-KNOWN = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one family's files differ from the others'. The decoder they describe is the same.
+
+    Parameters
+    ----------
+    name : str
+        Hugging Face's ``model_type``.
+    architecture : str
+        Hugging Face's class.
+    gguf : str
+        GGUF's ``general.architecture``.
+    pairs_adjacent : bool
+        GGUF keeps the two rows of a rotary pair side by side, not half a head apart.
+    qkv_bias : bool
+        q, k and v always have biases and o never; otherwise a config's ``attention_bias``
+        gives them to all four.
+    window : int or None
+        Sliding window of a config that leaves it out.
+    uses_window : bool
+        Whether a config that does not say ``use_sliding_window`` uses its window.
+    """
+
+    name: str
+    architecture: str
+    gguf: str
+    pairs_adjacent: bool = True
+    qkv_bias: bool = False
+    window: int | None = None
+    uses_window: bool = True
+
+
+FAMILIES = (
+    Family("llama", "LlamaForCausalLM", "llama"),
+    Family("mistral", "MistralForCausalLM", "llama", window=4096),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        pairs_adjacent=False,
+        qkv_bias=True,
+        window=4096,
+        uses_window=False,
+    ),
+)
+"""In GGUF, the first of those that share an architecture stands for all."""
 
 _LIMITS = {
     "vocab_size": (1, 1 << 24),
@@ -73,6 +120,7 @@ def build_spec(
     rope: RopeSpec,
     tie_embeddings: bool,
     attention_bias: bool,
+    output_bias: bool,
 ) -> ModelSpec:
     """A ModelSpec from header fields, each within its range and consistent with the others."""
     checked = {f: integer(path, f, sizes.get(f), *_LIMITS[f]) for f in _LIMITS}
@@ -92,6 +140,7 @@ def build_spec(
         layers=(LayerSpec(),) * layers,
         rope=rope,
         attention_bias=attention_bias,
+        output_bias=output_bias,
         **checked,
     )
 
@@ -113,7 +162,7 @@ def expected_tensors(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield layer + "post_attention_layernorm.weight", (hidden,)
         for part, shape in attention.items():
             yield f"{layer}self_attn.{part}.weight", shape
-            if spec.attention_bias:
+            if spec.output_bias if part == "o_proj" else spec.attention_bias:
                 yield f"{layer}self_attn.{part}.bias", shape[:1]
         for part, shape in gated.items():
             yield f"{layer}mlp.{part}.weight", shape

@@ -59,7 +59,7 @@ def fetch_hf(address: str, folder: Path, progress: Progress) -> Fetched:
     target = folder / _FOLDER
     target.mkdir()
     try:
-        with progress.watch(target, "downloading"):
+        with progress.watch(target, progress.task("downloading")):
             hub.snapshot_download(
                 repo,
                 revision=revision,

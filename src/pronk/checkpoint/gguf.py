@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint, TensorInfo
 from pronk.checkpoint.blocks import BLOCK_SIZES, dequantize
-from pronk.checkpoint.families import build_spec, check_tensors, integer, number, rope_divisors
+from pronk.checkpoint.families import (
+    FAMILIES,
+    Family,
+    build_spec,
+    check_tensors,
+    integer,
+    number,
+    rope_divisors,
+)
 from pronk.checkpoint.gguf_header import GgufArray, GgufHeader, StoredTensor, read_header
 from pronk.checkpoint.io import open_file, read_exact
 from pronk.errors import CheckpointError
@@ -21,10 +29,7 @@ from pronk.spec import ModelSpec, RopeSpec
 if TYPE_CHECKING:
     from pronk.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["ARCHITECTURES", "GgufCheckpoint"]
-
-# Mistral's files call themselves llama too.
-ARCHITECTURES = ("llama",)
+__all__ = ["GgufCheckpoint"]
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -53,14 +58,15 @@ class GgufCheckpoint(Checkpoint):
         self._fd, _ = open_file(path)
         try:
             self.header = read_header(self._fd, path)
-            self._stored = _rename(self.header)
+            self._family = _family(self.header)
+            self._stored = _rename(self.header, self._family)
             self.tensors = MappingProxyType(
                 {
                     name: TensorInfo(name, t.dtype, t.shape, t.nbytes)
                     for name, t in self._stored.items()
                 }
             )
-            self.spec = _spec(self.header, self._stored)
+            self.spec = _spec(self.header, self._family, self._stored)
             check_tensors(path, self.spec, self.tensors)
         except BaseException:
             self.close()
@@ -68,12 +74,9 @@ class GgufCheckpoint(Checkpoint):
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         stored = self._stored[info.name]
-        heads = 0
-        if ".self_attn.q_proj." in info.name:
-            heads = self.spec.num_heads
-        elif ".self_attn.k_proj." in info.name:
-            heads = self.spec.num_kv_heads
-        if not heads:
+        rotated = {"q_proj": self.spec.num_heads, "k_proj": self.spec.num_kv_heads}
+        heads = rotated.get(info.name.split(".")[-2], 0)
+        if not heads or not self._family.pairs_adjacent:
             return self._rows(stored, info, start, stop)
         dim = self.spec.head_dim
         if len(info.shape) == 1:
@@ -106,7 +109,7 @@ class GgufCheckpoint(Checkpoint):
             self._fd = -1
 
 
-def _rename(header: GgufHeader) -> dict[str, StoredTensor]:
+def _rename(header: GgufHeader, family: Family) -> dict[str, StoredTensor]:
     """The tensors under Hugging Face names; the rotary divisors are no weights."""
     out = {}
     for name, tensor in header.tensors.items():
@@ -118,9 +121,8 @@ def _rename(header: GgufHeader) -> dict[str, StoredTensor]:
             if len(pieces) == 4 and pieces[0] == "blk" and pieces[2] in _PARTS:
                 new = f"model.layers.{pieces[1]}.{_PARTS[pieces[2]]}.{pieces[3]}"
         if new is None:
-            _refuse_unknown(header)
             raise CheckpointError(
-                f"{header.path} has a tensor {name[:80]!r} that is no part of the llama "
+                f"{header.path} has a tensor {name[:80]!r} that is no part of the {family.gguf} "
                 f"architecture"
             )
         if len(tensor.shape) == 1 and BLOCK_SIZES[tensor.dtype][0] != 1:
@@ -129,22 +131,22 @@ def _rename(header: GgufHeader) -> dict[str, StoredTensor]:
     return out
 
 
-def _refuse_unknown(header: GgufHeader) -> str:
-    """The architecture's name, if it is one Pronk knows."""
+def _family(header: GgufHeader) -> Family:
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise CheckpointError(f"{header.path} does not name its architecture")
-    if arch not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{header.path} has the unknown architecture {arch[:80]!r}; Pronk knows "
-            f"{', '.join(ARCHITECTURES)} (Mistral's files included)"
-        )
-    return arch
+    for family in FAMILIES:
+        if family.gguf == arch:
+            return family
+    known = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES))
+    raise CheckpointError(
+        f"{header.path} has the unknown architecture {arch[:80]!r}; Pronk knows {known} "
+        f"(Mistral's files call themselves llama)"
+    )
 
 
-def _spec(header: GgufHeader, tensors: dict[str, StoredTensor]) -> ModelSpec:
-    arch = _refuse_unknown(header)
-    path = header.path
+def _spec(header: GgufHeader, family: Family, tensors: dict[str, StoredTensor]) -> ModelSpec:
+    arch, path = family.gguf, header.path
 
     def get(key: str, default: Any = None) -> Any:
         return header.metadata.get(f"{arch}.{key}", default)
@@ -199,12 +201,13 @@ def _spec(header: GgufHeader, tensors: dict[str, StoredTensor]) -> ModelSpec:
     return build_spec(
         path,
         sizes,
-        family="llama",
+        family=family.name,
         name=name[:200] if isinstance(name, str) and name else path.stem,
         norm_eps=get("attention.layer_norm_rms_epsilon"),
         rope=_rope(header, arch, rope_dim),
         tie_embeddings="lm_head.weight" not in tensors,
-        attention_bias=any(n.endswith(".self_attn.q_proj.bias") for n in tensors),
+        attention_bias=family.qkv_bias or "model.layers.0.self_attn.q_proj.bias" in tensors,
+        output_bias="model.layers.0.self_attn.o_proj.bias" in tensors,
     )
 
 

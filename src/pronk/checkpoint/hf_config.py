@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pronk.checkpoint.families import KNOWN, build_spec, integer, number
+from pronk.checkpoint.families import FAMILIES, Family, build_spec, integer, number
 from pronk.errors import CheckpointError
 from pronk.spec import ModelSpec, RopeSpec
 
@@ -28,15 +28,7 @@ def read_spec(path: Path, config: dict[str, Any], tied: bool) -> ModelSpec:
     context = integer(
         path, "max_position_embeddings", config.get("max_position_embeddings", 2048), 1, 1 << 30
     )
-    # Mistral's own default, where its config leaves the window out.
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)
-    if window is not None and config.get("use_sliding_window", True):
-        window = integer(path, "sliding_window", window, 1, 1 << 31)
-        if window < context:
-            raise CheckpointError(
-                f"{path} attends to a sliding window of {window} tokens, which Pronk does not "
-                f"run yet"
-            )
+    _refuse_window(path, config, family, context)
     hidden = integer(path, "hidden_size", config.get("hidden_size"), 1, 1 << 20)
     heads = integer(path, "num_attention_heads", config.get("num_attention_heads"), 1, 1 << 14)
     kv_heads, head_dim = config.get("num_key_value_heads"), config.get("head_dim")
@@ -50,16 +42,18 @@ def read_spec(path: Path, config: dict[str, Any], tied: bool) -> ModelSpec:
         "head_dim": hidden // heads if head_dim is None else head_dim,
         "context_length": context,
     }
+    biased = _flag(path, config, "attention_bias")
     name = config.get("_name_or_path")
     return build_spec(
         path,
         sizes,
-        family=family,
+        family=family.name,
         name=name[:200] if isinstance(name, str) and name else path.resolve().name,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope=_rope(path, config, context),
         tie_embeddings=tied or _flag(path, config, "tie_word_embeddings"),
-        attention_bias=_flag(path, config, "attention_bias"),
+        attention_bias=family.qkv_bias or biased,
+        output_bias=biased and not family.qkv_bias,
     )
 
 
@@ -70,19 +64,32 @@ def _flag(path: Path, config: dict[str, Any], field: str) -> bool:
     return value
 
 
-def _family(path: Path, config: dict[str, Any]) -> str:
+def _family(path: Path, config: dict[str, Any]) -> Family:
     names = config.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
         arch = names[0]
-        family = KNOWN.get(arch)
+        found = [family for family in FAMILIES if family.architecture == arch]
     else:
         arch = str(config.get("model_type"))
-        family = arch if arch in KNOWN.values() else None
-    if family is None:
+        found = [family for family in FAMILIES if family.name == arch]
+    if not found:
         raise CheckpointError(
-            f"{path} has the unknown architecture {arch[:80]!r}; Pronk knows {', '.join(KNOWN)}"
+            f"{path} has the unknown architecture {arch[:80]!r}; Pronk knows "
+            f"{', '.join(family.architecture for family in FAMILIES)}"
         )
-    return family
+    return found[0]
+
+
+def _refuse_window(path: Path, config: dict[str, Any], family: Family, context: int) -> None:
+    """Refuse a config whose layers would attend to less than their whole past."""
+    window = config.get("sliding_window", family.window)
+    if window is None or not config.get("use_sliding_window", family.uses_window):
+        return
+    window = integer(path, "sliding_window", window, 1, 1 << 31)
+    if window < context:
+        raise CheckpointError(
+            f"{path} attends to a sliding window of {window} tokens, which Pronk does not run yet"
+        )
 
 
 def _rope(path: Path, config: dict[str, Any], context: int) -> RopeSpec:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["KINDS", "tensor_kind"]
+__all__ = ["EMBEDDING_DTYPE", "KINDS", "tensor_kind"]
 
 KINDS = ("head", "attention", "gate_up", "down")
 """Output head and embedding; q, k, v and o; gate and up; down."""
+
+EMBEDDING_DTYPE = "q8_0"
+"""What a bundle's embedding table runs as, where it is not the output head too.
+
+`transformers` keeps none packed, so the file holds its values in float16.
+"""
 
 _KIND = MappingProxyType(
     {

@@ -72,12 +72,11 @@ class Progress:
         return lambda done: self._bars.update(task, completed=done)
 
     @contextlib.contextmanager
-    def watch(self, folder: Path, label: str, total: int | None = None) -> Iterator[None]:
-        """Report the growth of `folder` while something else writes to it."""
+    def watch(self, folder: Path, update: Callable[[int], None]) -> Iterator[None]:
+        """Give `update` the size of `folder` while something else writes to it."""
         if self._bars is None:
             yield
             return
-        update = self.task(label, total)
         ended = threading.Event()
 
         def poll() -> None:

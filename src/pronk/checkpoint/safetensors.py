@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint, TensorInfo, row_bytes
-from pronk.checkpoint.blocks import dequantize
+from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.families import check_tensors
 from pronk.checkpoint.hf_config import read_spec
 from pronk.checkpoint.io import open_file, parse_json, read_exact, read_json
+from pronk.checkpoint.kinds import EMBEDDING_DTYPE
 from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
 from pronk.checkpoint.real_minima import join_minima
 from pronk.errors import CheckpointError
@@ -58,6 +59,17 @@ class _Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class _Rounded:
+    """Float values that were rounded to `EMBEDDING_DTYPE` when they were written."""
+
+    source: _Stored
+
+    def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows in GGUF's block layout."""
+        return quantize(self.source.floats(start, stop), EMBEDDING_DTYPE)
+
+
+@dataclass(frozen=True, slots=True)
 class _Packed:
     """A packed weight: values, scales and, if asymmetric, zero points."""
 
@@ -87,6 +99,9 @@ class _Packed:
             )
         except CheckpointError as error:
             raise CheckpointError(f"{self.words.path} is damaged: {error}") from None
+
+
+_Source = _Stored | _Packed | _Rounded
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -161,12 +176,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _arrange(
         self, config: dict[str, Any], stored: dict[str, _Stored], tied: bool
-    ) -> tuple[ModelSpec, dict[str, tuple[TensorInfo, _Stored | _Packed]]]:
+    ) -> tuple[ModelSpec, dict[str, tuple[TensorInfo, _Source]]]:
         schemes: frozenset[Scheme] = frozenset()
         quantization = config.get("quantization_config")
         if quantization is not None:
             schemes = read_schemes(self.path, quantization)
-        sources: dict[str, tuple[TensorInfo, _Stored | _Packed]] = {}
+        sources: dict[str, tuple[TensorInfo, _Source]] = {}
         for name in list(stored):
             if name.endswith(_PACKED):
                 module = name.removesuffix(_PACKED)
@@ -194,7 +209,19 @@ class SafetensorsCheckpoint(Checkpoint):
             sources[name] = info, head[1]
         elif spec.tie_embeddings:
             sources.pop("lm_head.weight", None)
+        elif self.format == "bundle":
+            self._round_embedding(sources)
         return spec, sources
+
+    def _round_embedding(self, sources: dict[str, tuple[TensorInfo, _Source]]) -> None:
+        name = "model.embed_tokens.weight"
+        if name not in sources:
+            return
+        info, stored = sources[name]
+        if isinstance(stored, _Stored) and len(info.shape) == 2:
+            nbytes = info.rows * row_bytes(EMBEDDING_DTYPE, info.cols)
+            info = TensorInfo(name, EMBEDDING_DTYPE, info.shape, nbytes)
+            sources[name] = info, _Rounded(stored)
 
     def _packed(
         self, module: str, stored: dict[str, _Stored], schemes: frozenset[Scheme]

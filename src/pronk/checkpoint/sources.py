@@ -112,7 +112,7 @@ def _fetcher(name: str) -> Callable[[Path, Progress], Fetched] | None:
     """What fetches `name`; None if it is a path."""
     entry = REGISTRY.get(name)
     if entry is not None:
-        return lambda work, report: fetch_registered(entry, work, report)
+        return lambda work, report: fetch_registered(entry, work, report, cache.partial(name))
     for scheme, fetch in _SCHEMES.items():
         if name.startswith(scheme):
             address = name.removeprefix(scheme)

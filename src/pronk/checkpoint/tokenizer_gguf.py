@@ -45,6 +45,8 @@ _PRE: dict[str, list[str]] = {
 }
 _WHOLE_WORDS_FIRST = frozenset(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"))
 _COMPOSED = frozenset(("qwen2", "deepseek-r1-qwen", "megrez"))
+# Families whose generation configs name these ends besides the end of a turn.
+_TEXT_ENDS = {"qwen2": ("<|endoftext|>",)}
 
 
 def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
@@ -79,7 +81,8 @@ def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
     bos, eos = mark("bos", 1 if sentencepiece else None), mark("eos", 2 if sentencepiece else None)
     unk, pad = mark("unknown", 0 if sentencepiece else None), mark("padding")
     ends = {id for id in (eos, mark("eot"), mark("eom")) if id is not None}
-    ends.update(vocab[t] for t in _TURN_ENDS if t in vocab and kinds[vocab[t]] == _CONTROL)
+    named = [*_TURN_ENDS, *_TEXT_ENDS.get(str(meta.get("tokenizer.ggml.pre")), ())]
+    ends.update(vocab[t] for t in named if t in vocab and kinds[vocab[t]] == _CONTROL)
     with guarded(f"{path} holds a tokenizer that Pronk cannot load"):
         if sentencepiece:
             backend = _sentencepiece(header, tokens, vocab, kinds, unk)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pronk.checkpoint.kinds import KINDS, tensor_kind
+from pronk.checkpoint.kinds import EMBEDDING_DTYPE, KINDS, tensor_kind
 from pronk.errors import BudgetError
 from pronk.graph.pack import KV_BLOCK
 from pronk.graph.program import Limits, Program, compile_program
@@ -69,14 +69,11 @@ class Candidate:
 
 
 def planned(spec: ModelSpec, formats: Mapping[str, str], context: int) -> Program:
-    """The program that a bundle with `formats` by kind runs as.
-
-    An embedding table of its own, where it is not tied to the head, is kept in float16.
-    """
+    """The program that a bundle with `formats` by kind runs as."""
 
     def dtype_of(name: str) -> str:
         if name == "model.embed_tokens.weight" and not spec.tie_embeddings:
-            return "f16"
+            return EMBEDDING_DTYPE
         return formats[tensor_kind(name) or ""]
 
     return compile_program(spec, dtype_of, Limits(context))

@@ -120,7 +120,7 @@ def build_decoder(spec: ModelSpec, dtype_of: Callable[[str], str]) -> Graph:
         k = b.op("rope", (k, angles), f"{i}.k_rope", kv_width, heads=spec.num_kv_heads)
         a = b.op("attention", (q, k, v), f"{i}.attn", q_width, layer=i, heads=spec.num_heads,
                  scale=scale)  # fmt: skip
-        o = b.linear(a, f"{attn}.o_proj", hidden, q_width, f"{i}.o", bias)
+        o = b.linear(a, f"{attn}.o_proj", hidden, q_width, f"{i}.o", spec.output_bias)
         x = b.op("add", (x, o), f"{i}.x1", hidden)
         h = norm(x, f"{at}.post_attention_layernorm.weight", f"{i}.norm2")
         width = spec.intermediate_size
