@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,8 @@ __all__ = [
     "read_ticks",
 ]
 
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ", re.ASCII)
+_HUGE = re.compile(r"AnonHugePages:\s*([0-9]+) kB", re.ASCII)
 _UNLIMITED = 1 << 60  # what version 1 of control groups says when there is no limit
 
 
@@ -89,13 +92,10 @@ def _granted(smaps: str, start: int, size: int) -> int | None:
     """AnonHugePages of the mappings that overlap a range, at most its size."""
     inside, found = False, None
     for line in smaps.splitlines():
-        word, _, rest = line.partition(" ")
-        if word.endswith(":"):
-            if inside and word == "AnonHugePages:":
-                found = (found or 0) + int(rest.split()[0]) * 1024
-        elif "-" in word:
-            low, _, high = word.partition("-")
-            inside = int(low, 16) < start + size and start < int(high, 16)
+        if mapping := _MAPPING.match(line):
+            inside = int(mapping[1], 16) < start + size and start < int(mapping[2], 16)
+        elif inside and (huge := _HUGE.match(line)):
+            found = (found or 0) + int(huge[1]) * 1024
     return None if found is None else min(found, size)
 
 
@@ -221,7 +221,9 @@ def read_ticks(root: Path = Path("/")) -> Ticks | None:
     if len(words) < 9 or words[0] != "cpu":
         return None
     # user nice system idle iowait irq softirq steal; guests are counted in user already
-    numbers = [int(word) for word in words[1:9]]
+    numbers = [int(word) for word in words[1:9] if word.isdecimal()]
+    if len(numbers) < 8:
+        return None
     return Ticks(sum(numbers), numbers[3] + numbers[4], numbers[7])
 
 
@@ -241,8 +243,10 @@ class Load:
 
 def load_between(before: Ticks | None, after: Ticks | None, root: Path = Path("/")) -> Load:
     """The load between two readings."""
-    first = (text(root / "proc/loadavg") or "").split(" ")[0]
-    average = float(first) if first else None
+    try:
+        average = float((text(root / "proc/loadavg") or "").split(" ")[0])
+    except ValueError:
+        average = None
     since = after.steal / after.total if after and after.total else None
     if before is None or after is None or after.total <= before.total:
         return Load(average, None, None, since)
