@@ -289,6 +289,14 @@ def test_limits_are_kept(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["limits.json"]
 
 
+def test_the_better_of_two_measurements():
+    a = MachineLimits(1e9, {"amx": 9e12, "avx512": 1e12}, "amx", 2, "2020-01-01")
+    b = MachineLimits(2e9, {"amx": 8e12, "avx512": 3e12}, "amx", 2, "2020-01-02")
+    best = MachineLimits(2e9, {"amx": 9e12, "avx512": 3e12}, "amx", 2, "2020-01-02")
+    assert a.or_better(b) == best
+    assert b.or_better(a).int8_peaks == best.int8_peaks
+
+
 def test_limits_that_cannot_be_kept(tmp_path):
     (tmp_path / "file").write_text("")
     limits = MachineLimits(1e9, {"generic": 1e9}, "generic", 1, "2020-01-01")

@@ -115,9 +115,10 @@ def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:
 
     name, path, threads = model.spec.name, str(model.path), model.threads
     with Progress("measuring") as progress:
+        before = measure_limits(threads, progress=progress)
         phases = profile(model, prompt, args.tokens, args.runs, progress=progress)
         model.close()
-        limits = measure_limits(threads, progress=progress)
+        limits = measure_limits(threads, progress=progress).or_better(before)
     result: dict[str, Any] = {
         "model": path,
         "isa": limits.isa,

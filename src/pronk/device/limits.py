@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class MachineLimits:
     def int8_peak(self) -> float:
         """The peak of the kernels in use."""
         return self.int8_peaks[self.isa]
+
+    def or_better(self, other: MachineLimits) -> MachineLimits:
+        """The better of two measurements, limit by limit."""
+        peaks = {isa: max(peak, other.int8_peaks[isa]) for isa, peak in self.int8_peaks.items()}
+        return replace(other, bandwidth=max(self.bandwidth, other.bandwidth), int8_peaks=peaks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data under stable names."""

@@ -1,7 +1,8 @@
 """What the ops of a program read, write and multiply: counted, for a step's own sizes.
 
 Bytes are the least that must move (Williams et al. 2009): every weight once an op, the keys and
-values of a sequence once however many of its tokens attend to them, every activation once.
+values of a sequence once however many of its tokens attend to them, every activation once. A
+multiply-add has a weight and an activation, whatever halves they are multiplied in.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _input_bytes(graph: Graph, op: Op) -> int:
 def _bytes(graph: Graph, ref: Ref, width: int | None = None) -> int:
     """Bytes of a row of a value, or of at most `width` columns from the one referred to."""
     value = graph.values[ref.value]
-    if value.planes:
+    if value.quantized:
         return value.row_bytes
     left = value.width - ref.column
     return 4 * (left if width is None else min(left, width))
