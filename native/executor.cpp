@@ -1,8 +1,10 @@
 #include "executor.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 namespace pronk {
 
@@ -168,6 +170,7 @@ void Executor::add(Op op) {
     // The head follows the body: run() walks the one, head() the other.
     require(op.head || ops_.empty() || !ops_.back().head, "a body op follows a head op");
     ops_.push_back(std::move(op));
+    times_.clear();  // one an op, or none
 }
 
 void Executor::run(const Batch& batch) {
@@ -215,17 +218,30 @@ int64_t Executor::items(const Op& op, const Step& step) const {
 }
 
 void Executor::walk(const Step& step) {
+    using Clock = std::chrono::steady_clock;
+    const auto caller = std::this_thread::get_id();
     const std::function<void()> task = [&] {
+        const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
+        Clock::time_point start, worked;
         for (const Op& op : ops_) {
             if (op.head != step.head) continue;
             const int64_t count = items(op, step);
             if (count == 0) continue;
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
+            if (timed) start = Clock::now();
             for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
                 apply(op, step, i, std::min(i + grain, count));
+            if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
             team_.barrier([&] { next_.store(0, std::memory_order_relaxed); });
+            if (timed) {
+                const auto end = Clock::now();
+                Times& times = times_[static_cast<size_t>(&op - ops_.data())];
+                ++times.calls;
+                times.total_ns += std::chrono::nanoseconds(end - start).count();
+                times.wait_ns += std::chrono::nanoseconds(end - worked).count();
+            }
         }
     };
     team_.run(task);

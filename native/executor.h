@@ -85,6 +85,15 @@ class Executor {
     void head(const int32_t* rows, int64_t count);
     const uint8_t* arena() const { return arena_.data(); }
 
+    // What the calling thread saw of one op: its whole time, and its wait in the barrier after it.
+    struct Times {
+        int64_t calls = 0, total_ns = 0, wait_ns = 0;
+    };
+    // From now on, times are kept from zero, or no longer.
+    void profile(bool on) { times_.assign(on ? ops_.size() : 0, {}); }
+    const std::vector<Times>& times() const { return times_; }
+    int64_t op_count() const { return static_cast<int64_t>(ops_.size()); }
+
   private:
     struct Step {
         Tokens tokens;
@@ -106,6 +115,7 @@ class Executor {
     KvShape kv_shape_;
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
+    std::vector<Times> times_;  // one an op, or empty
     int64_t last_tokens_ = 0;
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;

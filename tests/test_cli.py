@@ -148,9 +148,12 @@ def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
 def test_bench_reports_figures(tiny_q4):
     out = pronk("bench", tiny_q4, "--prompt-tokens", 40, "--tokens", 8, "--runs", 1, "--json")
     data = json.loads(out.stdout)
-    for name in ("ttft", "prefill", "decode", "load_time", "peak_memory", "bandwidth", "int8_peak",
-                 "fraction_of_bandwidth", "fraction_of_peak"):  # fmt: skip
+    for name in ("ttft", "prefill", "decode", "load_time", "peak_memory", "bandwidth",
+                 "fraction_of_bandwidth"):  # fmt: skip
         assert data[name] > 0, name
+    assert data["isa"] in data["int8_peaks"]
+    assert data["int8_peaks"].keys() == data["fraction_of_int8_peaks"].keys()
+    assert min(data["int8_peaks"].values()) > 0 < min(data["fraction_of_int8_peaks"].values())
 
 
 def test_pull_and_list_of_a_path(tiny_q4, tmp_path, monkeypatch):

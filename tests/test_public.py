@@ -77,7 +77,8 @@ ARROWS = {
     "engine": {"spec", "errors", "graph", "checkpoint"},
     "serve": {"spec", "errors", "units", "engine"},
     "model": {"spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve"},
-    "evaluate": {"spec", "errors", "units"},
+    # A profile sets what ops cost, which the graph counts, against the time they took.
+    "evaluate": {"spec", "errors", "units", "graph"},
     "compress": {"spec", "errors", "units", "checkpoint", "graph", "device"},
     "commands": {
         "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve", "model",

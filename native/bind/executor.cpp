@@ -86,6 +86,18 @@ void bind_executor(nb::module_& m) {
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
         .def_prop_ro("arena_bytes", &Executor::arena_bytes)
         .def_prop_ro("kv_bytes", &Executor::kv_bytes)
+        .def_prop_ro("op_count", &Executor::op_count)
+        .def("profile", &Executor::profile, "on"_a,
+             "Keeps times of ops from now on, from zero; or no longer.")
+        .def_prop_ro(
+            "times",
+            [](const Executor& e) {
+                std::vector<std::tuple<int64_t, int64_t, int64_t>> times;
+                for (const Executor::Times& t : e.times())
+                    times.emplace_back(t.calls, t.total_ns, t.wait_ns);
+                return times;
+            },
+            "Of each op, as one thread saw it: calls, nanoseconds, and those in the barrier.")
         .def(
             "pack",
             [](Executor& e, const std::string& format, int64_t offset, int64_t total_rows,

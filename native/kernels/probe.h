@@ -17,6 +17,39 @@ inline uint64_t read(const uint8_t* data, int64_t bytes) {
     return static_cast<uint64_t>(hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
 }
 
+#if defined(PRONK_AMX)
+
+// Two tiles of each operand against one another in four accumulators: what hides the latency.
+inline double peak(int64_t rounds, uint8_t* sink) {
+    alignas(64) uint8_t config[64] = {1}, tile[16 * 64];
+    for (int i = 0; i < 8; ++i) {
+        config[16 + 2 * i] = 64;  // bytes of a row
+        config[48 + i] = 16;      // rows
+    }
+    std::memset(tile, 1, sizeof tile);
+    _tile_loadconfig(config);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, tile, 64);
+    _tile_loadd(5, tile, 64);
+    _tile_loadd(6, tile, 64);
+    _tile_loadd(7, tile, 64);
+    for (int64_t r = 0; r < rounds; ++r) {
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, tile, 64);
+    _tile_release();
+    std::memcpy(sink, tile, 4);
+    return static_cast<double>(rounds) * 4 * 16 * 16 * 64 * 2;
+}
+
+#else
+
 inline double peak(int64_t rounds, uint8_t* sink) {
     // Enough to cover the latency, few enough for registers; unrolled, or the sums go to memory.
     constexpr int chains = kTilePanels * kTile * 3 / 2;
@@ -39,5 +72,7 @@ inline double peak(int64_t rounds, uint8_t* sink) {
     std::memcpy(sink, &sum, 4);
     return static_cast<double>(rounds) * chains * 16 * 4 * 2;
 }
+
+#endif
 
 }  // namespace pronk::PRONK_NS

@@ -43,6 +43,18 @@ class Executor:
     @property
     def kv_bytes(self) -> int: ...
 
+    @property
+    def op_count(self) -> int: ...
+
+    def profile(self, on: bool) -> None:
+        """Keeps times of ops from now on, from zero; or no longer."""
+
+    @property
+    def times(self) -> list[tuple[int, int, int]]:
+        """
+        Of each op, as one thread saw it: calls, nanoseconds, and those in the barrier.
+        """
+
     def pack(self, format: str, offset: int, total_rows: int, cols: int, row0: int, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None: ...
 
     def write(self, offset: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
@@ -77,11 +89,22 @@ class Executor:
 def isa(name: str = '') -> str:
     """The ISA whose kernels run: the best, or the one named."""
 
-def read_bandwidth(bytes: int, threads: int, isa: str = '') -> float:
-    """Bytes per second of one pass over fresh memory."""
+def read_bandwidth(bytes: int, threads: int, isa: str = '', passes: int = 1) -> float:
+    """Bytes per second of reading memory, the best of several passes."""
 
 def int8_peak(rounds: int, threads: int, isa: str = '') -> float:
     """int8 multiply and add operations per second."""
+
+class Region:
+    """Memory as weights get it, every page of it there."""
+
+    def __init__(self, arg: int, /) -> None: ...
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
 
 def trim() -> None:
     """Gives freed heap memory back to the system."""

@@ -20,7 +20,7 @@ from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
 from pronk.engine.request import Event
-from pronk.engine.runner import Runner
+from pronk.engine.runner import Recording, Runner
 from pronk.engine.weights import Conversion, load_weights
 from pronk.errors import BudgetError, RequestError
 from pronk.graph.program import (
@@ -286,6 +286,14 @@ class Model:
             out[done : done + len(part)] = part
             done += len(part)
         return out
+
+    def record(self, on: bool = True) -> None:
+        """Keep the times of ops from now on, from nothing; or no longer."""
+        self._open().record(on)
+
+    def recording(self) -> Recording:
+        """The steps and the times of ops since `record`."""
+        return self._open().recording()
 
     def close(self) -> None:
         """Free the weights and the cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronk.commands import common
@@ -23,6 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to generate")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians over so many")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes, op by op")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE",
+        help="with --profile: draw its shares (.svg, .png or .html; needs matplotlib)",
+    )  # fmt: skip
     common.add_context(parser)
     common.add_runtime(parser)
     common.add_json(parser)
@@ -30,12 +36,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
-    from pronk.device.limits import measure_limits
     from pronk.evaluate.corpus import default_corpus, encode
-    from pronk.evaluate.latency import latency
 
     if args.prompt_tokens < 1:
         raise RequestError(f"--prompt-tokens must be at least 1, not {args.prompt_tokens}")
+    if args.plot is not None:
+        from pronk.evaluate.profile_view import check_plot
+
+        if not args.profile:
+            raise RequestError("--plot draws a profile: give --profile too")
+        check_plot(args.plot)
     model, load_time = common.open_model(args.model, args, args.context)
     room = model.context - args.tokens
     if room < 1:
@@ -43,43 +53,93 @@ def run(args: argparse.Namespace) -> None:
             f"{args.tokens} tokens do not fit the context of {model.context}: give --tokens less"
         )
     prompt = encode(default_corpus(), model.tokenizer, min(args.prompt_tokens, room))
+    if args.profile:
+        _profile(args, model, prompt)
+    else:
+        _measure(args, model, prompt, load_time)
+
+
+def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_time: float) -> None:
+    from pronk.device.limits import measure_limits
+    from pronk.evaluate.latency import latency
+
     figures = latency(model, prompt, args.tokens, args.runs)
     peak = peak_memory()  # before the limits are measured: those need memory of their own
-    memory, threads, isa, spec = model.memory, model.threads, model.isa, model.spec
+    memory, threads, spec = model.memory, model.threads, model.spec
     parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
     model.close()
     limits = measure_limits(threads)
+    operations = figures.prefill * 2 * parameters
+    fractions = {isa: operations / top for isa, top in limits.int8_peaks.items()}
     result: dict[str, Any] = {
         "model": path,
-        "isa": isa,
-        "threads": threads,
+        "isa": limits.isa,
+        "threads": limits.threads,
         "load_time": load_time,
         **figures.to_dict(),
         "peak_memory": peak,
         "memory": memory.to_dict(),
         "bytes_per_token": streamed,
         "bandwidth": limits.bandwidth,
-        "int8_peak": limits.int8_peak,
+        "int8_peaks": limits.int8_peaks,
         "fraction_of_bandwidth": figures.decode * streamed / limits.bandwidth,
-        "fraction_of_peak": figures.prefill * 2 * parameters / limits.int8_peak,
+        "fraction_of_int8_peaks": fractions,
     }
     if args.json:
         common.print_json(result)
         return
-    print(f"{spec.name or path}: {threads} threads, {isa}")
+    print(f"{spec.name or path}: {limits.threads} threads, {limits.isa}")
     print(f"  load         {load_time:8.2f} s")
     print(f"  first token  {figures.ttft * 1000:8.1f} ms after {figures.prompt_tokens} tokens")
     print(
-        f"  prefill      {figures.prefill:8.1f} tokens/s, "
-        f"{result['fraction_of_peak']:.0%} of {limits.int8_peak / 1e12:.2f} Tera-op/s int8"
+        f"  prefill      {figures.prefill:8.1f} tokens/s, int8: "
+        + ", ".join(
+            f"{fraction:.0%} of {limits.int8_peaks[isa] / 1e12:.2f} Tera-op/s ({isa})"
+            for isa, fraction in fractions.items()
+        )
     )
     print(
         f"  decode       {figures.decode:8.1f} tokens/s, "
         f"{result['fraction_of_bandwidth']:.0%} of {limits.bandwidth / 1e9:.1f} GB/s"
     )
     print(f"  peak memory  {format_bytes(peak):>8}")
+
+
+def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:
+    from pronk.commands.progress import Progress
+    from pronk.device.limits import measure_limits
+    from pronk.evaluate.profile import profile
+    from pronk.evaluate.profile_view import format_phase, plot
+
+    name, path, threads = model.spec.name, str(model.path), model.threads
+    with Progress("measuring") as progress:
+        before = measure_limits(threads, progress=progress)
+        phases = profile(model, prompt, args.tokens, args.runs, progress=progress)
+        model.close()
+        limits = measure_limits(threads, progress=progress).or_better(before)
+    result: dict[str, Any] = {
+        "model": path,
+        "isa": limits.isa,
+        "threads": threads,
+        "bandwidth": limits.bandwidth,
+        "int8_peaks": limits.int8_peaks,
+        **{p.name: p.to_dict(limits.bandwidth, limits.int8_peak) for p in phases},
+    }
+    title = f"{name or path}: {threads} threads, {limits.isa}"
+    if args.plot is not None:
+        plot(args.plot, title, {phase.name: result[phase.name] for phase in phases})
+    if args.json:
+        common.print_json(result)
+        return
+    print(
+        f"{title}; {limits.bandwidth / 1e9:.1f} GB/s, "
+        f"{limits.int8_peak / 1e12:.2f} Tera-op/s int8 ({limits.isa})"
+    )
+    for phase, limit in zip(phases, ("peak", "bandwidth"), strict=True):
+        print()
+        print(*format_phase(phase.name, result[phase.name], limit), sep="\n")
 
 
 def _matrices(model: Model) -> list[tuple[Weight, bool]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pronk.errors import RequestError
 from pronk.spec import SamplingParams
 
-__all__ = ["Latency", "latency"]
+__all__ = ["Latency", "check_sizes", "latency", "turned"]
 
 
 class _Generator(Protocol):
@@ -53,6 +53,24 @@ class Latency:
         }
 
 
+def check_sizes(prompt: Sequence[int], tokens: int, runs: int, warmup: int) -> None:
+    """Raise RequestError unless so much can be measured."""
+    if not prompt:
+        raise RequestError("the prompt to measure with is empty")
+    if tokens < 2 or runs < 1 or warmup < 0:
+        raise RequestError("measuring needs at least 2 tokens and 1 run")
+
+
+def turned(prompt: Sequence[int], run: int) -> list[int]:
+    """The prompt of a run: all but its first token turned by one more place.
+
+    So no two runs share more than that token, and a prefix cache cannot help.
+    """
+    first, rest = list(prompt[:1]), list(prompt[1:])
+    turn = run % len(rest) if rest else 0
+    return [*first, *rest[turn:], *rest[:turn]]
+
+
 def latency(
     model: _Generator,
     prompt: Sequence[int],
@@ -63,8 +81,7 @@ def latency(
 ) -> Latency:
     """Generate `tokens` tokens greedily, past any end of sequence, and time them.
 
-    No two runs share more than the first token of the prompt, so that a prefix cache
-    cannot help: each rotates the rest by one more place.
+    Each run has a prompt of its own (`turned`).
 
     Parameters
     ----------
@@ -82,18 +99,13 @@ def latency(
     RequestError
         If a size is out of range, or the model stops before `tokens` tokens.
     """
-    if not prompt:
-        raise RequestError("the prompt to measure with is empty")
-    if tokens < 2 or runs < 1 or warmup < 0:
-        raise RequestError("measuring needs at least 2 tokens and 1 run")
+    check_sizes(prompt, tokens, runs, warmup)
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    first, rest = list(prompt[:1]), list(prompt[1:])
     ttft, decode = [], []
     for run in range(warmup + runs):
-        turn = run % len(rest) if rest else 0
         stamps = []
         start = clock()
-        for _ in model.generate([*first, *rest[turn:], *rest[:turn]], params):
+        for _ in model.generate(turned(prompt, run), params):
             stamps.append(clock())
         if len(stamps) < tokens:
             raise RequestError(

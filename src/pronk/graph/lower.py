@@ -112,7 +112,7 @@ class _Lowering:
         self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
 
 
-def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
+def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> tuple[int, ...]:
     """Add every op of a graph to an executor whose regions follow the layout.
 
     Parameters
@@ -120,11 +120,19 @@ def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) ->
     layer_bytes : int
         Bytes of one layer's part of a KV block.
 
+    Returns
+    -------
+    tuple of int
+        For each op of the executor, the index of the graph's op that it is, or is a part of.
+
     Raises
     ------
     ValueError
         If the graph holds an op that only the interpreter has.
     """
     lowering = _Lowering(graph, layout, executor, layer_bytes)
-    for op in graph.ops:
+    owners: list[int] = []
+    for index, op in enumerate(graph.ops):
         lowering.add(op)
+        owners += [index] * (executor.op_count - len(owners))
+    return tuple(owners)
