@@ -70,13 +70,16 @@ def test_running_loads_no_framework(tmp_path):
 ARROWS = {
     "errors": set(),
     "units": {"errors"},
+    "aside": set(),
     "spec": {"errors"},
     "graph": {"spec", "errors"},
     "checkpoint": {"spec", "errors", "units"},
     "device": {"spec", "errors", "units", "graph", "checkpoint"},
-    "engine": {"spec", "errors", "graph", "checkpoint"},
+    "engine": {"aside", "spec", "errors", "graph", "checkpoint"},
     "serve": {"spec", "errors", "units", "engine"},
-    "model": {"spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve"},
+    "model": {
+        "aside", "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve",
+    },
     "evaluate": {"spec", "errors", "units"},
     "compress": {"spec", "errors", "units", "checkpoint", "graph", "device"},
     "commands": {

@@ -73,6 +73,7 @@ void bind_executor(nb::module_& m) {
                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
                     num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
                     throw std::invalid_argument("executor sizes must not be negative");
+                nb::gil_scoped_release release;
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
                              {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
@@ -86,6 +87,8 @@ void bind_executor(nb::module_& m) {
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
         .def_prop_ro("arena_bytes", &Executor::arena_bytes)
         .def_prop_ro("kv_bytes", &Executor::kv_bytes)
+        .def("populate", &Executor::populate, nb::call_guard<nb::gil_scoped_release>(),
+             "Makes the KV pool and the arena resident.")
         .def(
             "pack",
             [](Executor& e, const std::string& format, int64_t offset, int64_t total_rows,
