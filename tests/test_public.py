@@ -58,6 +58,11 @@ def test_help_is_light():
     assert not modules & HEAVY
 
 
+def test_loading_a_path_imports_nothing_that_fetches():
+    modules = loaded("import pronk.model, pronk.checkpoint.sources, pronk.checkpoint.gguf")
+    assert not modules & {"hashlib", "subprocess", "tempfile", "asyncio", "jinja2"}
+
+
 def test_running_loads_no_framework(tmp_path):
     from checkpoints import tiny_llama_dir
 

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +293,8 @@ def _content(files: Sequence[int]) -> str:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[int]:
     """A descriptor to write a file by, which appears whole or not at all."""
+    import tempfile
+
     fd, name = tempfile.mkstemp(suffix=_WRITING, dir=path.parent)
     beside = Path(name)
     try:
