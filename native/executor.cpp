@@ -43,9 +43,20 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
       limits_(limits),
       kv_shape_(kv),
       weights_(weight_bytes),
-      arena_(arena_bytes, Region::Pages::resident),
-      kv_(pool_bytes(limits, kv), Region::Pages::resident),
+      arena_(arena_bytes),
+      kv_(pool_bytes(limits, kv)),
       team_(threads) {}
+
+void Executor::populate() {
+    const int64_t arena = arena_.pieces(), count = arena + kv_.pieces();
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> full{false};
+    team_.run([&] {
+        for (int64_t i; (i = next.fetch_add(1)) < count;)
+            if (!(i < arena ? arena_.populate(i) : kv_.populate(i - arena))) full = true;
+    });
+    if (full) throw std::bad_alloc();
+}
 
 Rows Executor::rows(const Ref& ref) const {
     return {ref.offset < 0 ? nullptr : arena_.data() + ref.offset, ref.stride};

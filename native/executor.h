@@ -44,6 +44,16 @@ struct Op {
     int64_t grain = 1;  // most items a thread takes at once
 };
 
+// A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
+struct Stored {
+    Format format;
+    int64_t offset;  // where it belongs in the weight region
+    int64_t rows, cols;
+    int fd;
+    int64_t at;     // its first byte in the file
+    int64_t pairs;  // rows of a head whose two halves alternate in the file; 0: rows as they are
+};
+
 struct Limits {
     int64_t max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab;
 };
@@ -65,11 +75,23 @@ class Executor {
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
 
+    // Makes the KV pool and the arena resident; until then they are where they were used.
+    void populate();
+
     // Weights: offsets are into the weight region; checked.
     void pack(Format format, int64_t offset, int64_t total_rows, int64_t cols, int64_t row0,
               int64_t rows, const uint8_t* source, int64_t source_bytes);
     void write(int64_t offset, const float* values, int64_t count);
     const uint8_t* weight(int64_t offset, int64_t bytes) const;
+
+    // Reads and packs on all threads (load.cpp). Gives the index of a matrix that could not be
+    // read, or -1; `packing` gets the processor seconds that packing took, of all threads.
+    int64_t load(const std::vector<Stored>& stored, double& packing);
+    // The packed weights to and from a file, where they begin at byte 0; a sum per `kSumBytes`.
+    static constexpr int64_t kSumBytes = 1 << 20;
+    int save(int fd, std::vector<uint64_t>& sums) const;  // 0, or the system's error
+    // Parts first..last; false, and no weights at all, if the file is not what `save` wrote.
+    bool restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last);
 
     void add(Op op);  // checks every reference against the arena
 

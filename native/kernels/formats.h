@@ -29,6 +29,9 @@ constexpr int kPanel = 16;     // rows per panel
 constexpr int kGroup = 32;     // elements that share a scale
 constexpr int kBlock = 32;     // positions per KV block
 constexpr int kChunk = 512;    // positions that attention sums up before it joins sums
+// Packed weights are kept on disk: raise it with every change of what a format packs to.
+constexpr int kPackVersion = 1;
+
 constexpr int kPartTail = 16;  // floats after the values of a part: maximum, total, padding
 
 enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };

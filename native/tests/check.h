@@ -128,5 +128,6 @@ void test_matmul(const Kernels& kernels);
 void test_rows(const Kernels& kernels);
 void test_attention(const Kernels& kernels);
 void test_executor(const Kernels& kernels);
+void test_load(const Kernels& kernels);
 
 }  // namespace pronk::test

@@ -17,7 +17,8 @@ void test_isa(const Kernels& kernels) {
     const Topic topics[] = {{"matmul", test_matmul},
                             {"rows", test_rows},
                             {"attention", test_attention},
-                            {"executor", test_executor}};
+                            {"executor", test_executor},
+                            {"load", test_load}};
     for (const Topic& topic : topics) {
         const int64_t before = passed, wrong = failed;
         topic.run(kernels);

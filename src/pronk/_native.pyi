@@ -55,6 +55,9 @@ class Executor:
         Of each op, as one thread saw it: calls, nanoseconds, and those in the barrier.
         """
 
+    def populate(self) -> None:
+        """Makes the KV pool and the arena resident."""
+
     def pack(self, format: str, offset: int, total_rows: int, cols: int, row0: int, rows: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> None: ...
 
     def write(self, offset: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
@@ -108,3 +111,36 @@ class Region:
 
 def trim() -> None:
     """Gives freed heap memory back to the system."""
+
+PACK_VERSION: int = 1
+
+SUM_BYTES: int = 1048576
+
+def load_weights(executor: Executor, matrices: Sequence[tuple[str, int, int, int, int, int, int]]) -> tuple[int, float]:
+    """
+    Reads and packs matrices (format, offset, rows, cols, fd, at, pairs); gives the index of one that its file does not hold, or -1, and the processor seconds of packing.
+    """
+
+def save_weights(executor: Executor, fd: int) -> list[int]:
+    """Writes the packed weights to a file; gives a sum per part."""
+
+def restore_weights(executor: Executor, fd: int, sums: Sequence[int], first: int, last: int) -> bool:
+    """
+    Reads parts of what save_weights wrote; False, and no weights, if it is not that.
+    """
+
+def xxh64(data: bytes) -> int:
+    """XXH64 of some bytes."""
+
+def read_strings(raw: bytes, count: int) -> list[str]:
+    """The strings of a GGUF array."""
+
+def read_pairs(raw: bytes, count: int) -> list[tuple[str, str]]:
+    """
+    The strings of a GGUF array, each cut at its first space after the first byte; IndexError, with its index, if one has none.
+    """
+
+def skip_strings(window: bytes, at: int, count: int, end: int) -> tuple[int, int]:
+    """
+    Passes over strings of a GGUF array that begin in a window; gives where the next one begins and how many are left. `end` is the end of the file, counted from the window's.
+    """

@@ -14,14 +14,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pronk.aside import Aside
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
+from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
-from pronk.engine.weights import Conversion, load_weights
 from pronk.errors import BudgetError, RequestError
 from pronk.graph.program import (
     Limits,
@@ -40,6 +41,9 @@ __all__ = [
     "compile_checkpoint",
     "load",
 ]
+
+
+_BUILDING = 800  # bytes a token that building a tokenizer takes and gives back
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +105,14 @@ class Model:
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         runner: Runner,
-        conversions: list[Conversion],
+        weights: Weights,
         memory: MemoryPlan,
     ) -> None:
         self.path: Path = checkpoint.path
         self.spec: ModelSpec = checkpoint.spec
         self.tokenizer = tokenizer
-        self.conversions = conversions
+        self.conversions = weights.conversions
+        self._weights = weights
         self.memory = memory
         self._runner: Runner | None = runner
         self._engine = Engine(runner, tokenizer.eos_ids)
@@ -138,6 +143,11 @@ class Model:
     def has_chat_template(self) -> bool:
         """Whether the checkpoint carries a chat template."""
         return self.tokenizer.chat_template is not None
+
+    @property
+    def packed_cache(self) -> str:
+        """What became of the packed cache, for people; waits for what is being written."""
+        return self._weights.wait()
 
     def _open(self) -> Runner:
         if self._runner is None:
@@ -298,6 +308,7 @@ class Model:
     def close(self) -> None:
         """Free the weights and the cache."""
         if self._runner is not None:
+            self._weights.wait()
             self._runner = None
             del self._engine
 
@@ -319,6 +330,7 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    packed_cache: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -333,6 +345,8 @@ def load(
         Most tokens of a sequence; a bundle's own, or 2,048, unless given.
     kv_dtype : {"bf16", "f32"}
         Element type of the KV cache.
+    packed_cache : bool
+        Whether weights that take long to pack are kept packed on disk, and read from there.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -350,30 +364,55 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "f32"):
         raise RequestError(f"kv_dtype must be bf16 or f32, not {kv_dtype!r}")
-    with open_checkpoint(resolve(os.fspath(model))) as checkpoint:
+    path = resolve(os.fspath(model))
+    # The interpreter builds the tokenizer while the weights are read, which does not need it.
+    with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
         context = choose_context(checkpoint.spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits)
-        tokenizer = checkpoint.load_tokenizer()
-        trim()
         budget = checkpoint.budget
-        # Later imports and temporaries count too: what `fit` measured has them.
-        memory = program.memory(max(resident_memory(), budget.overhead if budget else 0))
-        # Up to the context it was fitted to, the budget has been measured.
-        if budget and limits.context > budget.context and memory.total > budget.memory:
-            raise BudgetError(
-                f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but "
-                f"a context of {limits.context} would need {format_bytes(memory.total)}: use the "
-                "context it was fitted for, or fit it again"
-            )
+        regions = program.memory(0).total
+        overhead = 0
+        if budget:
+            # Not side by side: what building the tokenizer takes for a moment comes before the
+            # weights, not on top of them. Later imports and temporaries count too: what `fit`
+            # measured has them.
+            tokenizer.result()
+            trim()
+            overhead = max(resident_memory(), budget.overhead)
+            # Up to the context it was fitted to, the budget has been measured.
+            if limits.context > budget.context and regions + overhead > budget.memory:
+                raise BudgetError(
+                    f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but a "
+                    f"context of {limits.context} would need {format_bytes(regions + overhead)}: "
+                    "use the context it was fitted for, or fit it again"
+                )
+
+        def settle() -> None:
+            tokenizer.result()
+            trim()
+
+        # What building the tokenizer takes for a moment must find room below the peak.
+        moment = _BUILDING * checkpoint.spec.vocab_size - program.kv_bytes
         try:
-            runner = Runner(program, threads, os.environ.get("PRONK_ISA", ""))
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+            runner = _start(program, threads)
+            weights = provide_weights(
+                checkpoint, runner, progress,
+                use_cache=packed_cache, last=moment, before_last=settle)  # fmt: skip
+            runner.executor.populate()
         except MemoryError:
             raise BudgetError(
-                f"the system cannot give {format_bytes(memory.total)} for {checkpoint.path}: "
+                f"the system cannot give {format_bytes(regions)} for {checkpoint.path}: "
                 "free memory or use a shorter --context"
             ) from None
-        conversions = load_weights(checkpoint, runner, progress)
-    return Model(checkpoint, tokenizer, runner, conversions, memory)
+        words = tokenizer.result()
+    trim()
+    memory = program.memory(overhead or max(resident_memory() - regions, 0))
+    return Model(checkpoint, words, runner, weights, memory)
+
+
+def _start(program: Program, threads: int) -> Runner:
+    try:
+        return Runner(program, threads, os.environ.get("PRONK_ISA", ""))
+    except ValueError as error:
+        raise RequestError(str(error)) from None

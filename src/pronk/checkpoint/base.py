@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NATIVE_DTYPES",
     "Checkpoint",
+    "Span",
     "TensorInfo",
     "row_bytes",
 ]
@@ -48,6 +49,25 @@ class TensorInfo:
     def cols(self) -> int:
         """Elements in a row."""
         return self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of a tensor in a file, one after the other and as `Checkpoint.read_rows` gives them.
+
+    Parameters
+    ----------
+    fd : int
+        The open file.
+    offset : int
+        Its first byte.
+    pairs : int
+        Rows of a head, where the file alternates between the rows of its two halves; else 0.
+    """
+
+    fd: int
+    offset: int
+    pairs: int = 0
 
 
 def row_bytes(dtype: str, cols: int) -> int:
@@ -92,6 +112,11 @@ class Checkpoint(abc.ABC):
     format: str
     budget: Budget | None = None
 
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Descriptors of the files that hold the tensors."""
+        return ()
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows ``start:stop`` of a tensor as uint8 [stop - start, row_bytes], read afresh."""
         info = self.tensors.get(name)
@@ -108,6 +133,10 @@ class Checkpoint(abc.ABC):
             raise CheckpointError(f"{self.path} has no tensor named {name!r}")
         rows = self.read_rows(name, start, info.rows if stop is None else stop)
         return dequantize(rows, info.dtype, info.cols)
+
+    def span(self, name: str) -> Span | None:
+        """Where a tensor's rows can be read from as they are; None if they have to be made."""
+        return None
 
     @abc.abstractmethod
     def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +57,8 @@ def folder_of(name: str) -> Path:
 def _safe(name: str) -> str:
     if re.fullmatch(r"[a-z0-9][a-z0-9-]*(\.[a-z0-9-]+)*", name):
         return name
+    import hashlib
+
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80] + "-" + digest
 
@@ -119,6 +118,9 @@ def staging(name: str) -> Iterator[Path]:
 
     What a killed run left of the same name is removed first, but for its `partial` folder.
     """
+    import shutil
+    import tempfile
+
     parent = home() / "staging"
     parent.mkdir(parents=True, exist_ok=True)
     prefix = _safe(name) + "@"
@@ -142,6 +144,8 @@ def partial(name: str) -> Path:
 
 def publish(folder: Path, record: Record) -> Path:
     """Make a staged folder, holding ``record.file``, the folder of its name, in one step."""
+    import shutil
+
     target = folder_of(record.name)
     with (folder / _RECORD).open("w") as out:
         json.dump(asdict(record), out, indent=2)

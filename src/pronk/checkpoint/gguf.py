@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import Checkpoint, TensorInfo
+from pronk.checkpoint.base import Checkpoint, Span, TensorInfo
 from pronk.checkpoint.blocks import BLOCK_SIZES, dequantize
 from pronk.checkpoint.families import (
     FAMILIES,
@@ -89,12 +89,24 @@ class GgufCheckpoint(Checkpoint):
         halves = rows.reshape(last - first, dim // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
         return np.ascontiguousarray(halves[start - first * dim : stop - first * dim])
 
+    def span(self, name: str) -> Span | None:
+        """Where a tensor lies; None for a vector whose elements change places."""
+        offset = self._stored[name].offset
+        if not name.endswith((".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias")):
+            return Span(self._fd, offset)
+        return None if name.endswith(".bias") else Span(self._fd, offset, self.spec.head_dim)
+
     def _rows(
         self, stored: StoredTensor, info: TensorInfo, start: int, stop: int
     ) -> NDArray[np.uint8]:
         width = stored.nbytes // info.rows
         raw = read_exact(self._fd, stored.offset + start * width, (stop - start) * width, self.path)
         return raw.reshape(stop - start, width)
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """The one file."""
+        return (self._fd,)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer the metadata describes."""

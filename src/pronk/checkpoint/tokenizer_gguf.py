@@ -168,16 +168,10 @@ def _byte_level(header: GgufHeader, vocab: dict[str, int]) -> tuple[Backend, boo
             f"{path} splits text by the unknown rule {str(pre)[:40]!r} (tokenizer.ggml.pre); "
             f"Pronk knows {', '.join(sorted(_PRE))}"
         )
-    merges = header.strings("tokenizer.ggml.merges")
-    if merges is None:
+    # A space comes as Ġ, so only a separating one is left; the first half is never empty.
+    pairs = header.pairs("tokenizer.ggml.merges")
+    if pairs is None:
         raise CheckpointError(f"{path} holds a gpt2 tokenizer without merges")
-    pairs = []
-    for merge in merges:
-        # A space comes as Ġ, so only a separating one is left; the first half is never empty.
-        cut = merge.find(" ", 1)
-        if cut < 0:
-            raise CheckpointError(f"{path} holds the merge {merge[:40]!r}, which is no pair")
-        pairs.append((merge[:cut], merge[cut + 1 :]))
     whole = pre in _WHOLE_WORDS_FIRST
     backend = Backend(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole))
     if pre in _COMPOSED:

@@ -40,8 +40,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads``."""
+    """``--threads`` and ``--no-packed-cache``."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    parser.add_argument(
+        "--no-packed-cache", dest="packed_cache", action="store_false",
+        help="neither read packed weights from disk nor keep them there",
+    )  # fmt: skip
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +108,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
 
     path = resolve(name)  # a download is not part of the load time
     start = time.perf_counter()
-    model = load(path, args.threads, context)
+    model = load(path, args.threads, context, packed_cache=args.packed_cache)
     seconds = time.perf_counter() - start
     for c in model.conversions:
         note(

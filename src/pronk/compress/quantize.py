@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,25 +11,13 @@ from numpy.typing import NDArray
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.kinds import tensor_kind
+from pronk.checkpoint.loss import ErrorSum, square
 from pronk.errors import CheckpointError
 
-__all__ = ["ErrorSum", "RoundToNearest", "quantize_tensor"]
+__all__ = ["RoundToNearest", "quantize_tensor"]
 
 # Float32 bytes of the rows in flight; quantizing holds about three more arrays of this size.
 CHUNK_BYTES = 2 << 20
-
-
-@dataclass(slots=True)
-class ErrorSum:
-    """Squared error and squared norm, added up over the chunks of one or more tensors."""
-
-    error: float = 0.0
-    norm: float = 0.0
-
-    @property
-    def relative_rms(self) -> float:
-        """Root of the squared error over the squared norm; 0 for nothing or all zeros."""
-        return math.sqrt(self.error / self.norm) if self.norm else 0.0
 
 
 class RoundToNearest:
@@ -85,7 +72,7 @@ def quantize_tensor(
         stop = min(rows, start + step)
         blocks = ckpt.read_rows(name, start, stop)
         values = dequantize(blocks, info.dtype, cols)
-        norm = _square(values)
+        norm = square(values)
         if not math.isfinite(norm):
             raise CheckpointError(
                 f"{name} of {ckpt.path} holds values that are not finite, in rows {start} to "
@@ -96,7 +83,7 @@ def quantize_tensor(
             blocks = quantize(values, dtype)
             difference = dequantize(blocks, dtype, cols)
             difference -= values
-            lost = _square(difference)
+            lost = square(difference)
             if not math.isfinite(lost):
                 raise CheckpointError(
                     f"{name} of {ckpt.path} holds values too large for {dtype}, in rows "
@@ -106,8 +93,3 @@ def quantize_tensor(
             error.error += lost
             error.norm += norm
         yield start, blocks
-
-
-def _square(x: NDArray[np.float32]) -> float:
-    # Row by row in float32 (a BLAS dot), then in float64: no float64 copy of the chunk.
-    return float(np.einsum("ij,ij->i", x, x).sum(dtype=np.float64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def run_json(module: str, arguments: Sequence[str], timeout: float = 3600.0) -> 
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,
+            # What is measured depends on nothing that an earlier process has left behind.
+            env={**os.environ, "PRONK_PACKED_CACHE": "0"},
             check=False,
         )
     except subprocess.TimeoutExpired:

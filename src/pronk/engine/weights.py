@@ -1,23 +1,30 @@
-"""A checkpoint's tensors into an executor, a few megabytes at a time."""
+"""A checkpoint's tensors into an executor: natively where they lie in a file as they will run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pronk._native import load_weights as load_native
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
+from pronk.checkpoint.loss import ErrorSum
 from pronk.engine.runner import Runner
+from pronk.errors import CheckpointError
 from pronk.graph.build import FREQUENCIES, rope_frequencies
 from pronk.graph.ir import Weight
 from pronk.graph.pack import PANEL
 
-__all__ = ["Conversion", "load_weights"]
+__all__ = ["Conversion", "Loaded", "load_weights"]
 
 _CHUNK = 1 << 18  # bytes read at once: temporaries are bytes that the user pays for
+_STRETCH = 1 << 26  # bytes loaded between two reports of progress
+
+_Matrix = tuple[str, int, int, int, int, int, int]
+_Part = list[tuple[int, _Matrix]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +40,48 @@ class Conversion:
     error: float
 
 
-class _Loss:
-    """Squared error and squared norm per pair of formats."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading took.
+
+    Parameters
+    ----------
+    conversions : tuple of Conversion
+        Empty when everything runs in the format it is stored in.
+    packing : float
+        Seconds that reading the same weights packed would have saved.
+    """
+
+    conversions: tuple[Conversion, ...]
+    packing: float
+
+
+class _Errors:
+    """What conversions lose, by pair of formats."""
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, str], list[float]] = {}
-        self.names: dict[tuple[str, str], set[str]] = {}
+        self._sums: dict[tuple[str, str], ErrorSum] = {}
+        self._names: dict[tuple[str, str], set[str]] = {}
 
-    def add(self, pair: tuple[str, str], name: str, difference: float, norm: float) -> None:
-        sums = self.sums.setdefault(pair, [0.0, 0.0])
-        sums[0] += difference
-        sums[1] += norm
-        self.names.setdefault(pair, set()).add(name)
+    def of(self, stored: str, runs_as: str, name: str) -> ErrorSum:
+        self._names.setdefault((stored, runs_as), set()).add(name)
+        return self._sums.setdefault((stored, runs_as), ErrorSum())
 
-    def conversions(self) -> list[Conversion]:
-        return [
-            Conversion(stored, runs, len(self.names[stored, runs]), (d / n) ** 0.5 if n else 0.0)
-            for (stored, runs), (d, n) in self.sums.items()
-        ]
+    def conversions(self) -> tuple[Conversion, ...]:
+        return tuple(
+            Conversion(*pair, len(self._names[pair]), total.relative_rms)
+            for pair, total in self._sums.items()
+        )
 
 
 def load_weights(
-    checkpoint: Checkpoint, runner: Runner, progress: Callable[[int, int], None] | None = None
-) -> list[Conversion]:
+    checkpoint: Checkpoint,
+    runner: Runner,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    last: int = 0,
+    before_last: Callable[[], object] | None = None,
+) -> Loaded:
     """Pack every weight of a program from a checkpoint.
 
     Parameters
@@ -64,26 +90,85 @@ def load_weights(
     runner : Runner
     progress : callable, optional
         Called with (bytes done, bytes in all).
+    last : int
+        Bytes that are loaded only after `before_last` has returned.
+    before_last : callable, optional
 
-    Returns
-    -------
-    list of Conversion
-        Empty when everything runs in the format it is stored in.
+    Raises
+    ------
+    CheckpointError
+        If a file has become shorter since its header was read.
     """
-    program = runner.program
-    names = [n for n in program.graph.weights if n != FREQUENCIES]
-    total = sum(checkpoint.tensors[n].nbytes for n in names)
-    done = 0
-    loss = _Loss()
-    for name, weight in program.graph.weights.items():
-        if weight.rows == 1:
-            _load_vector(checkpoint, runner, weight)
-        else:
-            _load_matrix(checkpoint, runner, weight, loss)
-        if progress and name != FREQUENCIES:
-            done += checkpoint.tensors[name].nbytes
+    weights = runner.program.graph.weights
+    tensors = checkpoint.tensors
+    total = sum(tensors[name].nbytes for name in weights if name != FREQUENCIES)
+    done, packing = 0, 0.0
+    errors = _Errors()
+    here: _Part = []  # bytes in the file, and what the native loader takes
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
             progress(done, total)
-    return loss.conversions()
+
+    for name, weight in weights.items():
+        matrix = _stored(checkpoint, runner, weight)
+        if matrix is not None:
+            here.append((tensors[name].nbytes, matrix))
+        elif weight.rows == 1:
+            _load_vector(checkpoint, runner, weight)
+            report(0 if name == FREQUENCIES else tensors[name].nbytes)
+        else:
+            packing += _load_matrix(checkpoint, runner, weight, errors)
+            report(tensors[name].nbytes)
+    first, rest = _split(here, last)
+    for part in (first, rest):
+        if part is rest and before_last:
+            before_last()
+        # In one call, unless somebody watches: between two of them the interpreter may be taken.
+        for stretch in _stretches(part, _STRETCH if progress else total):
+            failed, seconds = load_native(runner.executor, [matrix for _, matrix in stretch])
+            if failed >= 0:
+                raise CheckpointError(f"{checkpoint.path} ended while its tensors were read")
+            packing += seconds / runner.executor.threads
+            report(sum(nbytes for nbytes, _ in stretch))
+    return Loaded(errors.conversions(), packing)
+
+
+def _split(here: _Part, last: int) -> tuple[_Part, _Part]:
+    """Cut before the matrices at the end that hold `last` bytes."""
+    at, kept = len(here), 0
+    while at and kept < last:
+        at -= 1
+        kept += here[at][0]
+    return here[:at], here[at:]
+
+
+def _stretches(part: _Part, most: int) -> Iterator[_Part]:
+    """Runs of matrices of about `most` bytes."""
+    held, run = 0, []
+    for entry in part:
+        run.append(entry)
+        held += entry[0]
+        if held >= most:
+            yield run
+            held, run = 0, []
+    if run:
+        yield run
+
+
+def _stored(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> _Matrix | None:
+    """What the native loader takes; None if the rows must be converted or put together."""
+    if weight.name == FREQUENCIES:
+        return None
+    info = checkpoint.tensors[weight.name]
+    span = checkpoint.span(weight.name)
+    dtype = "f32" if weight.rows == 1 else weight.dtype
+    if span is None or info.dtype != dtype or span.pairs % PANEL:
+        return None
+    offset = runner.program.layout.weight_offsets[weight.name]
+    return dtype, offset, weight.rows, weight.cols, span.fd, span.offset, span.pairs
 
 
 def _load_vector(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> None:
@@ -96,22 +181,22 @@ def _load_vector(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> None
     runner.executor.write(offset, np.ascontiguousarray(values, np.float32))
 
 
-def _load_matrix(checkpoint: Checkpoint, runner: Runner, weight: Weight, loss: _Loss) -> None:
+def _load_matrix(checkpoint: Checkpoint, runner: Runner, weight: Weight, errors: _Errors) -> float:
+    """Pack a matrix through Python; gives the seconds spent on more than reading."""
     info = checkpoint.tensors[weight.name]
     offset = runner.program.layout.weight_offsets[weight.name]
     # Conversion goes through float32, so the same bytes make fewer rows.
     row = info.nbytes // weight.rows if info.dtype == weight.dtype else 4 * weight.cols
     step = max(1, _CHUNK // max(1, row) // PANEL) * PANEL
+    spent = time.thread_time()
     for start in range(0, weight.rows, step):
         stop = min(start + step, weight.rows)
         rows = checkpoint.read_rows(weight.name, start, stop)
         if info.dtype != weight.dtype:
             exact = dequantize(rows, info.dtype, weight.cols)
             rows = quantize(exact, weight.dtype)
-            difference = dequantize(rows, weight.dtype, weight.cols) - exact
-            loss.add((info.dtype, weight.dtype), weight.name, _square(difference), _square(exact))
+            difference = dequantize(rows, weight.dtype, weight.cols)
+            difference -= exact
+            errors.of(info.dtype, weight.dtype, weight.name).add(difference, exact)
         runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, start, rows)
-
-
-def _square(x: NDArray[np.float32]) -> float:
-    return float(np.vdot(x, x))
+    return time.thread_time() - spent
