@@ -22,7 +22,7 @@ from pronk.engine.engine import Engine
 from pronk.engine.request import Event
 from pronk.engine.runner import Runner
 from pronk.engine.weights import Conversion, load_weights
-from pronk.errors import BudgetError, RequestError
+from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.program import (
     Limits,
     Program,
@@ -36,6 +36,7 @@ from pronk.units import format_bytes
 __all__ = [
     "Model",
     "Piece",
+    "Speculation",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -66,6 +67,18 @@ class Piece:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Tokens that were drafted from earlier text, and those of them that proved right."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    def since(self, earlier: Speculation) -> Speculation:
+        """What has come to it since an earlier reading."""
+        return Speculation(self.drafted - earlier.drafted, self.accepted - earlier.accepted)
 
 
 def choose_threads(threads: int | None) -> int:
@@ -103,6 +116,7 @@ class Model:
         runner: Runner,
         conversions: list[Conversion],
         memory: MemoryPlan,
+        speculate: bool = True,
     ) -> None:
         self.path: Path = checkpoint.path
         self.spec: ModelSpec = checkpoint.spec
@@ -110,7 +124,7 @@ class Model:
         self.conversions = conversions
         self.memory = memory
         self._runner: Runner | None = runner
-        self._engine = Engine(runner, tokenizer.eos_ids)
+        self._engine = Engine(runner, tokenizer.eos_ids, speculate=speculate)
         self._events: dict[int, deque[Event]] = {}  # not yet taken, by request
 
     @property
@@ -133,6 +147,13 @@ class Model:
     def program(self) -> Program:
         """What the executor runs: graph, layout and limits."""
         return self._open().program
+
+    @property
+    def speculation(self) -> Speculation:
+        """What drafting has done since the model was loaded."""
+        self._open()
+        speculator = self._engine.speculator
+        return Speculation(speculator.drafted, speculator.accepted) if speculator else Speculation()
 
     @property
     def has_chat_template(self) -> bool:
@@ -253,6 +274,8 @@ class Model:
         try:
             while reason is None:
                 event = self._next_event(request)
+                if event.sample is None:
+                    raise event.error or PronkError("the request ended without a token")
                 sample, reason = event.sample, event.finish_reason
                 ended = reason == "stop"  # an end token is no text
                 text = "" if ended else stream.push(sample.token)
@@ -311,6 +334,7 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    speculate: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -325,6 +349,9 @@ def load(
         Most tokens of a sequence; a bundle's own, or 2,048, unless given.
     kv_dtype : {"bf16", "f32"}
         Element type of the KV cache.
+    speculate : bool
+        Draft tokens from repetitions in the text and verify several in one step, while that
+        pays. The tokens are the same either way.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -368,4 +395,4 @@ def load(
                 "free memory or use a shorter --context"
             ) from None
         conversions = load_weights(checkpoint, runner, progress)
-    return Model(checkpoint, tokenizer, runner, conversions, memory)
+    return Model(checkpoint, tokenizer, runner, conversions, memory, speculate)

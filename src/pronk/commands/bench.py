@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians over so many")
     common.add_context(parser)
     common.add_runtime(parser)
+    common.add_speculation(parser, default=False)
     common.add_json(parser)
 
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
+    drafted, accepted = model.speculation.drafted, model.speculation.accepted
     model.close()
     limits = measure_limits(threads)
     result: dict[str, Any] = {
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         "threads": threads,
         "load_time": load_time,
         **figures.to_dict(),
+        "drafted": drafted,
+        "accepted": accepted,
         "peak_memory": peak,
         "memory": memory.to_dict(),
         "bytes_per_token": streamed,
@@ -79,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
         f"  decode       {figures.decode:8.1f} tokens/s, "
         f"{result['fraction_of_bandwidth']:.0%} of {limits.bandwidth / 1e9:.1f} GB/s"
     )
+    if drafted:
+        print(f"  drafts       {accepted / drafted:8.0%} of {drafted} tokens held, over all runs")
     print(f"  peak memory  {format_bytes(peak):>8}")
 
 

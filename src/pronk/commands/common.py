@@ -20,6 +20,7 @@ __all__ = [
     "add_model",
     "add_runtime",
     "add_sampling",
+    "add_speculation",
     "note",
     "open_model",
     "print_json",
@@ -42,6 +43,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_runtime(parser: argparse.ArgumentParser) -> None:
     """``--threads``."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+
+
+def add_speculation(parser: argparse.ArgumentParser, default: bool) -> None:
+    """``--speculate`` and ``--no-speculate``; what does not declare them runs without."""
+    parser.add_argument(
+        "--speculate", action=argparse.BooleanOptionalAction, default=default,
+        help="draft what repeats earlier text while that is faster; the tokens are the same "
+        f"(default: {'on' if default else 'off'})",
+    )  # fmt: skip
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +114,8 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
 
     path = resolve(name)  # a download is not part of the load time
     start = time.perf_counter()
-    model = load(path, args.threads, context)
+    speculate = getattr(args, "speculate", False)
+    model = load(path, args.threads, context, speculate=speculate)
     seconds = time.perf_counter() - start
     for c in model.conversions:
         note(

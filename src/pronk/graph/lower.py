@@ -99,7 +99,9 @@ class _Lowering:
     def _silu_mul(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up = op.inputs
         width = self.graph.values[op.output].width
-        self.executor.silu_mul(self.slot(gate), self.slot(up), width, out, self._quantized(op), grain)
+        self.executor.silu_mul(
+            self.slot(gate), self.slot(up), width, out, self._quantized(op), grain
+        )
 
     def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
         a, b = (self.slot(ref) for ref in op.inputs)

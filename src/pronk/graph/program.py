@@ -47,7 +47,7 @@ class Limits:
 
     context: int
     max_tokens: int = 128
-    max_rows: int = 8
+    max_rows: int = 16
     max_sequences: int = 16
     kv_tokens: int | None = None
     kv_dtype: str = "bf16"
