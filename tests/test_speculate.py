@@ -39,7 +39,7 @@ class Guesses(Lookup):
         self.at = len(tokens)
 
     def chances(self, limit):
-        return [0.9**i for i in range(1, limit + 1)]
+        return [0.99**i for i in range(1, limit + 1)]
 
     def draft(self, count):
         tokens = self.whole[self.at : self.at + count]

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Acceptance", "Lookup", "Speculator", "StepCost"]
+__all__ = ["Acceptance", "Candidate", "Lookup", "Speculator", "StepCost"]
 
 _MOST_DRAFTED = 31  # tokens of one sequence in one step
 _KNOTS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a step whose cost is kept
 _MOST_ROWS = _KNOTS[-1]  # tokens of a step with drafts
 _LONGEST = 16  # matching tokens that are told apart
+_RESUMED = _LONGEST + 1  # what is added to a length where a broken match goes on
+_SURE = 8  # matching tokens from which a match is followed without looking for a better one
 _NEAR = 32  # tokens behind the last long match within which it is thought to go on
 # What a match is taken for before any was seen: longer ones hold more often, resumed ones more
 # often still. A little is taken off, so that text which never repeats costs little.
@@ -87,17 +89,14 @@ class Lookup:
                 self._cursor += 1
                 self._matched += 1
             else:
-                if self._matched >= 8:
+                if self._matched >= _SURE:
                     self._anchor = self._cursor
                 self._cursor = -1
-        if new and self._matched_weakly():
+        if new and (self._cursor < 0 or self._matched < _SURE):
             self._find()
 
-    def _matched_weakly(self) -> bool:
-        return self._cursor < 0 or self._matched < 8
-
     def _kind(self, ahead: int) -> int:
-        return min(self._matched + ahead, _LONGEST) + (_LONGEST + 1 if self._resumed else 0)
+        return min(self._matched + ahead, _LONGEST) + (_RESUMED if self._resumed else 0)
 
     def _find(self) -> None:
         """The longest match of the end; among equals, the last."""
@@ -118,16 +117,17 @@ class Lookup:
             if not len(places):
                 break
         if near >= 0:
-            length = 1
-            while (
-                length < _LONGEST
-                and length <= near
-                and tokens[near - length] == tokens[end - length]
-            ):
-                length += 1
-            rate = self.acceptance.rate
-            if rate(length + _LONGEST + 1) > rate(self._matched):
+            length, rate = self._length(near), self.acceptance.rate
+            if rate(length + _RESUMED) > rate(self._matched):
                 self._cursor, self._matched, self._resumed = near + 1, length, True
+
+    def _length(self, place: int) -> int:
+        """How many tokens up to a place are those of the end, told apart up to `_LONGEST`."""
+        most = min(_LONGEST, place + 1)
+        here = self._tokens[place + 1 - most : place + 1]
+        there = self._tokens[self._count - most : self._count]
+        differ = np.flatnonzero(here != there)
+        return most - 1 - int(differ[-1]) if len(differ) else most
 
     def chances(self, limit: int) -> list[float]:
         """The chance that the draft holds up to each of its tokens."""
