@@ -29,7 +29,7 @@ def start_pronk(path: str, threads: int, context: int) -> tuple[Generate, int]:
     """Load with Pronk; gives a generator of greedy tokens and the vocabulary's size."""
     from pronk import SamplingParams, load
 
-    model = load(path, threads=threads, context=context)
+    model = load(path, threads=threads, context=context, speculate=False)
 
     def generate(prompt: list[int], count: int) -> Iterator[int]:
         params = SamplingParams(max_tokens=count, ignore_eos=True)

@@ -14,6 +14,8 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 
 from pronk import load
 from pronk.cli import VERBS
+from pronk.commands.run import drafts
+from pronk.model import Speculation
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,24 @@ def test_run_stops_before_a_stop_string(tiny_q4):
     )
     assert cut["text"] == whole[: whole.index(stop)]
     assert cut["finish_reason"] == "stop"
+
+
+def test_speculation_is_on_unless_declined(tiny_q4):
+    def answer(*extra):
+        arguments = ("run", tiny_q4, "one two one two one two", "--max-tokens", 40, "--json")
+        return json.loads(pronk(*arguments, *extra).stdout)
+
+    on, off = answer(), answer("--no-speculate")
+    assert on["text"] == off["text"]
+    assert 0 <= on["accepted"] <= on["drafted"]
+    assert off["drafted"] == off["accepted"] == 0
+    help_text = " ".join(pronk("run", "--help").stdout.split())
+    assert "the tokens are the same (default: on)" in help_text
+
+
+def test_drafts_are_told_if_there_were_any():
+    assert drafts(Speculation(10, 7)) == " (7 of 10 drafted tokens held)"
+    assert drafts(Speculation()) == ""
 
 
 def test_chat_keeps_its_history(tiny_q4):

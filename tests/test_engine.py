@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import takewhile
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from checkpoints import tiny_llama_dir
 from engines import make_runner
 
-from pronk import RequestError, SamplingParams, load
+from pronk import PronkError, RequestError, SamplingParams, load
 from pronk.engine.blocks import BlockPool, GlobalBlocks
 from pronk.engine.engine import Engine
 
@@ -224,17 +226,16 @@ def test_an_interrupted_step_is_repeated(tiny, monkeypatch, after):
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     engine = Engine(make_runner(tiny, max_tokens=32), frozenset())
     ids = [engine.add(p, params) for p in PROMPTS[:2]]
-    step, calls = engine.runner.step, iter(range(1000))
+    run, calls = engine.runner.run, iter(range(1000))
 
     def interrupted(*arguments):
         odd = next(calls) % 2
         if odd or after:
-            logits = step(*arguments)
+            run(*arguments)
         if not odd:
             raise KeyboardInterrupt
-        return logits
 
-    monkeypatch.setattr(engine.runner, "step", interrupted)
+    monkeypatch.setattr(engine.runner, "run", interrupted)
     tokens = {i: [] for i in ids}
     while engine.busy:
         with pytest.raises(KeyboardInterrupt):
@@ -303,3 +304,90 @@ def test_a_step_refuses_what_would_reach_outside(tiny):
             runner.step(ids, positions, sequences, blocks, [0])
     with pytest.raises(ValueError, match="logit row 1"):
         runner.step([1], [0], [0], [[0, 1]], [1])
+
+
+def test_logits_that_cannot_be_sampled_end_their_request_only(tiny, monkeypatch):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    engine = Engine(make_runner(tiny, kv_tokens=512), frozenset())
+    good, bad = (engine.add(p, params, session=str(i)) for i, p in enumerate(PROMPTS[:2]))
+    events = engine.step()
+    head = engine.runner.head
+
+    def damaged(rows):
+        logits = head(rows).copy()
+        logits[1, 7] = np.nan
+        return logits
+
+    monkeypatch.setattr(engine.runner, "head", damaged)
+    events += engine.step()
+    monkeypatch.setattr(engine.runner, "head", head)
+    while engine.busy:
+        events += engine.step()
+    tokens = [e.sample.token for e in events if e.request_id == good]
+    assert tokens == alone(tiny, PROMPTS[0], params)
+    (error,) = [e for e in events if e.finish_reason == "error"]
+    assert error.request_id == bad
+    assert error.sample is None
+    assert "a logit of nan at token 7" in str(error.error)
+    assert "1" not in engine._sessions  # what it left in the cache is as bad
+
+
+def test_an_answer_that_fails_leaves_the_others(tiny, monkeypatch):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    with load(tiny, context=256) as model:
+        expected = list(model.generate(PROMPTS[0], params))
+        monkeypatch.setattr(model._engine, "runner", runner := Damaging(model._runner))
+        good, bad = (model.generate(p, params) for p in PROMPTS[:2])
+        got = [next(good)]
+        next(bad)
+        runner.row = 1
+        got.append(next(good))
+        runner.row = None
+        got += good
+        assert got == expected
+        with pytest.raises(PronkError, match="logit of nan"):
+            list(bad)
+        assert not model._events
+
+
+class Damaging:
+    """A runner that gives bad logits in one row."""
+
+    def __init__(self, runner):
+        self.runner, self.row = runner, None
+
+    def __getattr__(self, name):
+        return getattr(self.runner, name)
+
+    def head(self, rows):
+        logits = self.runner.head(rows)
+        if self.row is not None:
+            logits = logits.copy()
+            logits[self.row] = np.nan
+        return logits
+
+
+def test_a_forked_process_is_told(tiny):
+    code = f"""
+import os
+from pronk import PronkError, RequestError, SamplingParams, load
+params = SamplingParams(max_tokens=3, ignore_eos=True)
+for threads in (2, 1):
+    model = load({str(tiny)!r}, threads=threads, context=64)
+    assert len(list(model.generate([1, 2], params))) == 3
+    child = os.fork()
+    if not child:
+        try:
+            print(threads, len(list(model.generate([1, 2], params))), flush=True)
+        except RequestError as error:
+            print(threads, error, flush=True)
+        raise SystemExit(0)  # what it holds is freed without waiting for threads either
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(list(model.generate([1, 2], params))) == 3
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("2 this process was forked after the model was loaded")
+    assert second == "1 3"

@@ -49,6 +49,19 @@ def test_greedy_is_argmax_with_the_lowest_id_among_equals():
     assert (sample.token, sample.logprob, sample.top_logprobs) == (0, None, ())
 
 
+def test_greedy_takes_no_softmax(monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*_: object) -> None:
+        raise AssertionError("an exponential of every logit")
+
+    for name in ("log_total", "scale_by_temperature", "draw", "np.exp"):
+        monkeypatch.setattr(f"pronk.engine.sampler.{name}", forbidden)
+    logits = logits_of(0)
+    for params in (SamplingParams(), SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)):
+        assert Sampler(params, [], VOCAB).sample(logits).token == logits.argmax()
+    with pytest.raises(AssertionError, match="exponential"):
+        Sampler(SamplingParams(logprobs=0), [], VOCAB).sample(logits)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("k", [1, 7, 64, 299, 300])
 def test_top_k_is_the_head_of_a_full_sort(seed: int, k: int):

@@ -20,7 +20,7 @@ using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cp
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
 using Slot = std::pair<int64_t, int64_t>;
 using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
 
@@ -235,19 +235,19 @@ void bind_executor(nb::module_& m) {
             },
             "rows"_a)
         .def(
-            "read",
-            [](const Executor& e, Slot source, Matrix out) {
-                const int64_t rows = static_cast<int64_t>(out.shape(0));
-                const int64_t bytes = static_cast<int64_t>(out.shape(1)) * 4;
+            "view",
+            [](nb::handle_t<Executor> self, Slot source, int64_t rows, int64_t cols) {
+                const Executor& e = *nb::inst_ptr<Executor>(self);
                 // In this order no product overflows.
-                if (source.first < 0 || bytes > source.second || source.second > e.arena_bytes() ||
+                if (source.first < 0 || source.first % 4 || source.second % 4 || rows < 0 ||
+                    cols < 0 || source.second > e.arena_bytes() || cols > source.second / 4 ||
                     (source.second && rows > e.arena_bytes() / source.second) ||
                     source.first > e.arena_bytes() - rows * source.second)
-                    throw std::invalid_argument("read lies outside the arena");
-                for (int64_t i = 0; i < rows; ++i)
-                    std::memcpy(reinterpret_cast<uint8_t*>(out.data()) + i * bytes,
-                                e.arena() + source.first + i * source.second,
-                                static_cast<size_t>(bytes));
+                    throw std::invalid_argument("view lies outside the arena");
+                return View(e.arena() + source.first,
+                            {static_cast<size_t>(rows), static_cast<size_t>(cols)}, self,
+                            {source.second / 4, 1});
             },
-            "source"_a, "out"_a, "Copies float rows of the arena into an array.");
+            "source"_a, "rows"_a, "cols"_a,
+            "Float rows of the arena as a read-only array; the next step overwrites them.");
 }

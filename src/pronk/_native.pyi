@@ -86,8 +86,10 @@ class Executor:
 
     def head(self, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
-    def read(self, source: tuple[int, int], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
-        """Copies float rows of the arena into an array."""
+    def view(self, source: tuple[int, int], rows: int, cols: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)]:
+        """
+        Float rows of the arena as a read-only array; the next step overwrites them.
+        """
 
 def isa(name: str = '') -> str:
     """The ISA whose kernels run: the best, or the one named."""

@@ -23,7 +23,7 @@ from pronk.engine.engine import Engine
 from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
-from pronk.errors import BudgetError, RequestError
+from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.program import (
     Limits,
     Program,
@@ -37,6 +37,7 @@ from pronk.units import format_bytes
 __all__ = [
     "Model",
     "Piece",
+    "Speculation",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -70,6 +71,18 @@ class Piece:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """Tokens that were drafted from earlier text, and those of them that proved right."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    def since(self, earlier: Speculation) -> Speculation:
+        """What has come to it since an earlier reading."""
+        return Speculation(self.drafted - earlier.drafted, self.accepted - earlier.accepted)
 
 
 def choose_threads(threads: int | None) -> int:
@@ -107,6 +120,7 @@ class Model:
         runner: Runner,
         weights: Weights,
         memory: MemoryPlan,
+        speculate: bool = True,
     ) -> None:
         self.path: Path = checkpoint.path
         self.spec: ModelSpec = checkpoint.spec
@@ -115,7 +129,7 @@ class Model:
         self._weights = weights
         self.memory = memory
         self._runner: Runner | None = runner
-        self._engine = Engine(runner, tokenizer.eos_ids)
+        self._engine = Engine(runner, tokenizer.eos_ids, speculate=speculate)
         self._events: dict[int, deque[Event]] = {}  # not yet taken, by request
 
     @property
@@ -138,6 +152,13 @@ class Model:
     def program(self) -> Program:
         """What the executor runs: graph, layout and limits."""
         return self._open().program
+
+    @property
+    def speculation(self) -> Speculation:
+        """What drafting has done since the model was loaded."""
+        self._open()
+        speculator = self._engine.speculator
+        return Speculation(speculator.drafted, speculator.accepted) if speculator else Speculation()
 
     @property
     def has_chat_template(self) -> bool:
@@ -263,6 +284,8 @@ class Model:
         try:
             while reason is None:
                 event = self._next_event(request)
+                if event.sample is None:
+                    raise event.error or PronkError("the request ended without a token")
                 sample, reason = event.sample, event.finish_reason
                 ended = reason == "stop"  # an end token is no text
                 text = "" if ended else stream.push(sample.token)
@@ -331,6 +354,7 @@ def load(
     *,
     kv_dtype: str = "bf16",
     packed_cache: bool = True,
+    speculate: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -347,6 +371,9 @@ def load(
         Element type of the KV cache.
     packed_cache : bool
         Whether weights that take long to pack are kept packed on disk, and read from there.
+    speculate : bool
+        Draft tokens from repetitions in the text and verify several in one step, while that
+        pays. The tokens are the same either way.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -408,7 +435,7 @@ def load(
         words = tokenizer.result()
     trim()
     memory = program.memory(overhead or max(resident_memory() - regions, 0))
-    return Model(checkpoint, words, runner, weights, memory)
+    return Model(checkpoint, words, runner, weights, memory, speculate)
 
 
 def _start(program: Program, threads: int) -> Runner:

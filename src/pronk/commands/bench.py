@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     common.add_context(parser)
     common.add_runtime(parser)
+    common.add_speculation(parser, default=False)
     common.add_json(parser)
 
 
@@ -69,6 +70,7 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
     parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
+    drafted, accepted = model.speculation.drafted, model.speculation.accepted
     model.close()
     limits = measure_limits(threads)
     operations = figures.prefill * 2 * parameters
@@ -79,6 +81,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         "threads": limits.threads,
         "load_time": load_time,
         **figures.to_dict(),
+        "drafted": drafted,
+        "accepted": accepted,
         "peak_memory": peak,
         "memory": memory.to_dict(),
         "bytes_per_token": streamed,
@@ -104,6 +108,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         f"  decode       {figures.decode:8.1f} tokens/s, "
         f"{result['fraction_of_bandwidth']:.0%} of {limits.bandwidth / 1e9:.1f} GB/s"
     )
+    if drafted:
+        print(f"  drafts       {accepted / drafted:8.0%} of {drafted} tokens held, over all runs")
     print(f"  peak memory  {format_bytes(peak):>8}")
 
 

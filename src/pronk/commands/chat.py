@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     common.add_context(parser)
     common.add_runtime(parser)
+    common.add_speculation(parser, default=True)
     common.add_sampling(parser)
     common.add_json(parser)
 
@@ -69,13 +70,15 @@ def _read(interactive: bool) -> str | None:
 def _turn(
     model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool
 ) -> str:
-    start = time.perf_counter()
+    start, before = time.perf_counter(), model.speculation
     pieces = model.chat(messages, params, session="chat")
     answer = Answer(pieces, start, show=not as_json)
     if as_json:
         import json
 
+        done = model.speculation.since(before)
         turn = {"text": answer.text, "finish_reason": answer.finish_reason,
-                "tokens": answer.tokens, "ttft": answer.ttft, "decode": answer.decode}  # fmt: skip
+                "tokens": answer.tokens, "ttft": answer.ttft, "decode": answer.decode,
+                "drafted": done.drafted, "accepted": done.accepted}  # fmt: skip
         print(json.dumps(turn, ensure_ascii=False), flush=True)
     return answer.text

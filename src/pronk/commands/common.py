@@ -20,6 +20,7 @@ __all__ = [
     "add_model",
     "add_runtime",
     "add_sampling",
+    "add_speculation",
     "note",
     "open_model",
     "print_json",
@@ -45,6 +46,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
+    )  # fmt: skip
+
+
+def add_speculation(parser: argparse.ArgumentParser, default: bool) -> None:
+    """``--speculate`` and ``--no-speculate``; what does not declare them runs without."""
+    parser.add_argument(
+        "--speculate", action=argparse.BooleanOptionalAction, default=default,
+        help="draft what repeats earlier text while that is faster; the tokens are the same "
+        f"(default: {'on' if default else 'off'})",
     )  # fmt: skip
 
 
@@ -108,7 +118,10 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
 
     path = resolve(name)  # a download is not part of the load time
     start = time.perf_counter()
-    model = load(path, args.threads, context, packed_cache=args.packed_cache)
+    model = load(
+        path, args.threads, context,
+        packed_cache=args.packed_cache, speculate=getattr(args, "speculate", False),
+    )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:
         note(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pronk.commands import common
 from pronk.device.memory import peak_memory
 from pronk.errors import RequestError
-from pronk.model import Piece
+from pronk.model import Piece, Speculation
 from pronk.units import format_bytes
 
 __all__ = ["Answer", "configure", "run"]
@@ -28,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     common.add_context(parser)
     common.add_runtime(parser)
+    common.add_speculation(parser, default=True)
     common.add_sampling(parser)
     common.add_json(parser)
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
         "tokens": answer.tokens,
         "ttft": answer.ttft,
         "decode": answer.decode,
+        "drafted": model.speculation.drafted,
+        "accepted": model.speculation.accepted,
         "load_time": load_time,
         "peak_memory": peak,
     }
@@ -63,9 +66,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         common.note(
             f"{len(ids)} prompt tokens, first token {answer.ttft * 1000:.0f} ms, "
-            f"{answer.tokens} tokens at {answer.decode:.1f}/s, "
+            f"{answer.tokens} tokens at {answer.decode:.1f}/s{drafts(model.speculation)}, "
             f"peak memory {format_bytes(peak)}, loaded in {load_time:.2f} s"
         )
+
+
+def drafts(done: Speculation) -> str:
+    """How drafting went, for a line of figures; empty where nothing was drafted."""
+    return f" ({done.accepted} of {done.drafted} drafted tokens held)" if done.drafted else ""
 
 
 class Answer:

@@ -12,8 +12,9 @@ from pronk.engine.blocks import BlockPool, GlobalBlocks
 from pronk.engine.request import Event, Request
 from pronk.engine.runner import Runner
 from pronk.engine.sampler import Sampler
-from pronk.engine.scheduler import Scheduler
-from pronk.errors import RequestError
+from pronk.engine.scheduler import Scheduler, Share
+from pronk.engine.speculate import Lookup, Speculator
+from pronk.errors import PronkError, RequestError
 from pronk.graph.pack import KV_BLOCK
 from pronk.spec import SamplingParams
 
@@ -28,9 +29,11 @@ class Engine:
     runner : Runner
     eos_ids : frozenset of int
         Tokens that end a request unless it ignores them.
+    speculate : bool
+        Draft tokens that repeat earlier ones. It changes how many steps are taken, and no token.
     """
 
-    def __init__(self, runner: Runner, eos_ids: frozenset[int]) -> None:
+    def __init__(self, runner: Runner, eos_ids: frozenset[int], *, speculate: bool = False) -> None:
         limits = runner.program.limits
         self.runner = runner
         self.eos_ids = eos_ids
@@ -38,9 +41,13 @@ class Engine:
         self.context = min(limits.context, limits.num_blocks * KV_BLOCK)
         self.pool = BlockPool(limits.num_blocks)
         self.manager = GlobalBlocks(self.pool)
-        self.scheduler = Scheduler(self.manager, limits.max_tokens, limits.max_sequences)
+        self.speculator = Speculator() if speculate else None
+        self.scheduler = Scheduler(
+            self.manager, limits.max_tokens, limits.max_sequences, self.speculator
+        )
         self._requests: dict[int, Request] = {}
         self._sessions: dict[str, Request] = {}
+        self._events: list[Event] = []
         self._next_id = 0
 
     def add(self, prompt: Sequence[int], params: SamplingParams, session: str | None = None) -> int:
@@ -75,6 +82,7 @@ class Engine:
             params=params,
             sampler=Sampler(params, tokens, vocab),
             session=session,
+            lookup=Lookup() if self.speculator else None,
         )
         if session is not None and session in self._sessions:
             self._continue(request, self._sessions.pop(session))
@@ -106,17 +114,54 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self._requests)
+        """Whether any request is waiting or running, or a step has more to tell."""
+        return bool(self._requests or self._events)
 
     def step(self) -> list[Event]:
-        """Run one step and return the tokens it produced, at most one per request.
+        """Run one step and return the tokens it produced, those of a request in their order.
+
+        A request whose logits cannot be sampled ends with an error in its event; others go on.
 
         Raises
         ------
         RequestError
             If all that waits needs blocks that an unfinished `logits` holds.
         """
+        if not self._events:  # else what an interrupted step had produced
+            self._step()
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
+        chosen = self._choose()
+        if not chosen:
+            return
+        ids: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[tuple[int, int, Share]] = []  # place in the draft, row, whose
+        for index, share in enumerate(chosen):
+            request, start = share.request, share.request.computed
+            ids += request.tokens[start : start + share.count]
+            if share.count == request.pending:
+                first = len(ids) - 1
+                wanted += [(place, first + place, share) for place in range(len(share.draft) + 1)]
+            ids += share.draft
+            positions += range(start, share.stop)
+            sequences += [index] * (share.stop - start)
+        self.runner.run(ids, positions, sequences, [share.request.blocks for share in chosen])
+        # Requests move on only now: one whose step was interrupted repeats it.
+        for share in chosen:
+            if share.count < share.request.pending:
+                share.request.computed += share.count
+        decodes = len(wanted) == len(ids)
+        self._draw(wanted)
+        if self.speculator:
+            self.speculator.drafted += sum(len(share.draft) for share in chosen)
+            if decodes:
+                self.speculator.cost.observe(len(ids), self.runner.seconds)
+
+    def _choose(self) -> list[Share]:
         chosen = self.scheduler.schedule()
         if not chosen and self.scheduler.waiting:
             # Nothing runs: kept sessions, and what others in line took over from one, hold the
@@ -128,32 +173,31 @@ class Engine:
             chosen = self.scheduler.schedule()
             if not chosen:
                 raise RequestError("the KV pool is in use by logits: take or close them first")
-        if not chosen:
-            return []
-        ids: list[int] = []
-        positions: list[int] = []
-        sequences: list[int] = []
-        rows: list[int] = []
-        for index, (request, count) in enumerate(chosen):
-            start, stop = request.computed, request.computed + count
-            ids += request.tokens[start:stop]
-            positions += range(start, stop)
-            sequences += [index] * count
-            if count == request.pending:
-                rows.append(len(ids) - 1)
-        blocks = [request.blocks for request, _ in chosen]
-        logits = iter(self.runner.step(ids, positions, sequences, blocks, rows))
-        # Requests move on only now: one whose step was interrupted repeats it.
-        events: list[Event] = []
-        for request, count in chosen:
-            if count == request.pending:
-                events.append(self._emit(request, next(logits)))
-            else:
-                request.computed += count
-        return events
+        return chosen
 
-    def _emit(self, request: Request, logits: NDArray[np.float32]) -> Event:
-        sample = request.sampler.sample(logits)
+    def _draw(self, wanted: list[tuple[int, int, Share]]) -> None:
+        """Draw tokens in order; where a draft fails, what it has behind that is never computed."""
+        wanted.sort(key=lambda row: row[0])
+        at_once = self.runner.program.limits.max_rows
+        done: set[int] = set()
+        while wanted:
+            part, wanted = wanted[:at_once], wanted[at_once:]
+            logits = self.runner.head([row for _, row, _ in part])
+            for (place, _, share), values in zip(part, logits, strict=True):
+                if share.request.id not in done and not self._emit(share, place, values):
+                    done.add(share.request.id)
+            wanted = [row for row in wanted if row[2].request.id not in done]
+
+    def _emit(self, share: Share, place: int, logits: NDArray[np.float32]) -> bool:
+        """Draw a request's next token; whether it is the drafted one, so that another follows."""
+        request, draft = share.request, share.draft
+        try:
+            sample = request.sampler.sample(logits)
+        except PronkError as error:
+            request.session = None  # its keys and values are as bad
+            self._finish(request)
+            self._events.append(Event(request.id, None, "error", error))
+            return False
         request.tokens.append(sample.token)
         request.computed = len(request.tokens) - 1
         reason = None
@@ -161,9 +205,13 @@ class Engine:
             reason = "stop"
         elif len(request.tokens) >= request.max_length:
             reason = "length"
+        self._events.append(Event(request.id, sample, reason))
+        hit = place < len(draft) and draft[place] == sample.token
+        if self.speculator:
+            self.speculator.accepted += hit
         if reason:
             self._finish(request)
-        return Event(request.id, sample, reason)
+        return hit and reason is None
 
     def _finish(self, request: Request) -> None:
         self.scheduler.remove(request)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pronk.engine.sampler import Sample, Sampler
+from pronk.engine.speculate import Lookup
+from pronk.errors import PronkError
 from pronk.spec import SamplingParams
 
 __all__ = ["Event", "Request"]
@@ -24,6 +26,7 @@ class Request:
     params: SamplingParams
     sampler: Sampler
     session: str | None = None
+    lookup: Lookup | None = None
     computed: int = 0
     reserved: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -38,9 +41,11 @@ class Request:
 class Event:
     """A generated token, or the end of a request, or both.
 
-    ``finish_reason`` is None while it goes on, else ``"stop"`` (an end token) or ``"length"``.
+    ``finish_reason`` is None while it goes on, else ``"stop"`` (an end token), ``"length"``, or
+    ``"error"``: then there is no sample, and ``error`` says why.
     """
 
     request_id: int
-    sample: Sample
+    sample: Sample | None
     finish_reason: str | None
+    error: PronkError | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronk._native import Executor
+from pronk.errors import RequestError
 from pronk.graph.cost import Step
 from pronk.graph.lower import lower
 from pronk.graph.program import Program
@@ -41,11 +45,19 @@ class Runner:
     threads : int
     isa : str
         Kernels to use; empty picks the CPU's best.
+
+    Attributes
+    ----------
+    seconds : float
+        What the last `run` and its calls of `head` took of the calling thread's core: what other
+        processes took meanwhile is left out.
     """
 
     def __init__(self, program: Program, threads: int, isa: str = "") -> None:
         spec, limits = program.spec, program.limits
         self.program = program
+        self.seconds = 0.0
+        self._process = os.getpid()
         self.executor = Executor(
             threads=threads,
             isa=isa,
@@ -70,51 +82,83 @@ class Runner:
         self._logits = (program.layout.value_offsets[output.name], output.row_bytes)
         self._tables = np.zeros((limits.max_sequences, limits.max_blocks), np.int32)
 
-    def step(
+    def run(
         self,
-        ids: list[int],
-        positions: list[int],
-        sequences: list[int],
-        blocks: list[list[int]],
-        rows: list[int],
-    ) -> NDArray[np.float32]:
-        """Run tokens of one or more sequences and return logits of some of them.
+        ids: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+    ) -> None:
+        """Run tokens of one or more sequences; `head` gives logits of them.
 
         Parameters
         ----------
-        ids, positions, sequences : list of int, one per token
+        ids, positions, sequences : sequence of int, one per token
             Token id, position in its sequence, and index into ``blocks``.
-        blocks : list of list of int
+        blocks : sequence of sequence of int
             KV blocks of each sequence, covering its positions.
-        rows : list of int
-            Tokens whose logits are wanted; may be empty.
-
-        Returns
-        -------
-        ndarray, float32 [rows, vocab]
 
         Raises
         ------
         ValueError
             If an id, a position or a block is out of range.
+        RequestError
+            If this process was forked from the one that loaded the model.
         """
+        if self._process != os.getpid() and self.executor.threads > 1:
+            raise RequestError(
+                "this process was forked after the model was loaded, and threads do not survive "
+                "that: load the model here, run it with one thread, or spawn instead of fork"
+            )
         for i, held in enumerate(blocks):
             self._tables[i, : len(held)] = held
+        start = time.thread_time()
         self.executor.run(
             np.array(ids, np.int32),
             np.array(positions, np.int32),
             np.array(sequences, np.int32),
             self._tables[: len(blocks)],
         )
+        self.seconds = time.thread_time() - start
+        if self._steps is not None:
+            self._steps.append(Step.of(positions, sequences))
+
+    def head(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of tokens of the last `run`.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            At most ``max_rows`` places of tokens in the run.
+
+        Returns
+        -------
+        ndarray, float32 [rows, vocab]
+            Read-only, in the executor's own memory: the next call overwrites it.
+        """
+        start = time.thread_time()
+        self.executor.head(np.array(rows, np.int32))
+        self.seconds += time.thread_time() - start
+        if self._steps:
+            last = self._steps[-1]
+            self._steps[-1] = replace(last, heads=(*last.heads, len(rows)))
+        return self.executor.view(self._logits, len(rows), self.program.spec.vocab_size)
+
+    def step(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """`run`, and a copy of the logits of any number of its tokens: float32 [rows, vocab]."""
+        self.run(ids, positions, sequences, blocks)
         logits = np.empty((len(rows), self.program.spec.vocab_size), np.float32)
         at_once = self.program.limits.max_rows
-        if self._steps is not None:
-            heads = (min(at_once, len(rows) - start) for start in range(0, len(rows), at_once))
-            self._steps.append(Step.of(positions, sequences, heads))
         for start in range(0, len(rows), at_once):
-            part = logits[start : start + at_once]
-            self.executor.head(np.array(rows[start : start + at_once], np.int32))
-            self.executor.read(self._logits, part)
+            part = rows[start : start + at_once]
+            logits[start : start + len(part)] = self.head(part)
         return logits
 
     def record(self, on: bool = True) -> None:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 from pronk.engine.blocks import GlobalBlocks
 from pronk.engine.request import Request
+from pronk.engine.speculate import Candidate, Speculator
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "Share"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A request's part of a step: so many of its pending tokens, and drafted ones behind them."""
+
+    request: Request
+    count: int
+    draft: list[int]
+
+    @property
+    def stop(self) -> int:
+        """The position behind its last token."""
+        return self.request.computed + self.count + len(self.draft)
 
 
 class Scheduler:
@@ -15,10 +31,25 @@ class Scheduler:
 
     A request is admitted when the pool can hold its longest outcome, so no running request is
     ever out of blocks.
+
+    Parameters
+    ----------
+    manager : GlobalBlocks
+    max_tokens, max_sequences : int
+        Most of either in a step.
+    speculator : Speculator, optional
+        Drafts for the requests that decode.
     """
 
-    def __init__(self, manager: GlobalBlocks, max_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        manager: GlobalBlocks,
+        max_tokens: int,
+        max_sequences: int,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.manager = manager
+        self.speculator = speculator
         self.max_tokens = max_tokens
         self.max_sequences = max_sequences
         self.waiting: deque[Request] = deque()
@@ -37,20 +68,37 @@ class Scheduler:
                 return
             self.running.append(self.waiting.popleft())
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """Choose the requests of the next step and how many pending tokens of each."""
+    def schedule(self) -> list[Share]:
+        """Choose the requests of the next step, and how many tokens of each."""
         self._admit()
         budget = self.max_tokens
-        chosen: list[tuple[Request, int]] = []
-        # The fewest pending first: a decode never waits behind a prompt. Sorting is stable.
-        for request in sorted(self.running, key=lambda r: r.pending > 1):
+        # A decode never waits behind a prompt.
+        decodes = [r for r in self.running if r.pending == 1][:budget]
+        prompts = [r for r in self.running if r.pending > 1]
+        budget -= len(decodes)
+        drafts = self._drafts(decodes, budget, alone=not prompts)
+        budget -= sum(map(len, drafts))
+        chosen = [Share(r, 1, draft) for r, draft in zip(decodes, drafts, strict=True)]
+        for request in prompts:
             count = min(request.pending, budget)
             if count == 0:
                 break
-            self.manager.grow(request.blocks, request.computed + count)
-            chosen.append((request, count))
+            chosen.append(Share(request, count, []))
             budget -= count
+        for share in chosen:
+            self.manager.grow(share.request.blocks, share.stop)
         return chosen
+
+    def _drafts(self, decodes: list[Request], budget: int, alone: bool) -> list[list[int]]:
+        if self.speculator is None or not decodes:
+            return [[] for _ in decodes]
+        candidates = [
+            # The step gives one token beyond its draft.
+            Candidate(r.lookup, r.tokens, r.max_length - len(r.tokens) - 1)
+            for r in decodes
+        ]
+        # Prompts are not to starve beside drafts.
+        return self.speculator.plan(candidates, budget if alone else budget // 2, alone)
 
     def remove(self, request: Request) -> None:
         """Take a request out of the queues; its blocks stay with it."""

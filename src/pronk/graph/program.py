@@ -10,7 +10,7 @@ from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.memory import Layout, plan_layout
 from pronk.graph.pack import GROUP, GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
-from pronk.graph.passes import Pass, CPU_PASSES, run_passes
+from pronk.graph.passes import CPU_PASSES, Pass, run_passes
 from pronk.spec import Budget, MemoryPlan, ModelSpec
 
 __all__ = [
@@ -47,7 +47,7 @@ class Limits:
 
     context: int
     max_tokens: int = 128
-    max_rows: int = 8
+    max_rows: int = 16
     max_sequences: int = 16
     kv_tokens: int | None = None
     kv_dtype: str = "bf16"
