@@ -18,7 +18,7 @@ from pronk.engine.runner import Runner
 from pronk.graph.build import FREQUENCIES, rope_frequencies
 from pronk.graph.ir import Graph, Op, Ref, Value, Weight
 from pronk.graph.memory import plan_layout, weight_bytes
-from pronk.graph.passes import cpu_passes, fuse_siblings, run_passes
+from pronk.graph.passes import CPU_PASSES, fuse_siblings, run_passes
 from pronk.graph.program import Limits, Program, compile_program
 from pronk.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -96,7 +96,7 @@ class Bench:
 
     def program(self, graph: Graph, cols: int, tokens: int) -> Program:
         """A graph without attention as a program that the executor takes."""
-        passes = tuple(p for p in cpu_passes() if p is not fuse_siblings)  # one op each
+        passes = tuple(p for p in CPU_PASSES if p is not fuse_siblings)  # one op each
         graph = run_passes(graph, passes)
         spec = ModelSpec("llama", "", VOCAB, cols, cols, 1, 1, 32, 1e-5, 64, True, (LayerSpec(),))
         limits = Limits(64, max_tokens=tokens, max_rows=1)
