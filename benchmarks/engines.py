@@ -73,7 +73,7 @@ class LlamaCpp:
 
     variants = ("flash attention", "no flash attention")
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, plain: bool = False) -> None:
         import llama_cpp
 
         self.api = api = llama_cpp
@@ -280,7 +280,8 @@ def serve(args: argparse.Namespace, out: TextIO) -> None:
         imported = now()
         path = requantized(args.model) if args.requantize else args.model
         loading = now()
-        engine = make(path, args.threads, args.context)
+        options = {"plain": True} if args.plain else {}
+        engine = make(path, args.threads, args.context, **options)
         engine.prefill([args.first], 0)
         reply({
             "import_time": imported - start,
@@ -304,6 +305,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--first", type=int, default=1000, help="the token of the first step")
     parser.add_argument("--requantize", action="store_true", help="to Q4_0 (llama.cpp only)")
+    parser.add_argument("--plain", action="store_true", help="without tiles or repacked weights "
+                        "(llama.cpp only)")  # fmt: skip
     args = parser.parse_args()
     # What packages print must not mix with the answers.
     out = os.fdopen(os.dup(1), "w")

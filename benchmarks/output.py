@@ -37,13 +37,18 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> None:
         part = args.out.with_suffix(".part")
         part.write_text(compact(result))
         part.replace(args.out)
-        try:
-            import plots
-        except ModuleNotFoundError:
-            print("no plot: install matplotlib (pip install '.[bench]')", file=sys.stderr)
-        else:
-            plots.draw(result, args.out.with_suffix(".svg"))
+        draw(result, args.out.with_suffix(".svg"))
     print(json.dumps(result, indent=2) if args.json else tables.show(result))
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The plot of a result, where there is one and matplotlib is installed."""
+    try:
+        import plots
+    except ModuleNotFoundError:
+        print("no plot: install matplotlib (pip install '.[bench]')", file=sys.stderr)
+        return
+    plots.draw(result, path)
 
 
 def compact(result: dict[str, Any]) -> str:

@@ -76,6 +76,10 @@ class PeerError(Exception):
     """A worker ended or refused, in one sentence."""
 
 
+class CrashError(PeerError):
+    """A worker was ended by a signal."""
+
+
 class Peer:
     """A worker process; started when it is first asked for something."""
 
@@ -116,12 +120,24 @@ class Peer:
         found: dict[str, Any] = json.loads(line) if line else {}
         if not line:
             status = self.process.wait()
-            how = f"signal {-status}" if status < 0 else f"status {status}"
-            found = {"error": f"its process ended with {how}"}
+            self.stop()
+            if status < 0:
+                raise CrashError(f"{doing}: its process ended with signal {-status}")
+            raise PeerError(f"{doing}: its process ended with status {status}")
         if "error" in found:
             self.stop()
             raise PeerError(f"{doing}: {found['error']}")
         return found
+
+    def fall_back(self) -> bool:
+        """Whether there is a safer way to run this engine after a crash, which is then taken.
+
+        llama.cpp's tile kernels crash when some compilers built them; it runs without.
+        """
+        if self.engine != "llama_cpp" or "--plain" in self.command:
+            return False
+        self.command.append("--plain")
+        return True
 
     def stop(self) -> None:
         """End the process."""
@@ -178,8 +194,7 @@ class Comparison:
                 except PeerError as error:
                     if name == "pronk":
                         raise
-                    self.failures.setdefault(name, {})[self.models[model].name] = str(error)
-                    self.say(f"{tables.NAMES[name]} is left out: {error}")
+                    self.note(name, self.models[model].name, str(error))
                     if "ModuleNotFoundError" in str(error):
                         self.absent[name] = str(error)
                     continue
@@ -208,15 +223,28 @@ class Comparison:
         chosen = {}
         for name, peer in self.open(task.model).items():
             try:
-                speeds = [
-                    peer.ask(**{**request, **self.fresh(task)}, variant=v)
-                    for v in range(len(peer.start()["variants"]))
-                ]
+                try:
+                    speeds = self.speeds(task, request, peer)
+                except CrashError as error:
+                    if not peer.fall_back():
+                        raise
+                    self.note(name, "as built", f"{error}; it ran without tiles and repacking")
+                    speeds = self.speeds(task, request, peer)
                 chosen[name] = speeds.index(max(speeds))
             except PeerError as error:
-                self.failures.setdefault(name, {})[task.name] = str(error)
-                self.say(f"{tables.NAMES[name]} is left out of {task.name}: {error}")
+                self.note(name, task.name, str(error))
         return chosen
+
+    def speeds(self, task: Task, request: dict[str, Any], peer: Peer) -> list[float]:
+        return [
+            peer.ask(**{**request, **self.fresh(task)}, variant=v)
+            for v in range(len(peer.start()["variants"]))
+        ]
+
+    def note(self, name: str, what: str, why: str) -> None:
+        """Remember what a peer could not do."""
+        self.failures.setdefault(name, {})[what] = why
+        self.say(f"{tables.NAMES[name]}, {what}: {why}")
 
     def fresh(self, task: Task) -> dict[str, Any]:
         return self.request(task) if task.kind == "prefill" else {}
@@ -271,17 +299,19 @@ class Comparison:
             values: dict[str, dict[str, float]] = {}
             for name in names if number % 2 else names[::-1]:
                 peer = self.peer(name, 0, SMALL_CONTEXT)
+                if "--plain" in self.open(0)[name].command:
+                    peer.fall_back()
                 try:
                     loaded = peer.start()
                     found = {key: loaded[key] for key in ("load_time", "import_time")}
+                    values[name] = found
                     if number <= 1:
                         peer.ask(kind="prefill", prompt=self.tokens(0, 512))
                         peer.ask(kind="decode", prompt=self.tokens(0, 1), tokens=64)
                         found["peak_memory"] = peer.ask(kind="memory")
                         found["planned"] = loaded["about"].get("memory", {})
-                    values[name] = found
                 except PeerError as error:
-                    self.failures.setdefault(name, {})["start"] = str(error)
+                    self.note(name, "start", str(error))
                 peer.stop()
             if number:  # the first one warms the file cache
                 rounds.append(values)

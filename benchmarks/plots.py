@@ -35,12 +35,14 @@ Result = dict[str, Any]
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw a result; the same result gives the same file."""
+    """Draw a result, if there is something to see; the same result gives the same file."""
     makers: dict[str, Callable[[Result], Figure]] = {
         "peers": peers,
         "kernels": kernels,
         "scaling": scaling,
     }
+    if result["benchmark"] not in makers:
+        return
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
         part = path.with_suffix(".part")
@@ -102,6 +104,11 @@ def kernels(result: Result) -> Figure:
     knee = peak / limits["bandwidth"]
     axes.plot([low, knee, high], [low * limits["bandwidth"] / 1e9, peak / 1e9, peak / 1e9],
               color="black", lw=1, label="limit")  # fmt: skip
+    if result["peak"] == "int8_tiles":
+        vectors = limits["int8"]
+        start = vectors / limits["bandwidth"]
+        axes.plot([start, high], [vectors / 1e9] * 2, color="black", lw=1, ls=":",
+                  label="limit of vectors")  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte of weights (or cache)")
@@ -142,5 +149,5 @@ def scaling(result: Result) -> Figure:
     grid[1][1].invert_yaxis()
     grid[1][1].grid(axis="y", visible=False)
     grid[1][1].set_xlabel("rate, of the best")
-    grid[1][1].legend()
+    grid[1][1].legend(loc="lower right", frameon=True)
     return figure

@@ -227,7 +227,19 @@ def scaling(result: Result) -> str:
     return "\n\n".join([*parts, _limits(result["limits"])])
 
 
+def activations(result: Result) -> str:
+    """The table of an `activations.py` result."""
+    head = [f"{result['model']}, {result['tokens']:,} tokens", "top-1 agreement",
+            "KL divergence", "prefill of 512", "decode"]  # fmt: skip
+    rows = [
+        [r["variant"], f"{r['top1_agreement']:.2%}", f"{r['kl']:.6f}", f"{r['prefill']:,.0f}",
+         f"{r['decode']:,.0f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
-    makers = {"peers": peers, "kernels": kernels, "scaling": scaling}
+    makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations}
     return makers[result["benchmark"]](result)
