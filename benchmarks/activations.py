@@ -1,20 +1,22 @@
-"""What the precision of activations costs and buys: agreement with float32, and speed.
+"""What the precision of activations and of the cache costs and buys: agreement, and speed.
 
 The reference is the same file with its weights dequantized, float32 activations and a float32
 cache. Speeds are medians of interleaved rounds.
 
-    python benchmarks/activations.py [MODEL] [--text FILE] [--tokens 2000] [--json]
+    python benchmarks/activations.py [MODEL] [--text FILE] [--tokens 2000] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
+from typing import Any
 
 import numpy as np
+import output
+from machine import describe
 from numpy.typing import NDArray
 
 from pronk import resolve
@@ -76,14 +78,15 @@ def main() -> None:
     parser.add_argument("--text", help="UTF-8 text (default: Python's topics)")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    output.add_output(parser)
     args = parser.parse_args()
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "float32 activations, bf16 cache": {"exact": True},
         "12 bits, float32 cache": {"exact": False, "kv_dtype": "f32"},
         "12 bits, bf16 cache (default)": {"exact": False},
     }
-    with open_checkpoint(resolve(args.model)) as checkpoint:
+    path = resolve(args.model)
+    with open_checkpoint(path) as checkpoint:
         ids = encode(load_corpus(args.text), checkpoint.load_tokenizer(), args.tokens)
         reference = make_runner(checkpoint, True, kv_dtype="f32")
         runners = {name: make_runner(checkpoint, **options) for name, options in variants.items()}
@@ -108,15 +111,15 @@ def main() -> None:
         }
         for name in runners
     }
-    if args.json:
-        print(json.dumps({"tokens": len(ids), "variants": rows}, indent=2))
-        return
-    print(f"{'':32} {'top-1':>8} {'KL':>10} {'prefill/s':>10} {'decode/s':>9}")
-    for name, row in rows.items():
-        print(
-            f"{name:32} {row['top1_agreement']:8.2%} {row['kl']:10.6f} "
-            f"{row['prefill']:10.1f} {row['decode']:9.1f}"
-        )
+    result = {
+        "benchmark": "activations",
+        "command": output.command(),
+        "machine": describe(len(os.sched_getaffinity(0))),
+        "model": path.name,
+        "tokens": len(ids),
+        "rows": [{"variant": name, **row} for name, row in rows.items()],
+    }
+    output.finish(result, args)
 
 
 if __name__ == "__main__":

@@ -1,181 +1,387 @@
-"""Pronk beside llama.cpp (llama-cpp-python) on one GGUF file, in one interleaved run.
+"""Pronk beside llama.cpp and OpenVINO GenAI on the same GGUF files, in one interleaved run.
 
-Each engine lives in a process of its own and answers one measurement at a time, in turns, so that
-both meet the same machine. Prompts are random tokens, new for every round. Prints medians, and the
-medians of the ratios round by round.
+Each engine lives in a process of its own and answers one measurement at a time, in turns, between
+probes of the machine's own limits; rounds in a slow spell are repeated. Prompts are random tokens.
+Prints medians, the medians of the ratios round by round, and the fraction of the limit.
 
-    python benchmarks/peers.py [MODEL] [--rounds 5] [--json]
+    pip install '.[bench]'
+    python benchmarks/peers.py [--second-model FILE] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
-import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-ENGINES = ("pronk", "llama_cpp")
-FIGURES = ("prefill", "decode")
+import output
+import tables
+from machine import Best, describe, probe
 
-Generate = Callable[[list[int], int], Iterator[int]]
+from pronk import resolve
+from pronk.checkpoint.open import open_checkpoint
+from pronk.errors import PronkError
 
-
-def start_pronk(path: str, threads: int, context: int) -> tuple[Generate, int]:
-    """Load with Pronk; gives a generator of greedy tokens and the vocabulary's size."""
-    from pronk import SamplingParams, load
-
-    model = load(path, threads=threads, context=context, speculate=False)
-
-    def generate(prompt: list[int], count: int) -> Iterator[int]:
-        params = SamplingParams(max_tokens=count, ignore_eos=True)
-        return (piece.token for piece in model.generate(prompt, params))
-
-    return generate, model.spec.vocab_size
+HERE = Path(__file__).parent
+SMALL_CONTEXT = 1024  # where load time and memory are measured
 
 
-def start_llama_cpp(path: str, threads: int, context: int) -> tuple[Generate, int]:
-    """Load with llama.cpp, driven through its C interface so that no wrapper slows it down."""
-    import ctypes
+@dataclass(frozen=True)
+class Task:
+    """A row of the table: what is run, on which model, and what is aimed at.
 
-    import llama_cpp
-    import numpy as np
+    ``goals`` maps a peer to the ratio wanted, and ``"limit"`` to the fraction of ``limit``.
+    """
 
-    model = llama_cpp.Llama(
-        path, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=context,
-        verbose=False)  # fmt: skip
-    vocab = model.n_vocab()
-
-    def decode(tokens: list[int]) -> int:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(model.ctx, llama_cpp.llama_batch_get_one(array, len(tokens))):
-            raise RuntimeError("llama_decode failed")
-        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-        row = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocab,))
-        return int(row.argmax())
-
-    def generate(prompt: list[int], count: int) -> Iterator[int]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
-        token = decode(prompt)
-        yield token
-        for _ in range(count - 1):
-            token = decode([token])
-            yield token
-
-    return generate, vocab
+    name: str
+    title: str
+    kind: str
+    past: int
+    tokens: int = 0
+    sequences: int = 1
+    model: int = 0
+    rounds: int = 0  # 0: as the command line says
+    limit: str = ""
+    goals: dict[str, float] = field(default_factory=dict)
 
 
-def worker(engine: str, path: str, threads: int, context: int) -> None:
-    """Answer measurements: a line of JSON in, a line of JSON out."""
-    start = time.perf_counter()
-    generate, vocab = {"pronk": start_pronk, "llama_cpp": start_llama_cpp}[engine](
-        path, threads, context
-    )
-    print(json.dumps({"load_time": time.perf_counter() - start, "vocab": vocab}), flush=True)
-    for line in sys.stdin:
-        task = json.loads(line)
-        stamps = [time.perf_counter()]
-        for _ in generate(task["prompt"], task["tokens"]):
-            stamps.append(time.perf_counter())
-        result = {
-            "prefill": len(task["prompt"]) / (stamps[1] - stamps[0]),
-            "decode": (len(stamps) - 2) / (stamps[-1] - stamps[1]),
-            "peak_memory": peak_memory(),
-        }
-        print(json.dumps(result), flush=True)
+TASKS = (
+    Task("decode", "decode, empty context", "decode", 1, 128, limit="bandwidth",
+         goals={"llama_cpp": 2.3, "limit": 0.8}),
+    Task("decode_2048", "decode at 2,048 tokens", "decode", 2048, 64, limit="bandwidth",
+         goals={"llama_cpp": 3.2, "limit": 0.65}),
+    Task("prefill_512", "prefill of 512", "prefill", 512, limit="int8",
+         goals={"llama_cpp": 7, "openvino": 1.5, "limit": 0.55}),
+    Task("prefill_8192", "prefill of 8,191", "prefill", 8191, rounds=2, limit="int8",
+         goals={"llama_cpp_q4_0": 4}),
+    Task("together_16", "16 sequences decoding", "together", 128, 48, 16, limit="int8",
+         goals={"llama_cpp_q4_0": 3.5, "limit": 0.4}),
+    Task("second_decode", "decode, empty context", "decode", 1, 48, model=1, limit="bandwidth",
+         goals={"llama_cpp": 1.6, "limit": 0.8}),
+    Task("second_prefill_512", "prefill of 512", "prefill", 512, model=1, limit="int8",
+         goals={"llama_cpp": 3, "limit": 0.55}),
+)  # fmt: skip
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:"))
+class PeerError(Exception):
+    """A worker ended or refused, in one sentence."""
+
+
+class CrashError(PeerError):
+    """A worker was ended by a signal."""
 
 
 class Peer:
-    """A worker process."""
+    """A worker process; started when it is first asked for something."""
 
-    def __init__(self, engine: str, python: str, path: str, threads: int, context: int) -> None:
-        command = [python, __file__, path, "--worker", engine, "--threads", str(threads),
-                   "--context", str(context)]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.loaded = self.read()
+    def __init__(self, engine: str, python: str, model: str, threads: int, context: int) -> None:
+        self.engine = engine.removesuffix("_q4_0")
+        self.command = [python, str(HERE / "engines.py"), self.engine, model,
+                        "--threads", str(threads), "--context", str(context)]  # fmt: skip
+        if self.engine != engine:
+            self.command.append("--requantize")
+        self.process: subprocess.Popen[str] | None = None
+        self.loaded: dict[str, Any] = {}
 
-    def read(self) -> dict[str, float]:
-        assert self.process.stdout is not None
+    def start(self) -> dict[str, Any]:
+        """Load the model; gives what the worker says of itself."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+            self.loaded = self._read("loading")
+        return self.loaded
+
+    def ask(self, timeout: float = 300, **task: Any) -> float:
+        """The value of one measurement."""
+        self.start()
+        assert self.process is not None and self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # reading says how it ended
+            print(json.dumps(task), file=self.process.stdin, flush=True)
+        timer = threading.Timer(timeout, self.process.kill)
+        timer.start()
+        try:
+            return float(self._read(str(task["kind"]))["value"])
+        finally:
+            timer.cancel()
+
+    def _read(self, doing: str) -> dict[str, Any]:
+        assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line.startswith("{"):
-            raise SystemExit(f"a worker ended: {line.strip() or 'is its package installed?'}")
-        return dict(json.loads(line))
+        found: dict[str, Any] = json.loads(line) if line else {}
+        if not line:
+            status = self.process.wait()
+            self.stop()
+            if status < 0:
+                raise CrashError(f"{doing}: its process ended with signal {-status}")
+            raise PeerError(f"{doing}: its process ended with status {status}")
+        if "error" in found:
+            self.stop()
+            raise PeerError(f"{doing}: {found['error']}")
+        return found
 
-    def measure(self, prompt: list[int], tokens: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self.process.stdin, flush=True)
-        return self.read()
+    def fall_back(self) -> bool:
+        """Whether there is a safer way to run this engine after a crash, which is then taken.
+
+        llama.cpp's tile kernels crash when some compilers built them; it runs without.
+        """
+        if self.engine != "llama_cpp" or "--plain" in self.command:
+            return False
+        self.command.append("--plain")
+        return True
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+            self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+            self.process = None
+
+
+class Comparison:
+    """Runs tasks over peers; everything that ends up in the result."""
+
+    def __init__(self, args: argparse.Namespace, models: Sequence[Path]) -> None:
+        self.args, self.models = args, models
+        self.best = Best()
+        self.draw = random.Random(0)
+        self.end = time.monotonic() + 60 * args.minutes
+        self.pythons = {
+            "pronk": sys.executable,
+            "llama_cpp": args.llama_python,
+            "llama_cpp_q4_0": args.llama_python,
+            "openvino": args.openvino_python,
+        }
+        self.absent: dict[str, str] = {}
+        self.failures: dict[str, dict[str, str]] = {}
+        self.versions: dict[str, dict[str, Any]] = {}
+        self.facts = [facts(path) for path in models]
+        self.peers: dict[int, dict[str, Peer]] = {}
+        self.asked: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
+        self.tasks = [
+            t for t in TASKS
+            if t.model < len(models) and (not args.only or t.name in args.only.split(","))
+        ]  # fmt: skip
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def names(self, model: int) -> list[str]:
+        """The engines to try on a model."""
+        skipped = {"llama_cpp_q4_0"} if model else set()
+        return [name for name in self.pythons if name not in {*skipped, *self.absent}]
+
+    def open(self, model: int) -> dict[str, Peer]:
+        """Workers of a model; one that cannot be had is left out with a sentence."""
+        if model not in self.peers:
+            self.peers[model] = {}
+            for name in self.names(model):
+                peer = self.peer(name, model, max(t.past for t in TASKS if t.model == model) + 1)
+                try:
+                    loaded = peer.start()
+                except PeerError as error:
+                    if name == "pronk":
+                        raise
+                    self.note(name, self.models[model].name, str(error))
+                    if "ModuleNotFoundError" in str(error):
+                        self.absent[name] = str(error)
+                    continue
+                self.versions[name] = {"versions": loaded["versions"], **loaded["about"]}
+                self.peers[model][name] = peer
+        return self.peers[model]
+
+    def peer(self, name: str, model: int, context: int) -> Peer:
+        context = max(context, 4096) if context > SMALL_CONTEXT else SMALL_CONTEXT
+        return Peer(name, self.pythons[name], str(self.models[model]), self.args.threads, context)
+
+    def tokens(self, model: int, count: int) -> list[int]:
+        vocab = self.facts[model]["vocab"]  # its ends are full of special tokens
+        return [self.draw.randrange(vocab // 50, vocab * 9 // 10) for _ in range(count)]
+
+    def request(self, task: Task) -> dict[str, Any]:
+        """What is asked of every peer in a round; a prefill is of new tokens each time."""
+        if task.kind == "together":
+            prompts = [self.tokens(task.model, task.past) for _ in range(task.sequences)]
+            return {"kind": task.kind, "prompts": prompts, "tokens": task.tokens}
+        prompt = self.tokens(task.model, task.past)
+        return {"kind": task.kind, "prompt": prompt, "tokens": task.tokens}
+
+    def variants(self, task: Task, request: dict[str, Any]) -> dict[str, int]:
+        """The faster variant of each peer in this task, by trying each (this warms up too)."""
+        chosen = {}
+        for name, peer in self.open(task.model).items():
+            try:
+                try:
+                    speeds = self.speeds(task, request, peer)
+                except CrashError as error:
+                    if not peer.fall_back():
+                        raise
+                    self.note(name, "as built", f"{error}; it ran without tiles and repacking")
+                    speeds = self.speeds(task, request, peer)
+                chosen[name] = speeds.index(max(speeds))
+            except PeerError as error:
+                self.note(name, task.name, str(error))
+        return chosen
+
+    def speeds(self, task: Task, request: dict[str, Any], peer: Peer) -> list[float]:
+        return [
+            peer.ask(**{**request, **self.fresh(task)}, variant=v)
+            for v in range(len(peer.start()["variants"]))
+        ]
+
+    def note(self, name: str, what: str, why: str) -> None:
+        """Remember what a peer could not do."""
+        self.failures.setdefault(name, {})[what] = why
+        self.say(f"{tables.NAMES[name]}, {what}: {why}")
+
+    def fresh(self, task: Task) -> dict[str, Any]:
+        return self.request(task) if task.kind == "prefill" else {}
+
+    def measure(self, task: Task) -> dict[str, Any]:
+        """Rounds of one task; as many good ones as asked for, if the machine lets us."""
+        peers, request = self.open(task.model), self.request(task)
+        chosen = self.variants(task, request)
+        result: dict[str, Any] = {
+            "title": task.title, "model": self.models[task.model].name, "kind": task.kind,
+            "goals": task.goals, "limit": task.limit, "cost": self.cost(task),
+            "variants": {n: peers[n].start()["variants"][v] for n, v in chosen.items()},
+            "rounds": [], "wanted": task.rounds or self.args.rounds,
+        }  # fmt: skip
+        self.asked[task.name] = request, chosen
+        self.fill(task, result)
+        return result
+
+    def fill(self, task: Task, result: dict[str, Any]) -> None:
+        """Add rounds until enough are good, or it takes too long."""
+        peers, (request, chosen) = self.open(task.model), self.asked[task.name]
+        tries = 0
+        while self.good(result) < result["wanted"] and tries < 2 * result["wanted"]:
+            if result["rounds"] and time.monotonic() > self.end:
+                return
+            tries += 1
+            request = {**request, **self.fresh(task)}
+            before = self.best.see(probe(self.args.threads))
+            order = list(chosen) if tries % 2 else list(chosen)[::-1]
+            values = {name: peers[name].ask(**request, variant=chosen[name]) for name in order}
+            after = self.best.see(probe(self.args.threads))
+            result["rounds"].append({"values": values, "probes": [before, after]})
+            self.say(f"{task.name}: " + ", ".join(f"{n} {values[n]:.1f}" for n in chosen))
+
+    def good(self, result: dict[str, Any]) -> int:
+        shares = [tables.share(r["probes"], self.best.figures) for r in result["rounds"]]
+        return sum(found >= tables.SLOW for found in shares)
+
+    def cost(self, task: Task) -> float:
+        """Bytes (or int8 operations) that a token costs at least."""
+        known = self.facts[task.model]
+        if task.limit == "bandwidth":
+            return float(known["weight_bytes"] + task.past * known["kv_bytes"])
+        parameters = known["parameters"] + (known["head"] if task.kind == "together" else 0)
+        return float(2 * parameters)
+
+    def starts(self) -> dict[str, Any]:
+        """Fresh processes: seconds to the first step, and peak memory after some work."""
+        rounds: list[dict[str, Any]] = []
+        names = [n for n in self.open(0) if n != "llama_cpp_q4_0"]
+        for number in range(self.args.rounds + 1):
+            values: dict[str, dict[str, float]] = {}
+            for name in names if number % 2 else names[::-1]:
+                peer = self.peer(name, 0, SMALL_CONTEXT)
+                if "--plain" in self.open(0)[name].command:
+                    peer.fall_back()
+                try:
+                    loaded = peer.start()
+                    found = {key: loaded[key] for key in ("load_time", "import_time")}
+                    values[name] = found
+                    if number <= 1:
+                        peer.ask(kind="prefill", prompt=self.tokens(0, 512))
+                        peer.ask(kind="decode", prompt=self.tokens(0, 1), tokens=64)
+                        found["peak_memory"] = peer.ask(kind="memory")
+                        found["planned"] = loaded["about"].get("memory", {})
+                except PeerError as error:
+                    self.note(name, "start", str(error))
+                peer.stop()
+            if number:  # the first one warms the file cache
+                rounds.append(values)
+                self.say("start: " + ", ".join(
+                    f"{n} {v['load_time']:.2f} s" for n, v in values.items()))  # fmt: skip
+        return {"rounds": rounds, "context": SMALL_CONTEXT, "model": self.models[0].name}
+
+    def run(self) -> dict[str, Any]:
+        """All of it."""
+        tasks = {task.name: self.measure(task) for task in self.tasks}
+        for task in self.tasks:  # a later probe may have shown that an early spell was slow
+            self.fill(task, tasks[task.name])
+        starts = self.starts()
+        for group in self.peers.values():
+            for peer in group.values():
+                peer.stop()
+        return {
+            "benchmark": "peers",
+            "command": output.command(),
+            "machine": describe(self.args.threads),
+            "limits": self.best.figures,
+            "models": self.facts,
+            "peers": self.versions,
+            "failures": self.failures,
+            "tasks": tasks,
+            "starts": starts,
+        }
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What a token of a model costs at least, from its file's header."""
+    with open_checkpoint(path) as checkpoint:
+        spec, tensors = checkpoint.spec, checkpoint.tensors
+        head = "model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight"
+        layers = [t for n, t in tensors.items() if n.startswith("model.layers.") and t.cols > 1]
+        matrices = [t for t in layers if len(t.shape) == 2]
+        return {
+            "file": path.name,
+            "vocab": spec.vocab_size,
+            "parameters": sum(t.shape[0] * t.shape[1] for t in matrices),
+            "head": tensors[head].shape[0] * tensors[head].shape[1],
+            "weight_bytes": sum(t.nbytes for t in matrices) + tensors[head].nbytes,
+            # Keys and values of one position in 16 bits.
+            "kv_bytes": spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * 2,
+        }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2-135m", help="a GGUF file or a name")
+    parser.add_argument("--second-model", metavar="FILE", help="a GGUF of Qwen2.5-Coder-0.5B")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=12, help="no repeats after this long")
+    parser.add_argument("--only", default="", metavar="TASK,...", help=", ".join(
+        t.name for t in TASKS))  # fmt: skip
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--openvino-python", default=sys.executable, metavar="PATH")
+    output.add_output(parser)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="smollm2-135m", help="a GGUF file or a name")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--peer-python", default=sys.executable, help="one with llama-cpp-python")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        worker(args.worker, args.model, args.threads, args.context)
-        return
-    from pronk import resolve
-
-    path = str(resolve(args.model))
-    pythons = {"pronk": sys.executable, "llama_cpp": args.peer_python}
-    peers = {e: Peer(e, pythons[e], path, args.threads, args.context) for e in ENGINES}
-    draw = random.Random(0)
-    vocab = int(peers["pronk"].loaded["vocab"])
-    rounds: list[dict[str, dict[str, float]]] = []
-    for number in range(args.rounds + 1):
-        prompt = [draw.randrange(vocab) for _ in range(args.prompt_tokens)]
-        order = ENGINES if number % 2 else ENGINES[::-1]
-        measured = {e: peers[e].measure(prompt, args.tokens) for e in order}
-        if number:  # the first round warms up
-            rounds.append(measured)
-    result = {
-        "model": path,
-        "threads": args.threads,
-        "prompt_tokens": args.prompt_tokens,
-        "tokens": args.tokens,
-        "rounds": args.rounds,
-        "engines": {
-            e: {
-                **{f: statistics.median(r[e][f] for r in rounds) for f in FIGURES},
-                "load_time": peers[e].loaded["load_time"],
-                "peak_memory": rounds[-1][e]["peak_memory"],
-            }
-            for e in ENGINES
-        },
-        "ratios": {
-            f: statistics.median(r["pronk"][f] / r["llama_cpp"][f] for r in rounds) for f in FIGURES
-        },
-    }
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{path}, {args.threads} threads, {args.rounds} rounds")
-    for e, figures in result["engines"].items():
-        print(
-            f"  {e:<10} prefill {figures['prefill']:7.1f}/s  decode {figures['decode']:6.1f}/s  "
-            f"load {figures['load_time']:.2f} s  peak {figures['peak_memory'] / 1e6:.1f} MB"
-        )
-    print("  ratio      " + "  ".join(f"{f} {result['ratios'][f]:.2f}" for f in FIGURES))
+    args = arguments()
+    names = [args.model, *([args.second_model] if args.second_model else [])]
+    try:
+        result = Comparison(args, [resolve(name) for name in names]).run()
+    except (PronkError, PeerError) as error:
+        raise SystemExit(f"peers.py: {error}") from None
+    output.finish(result, args)
 
 
 if __name__ == "__main__":

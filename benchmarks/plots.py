@@ -1,0 +1,153 @@
+"""Plots of results as SVG; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import tables
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = {
+    "pronk": "#c44e00",
+    "llama_cpp": "#2f6db3",
+    "llama_cpp_q4_0": "#8fb8e0",
+    "openvino": "#7a4fa3",
+}
+_PALETTE = ("#c44e00", "#2f6db3", "#3f8f4f", "#7a4fa3", "#b08900", "#5b6770", "#c2185b", "#008b8b")
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pronk",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+Result = dict[str, Any]
+
+
+def draw(result: Result, path: Path) -> None:
+    """Draw a result, if there is something to see; the same result gives the same file."""
+    makers: dict[str, Callable[[Result], Figure]] = {
+        "peers": peers,
+        "kernels": kernels,
+        "scaling": scaling,
+    }
+    if result["benchmark"] not in makers:
+        return
+    with mpl.rc_context(_STYLE):
+        figure = makers[result["benchmark"]](result)
+        part = path.with_suffix(".part")
+        figure.savefig(part, format="svg", metadata={"Date": None})
+    lines = part.read_text().splitlines()
+    part.write_text("\n".join(line.rstrip() for line in lines) + "\n")
+    part.replace(path)
+
+
+def peers(result: Result) -> Figure:
+    """Pronk's rate over each peer's, a bar each, with the goals as marks."""
+    tasks = list(result["tasks"].values())
+    found = [tables.summary(task, result["limits"]) for task in tasks]
+    others = [n for n in tables.NAMES if any(n in f["ratios"] for f in found)]
+    figure = Figure(figsize=(7.5, 0.6 * len(tasks) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / max(1, len(others))
+    for j, name in enumerate(others):
+        for i, (task, one) in enumerate(zip(tasks, found, strict=True)):
+            if name not in one["ratios"]:
+                continue
+            y = i + (j - (len(others) - 1) / 2) * height
+            axes.barh(y, one["ratios"][name], height * 0.9, color=COLORS[name])
+            goal = task["goals"].get(name)
+            if goal:
+                axes.plot([goal, goal], [y - height / 2, y + height / 2], color="black", lw=1.5)
+        axes.barh(0, 0, color=COLORS[name], label=f"÷ {tables.NAMES[name]}")
+    axes.plot([], [], color="black", lw=1.5, label="goal")
+    axes.axvline(1, color="#888888", lw=0.8)
+    axes.set_yticks(range(len(tasks)), [_title(task, tasks) for task in tasks])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("Pronk's tokens a second over the peer's")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def _title(task: Result, tasks: list[Result]) -> str:
+    first = tasks[0]["model"]
+    return task["title"] if task["model"] == first else f"{task['title']}\n{task['model'][:24]}"
+
+
+def kernels(result: Result) -> Figure:
+    """The roofline: operations a second over operations a byte, a mark a measurement."""
+    limits, peak = result["limits"], result["limits"][result["peak"]]
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    rows = [r for r in result["rows"] if r["ops"] and r["seconds"]]
+    names = list(dict.fromkeys((r["kernel"], r["model"]) for r in rows))
+    for color, (kernel, model) in zip(_PALETTE, names, strict=False):
+        mine = [r for r in rows if (r["kernel"], r["model"]) == (kernel, model)]
+        axes.scatter(
+            [r["ops"] / r["bytes"] for r in mine], [r["ops"] / r["seconds"] / 1e9 for r in mine],
+            s=14, color=color, marker="o" if kernel == "matmul" else "^",
+            label=f"{kernel}, {model}",
+        )  # fmt: skip
+    low = min(r["ops"] / r["bytes"] for r in rows) / 1.5
+    high = max(max(r["ops"] / r["bytes"] for r in rows) * 1.5, peak / limits["bandwidth"] * 2)
+    knee = peak / limits["bandwidth"]
+    axes.plot([low, knee, high], [low * limits["bandwidth"] / 1e9, peak / 1e9, peak / 1e9],
+              color="black", lw=1, label="limit")  # fmt: skip
+    if result["peak"] == "int8_tiles":
+        vectors = limits["int8"]
+        start = vectors / limits["bandwidth"]
+        axes.plot([start, high], [vectors / 1e9] * 2, color="black", lw=1, ls=":",
+                  label="limit of vectors")  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte of weights (or cache)")
+    axes.set_ylabel("Giga-operations a second")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def scaling(result: Result) -> Figure:
+    """Rates against context, batch and instruction set."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    grid = figure.subplots(2, 2)
+    rows = result["rows"]
+
+    def line(axes: Axes, against: str, kind: str, label: str, factor: float = 1) -> None:
+        mine = [r for r in rows if (r["against"], r["kind"]) == (against, kind)]
+        axes.plot([r["x"] for r in mine], [r["value"] * factor for r in mine], marker="o", ms=4,
+                  color=_PALETTE[kind == "prefill"], label=label)  # fmt: skip
+        axes.set_ylim(bottom=0)
+
+    line(grid[0][0], "context", "decode", "decode")
+    grid[0][0].set_xlabel("tokens before")
+    grid[0][0].set_ylabel("decode, tokens/s")
+    line(grid[0][1], "context", "prefill", "prefill")
+    grid[0][1].set_xlabel("tokens before")
+    grid[0][1].set_ylabel(f"prefill of {result['prompt']}, tokens/s")
+    line(grid[1][0], "batch", "decode", "decode")
+    grid[1][0].set_xlabel("sequences decoding together")
+    grid[1][0].set_ylabel("tokens/s, all together")
+    for i, kind in enumerate(("decode", "prefill")):
+        mine = [r for r in rows if (r["against"], r["kind"]) == ("isa", kind)]
+        best = max((r["value"] for r in mine), default=1)
+        labels = [f"{r['x']}, {r['threads']} thr." for r in mine]
+        places = [y + 0.4 * i for y in range(len(mine))]
+        grid[1][1].barh(places, [r["value"] / best for r in mine], 0.38, color=_PALETTE[i],
+                        label=kind)  # fmt: skip
+        grid[1][1].set_yticks([y + 0.2 for y in range(len(mine))], labels)
+    grid[1][1].invert_yaxis()
+    grid[1][1].grid(axis="y", visible=False)
+    grid[1][1].set_xlabel("rate, of the best")
+    grid[1][1].legend(loc="lower right", frameon=True)
+    return figure

@@ -1,0 +1,145 @@
+"""Write docs/performance.md (and its plots) from the results kept in benchmarks/results.
+
+python benchmarks/report.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import output
+import tables
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+INTRO = """# Performance
+
+This page is written by `python benchmarks/report.py` from the results of runs that are kept in
+`benchmarks/results`; a test holds it to them. Rates are tokens a second, and more is better. The
+machines that such runs get are shared: before and after every round the machine's own limits are
+probed, rounds beside a slow spell are repeated, and what counts is the ratio of engines that took
+turns in one run. `a ≥ b` says that a figure reaches its goal, `a < b` that it does not."""
+
+PEERS = """## Beside llama.cpp and OpenVINO GenAI
+
+The same GGUF, the same number of threads, each engine in a process of its own, measurements in
+turns. Prompts are random tokens, new in every round of a prefill. llama.cpp runs with and without
+flash attention, OpenVINO with its own precision and with float32: the faster in each row counts.
+The column "Q4_0" is llama.cpp on the file requantized to the format it is fastest in, which costs
+answers that the others keep. A ratio is Pronk's rate over the peer's, the median over rounds;
+in the last two rows less is better and the ratio is turned round. The limit is the roofline's
+(below); "planned" is the weights, the cache and 70 MB.
+
+llama-cpp-python compiles on installation. GCC 12 miscompiles its tile kernels (they crash in the
+first prefill), so where the CPU has AMX it was built with
+
+```
+CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" pip install llama-cpp-python
+```"""
+
+ROOFLINE = """## What the limit is
+
+A step cannot be faster than the machine reads what it must read, nor than it multiplies what it
+must multiply (the roofline, Williams et al. 2009). For one token every weight is read once and
+used once, so decoding is bound by memory:
+
+    tokens/s ≤ bytes/s ÷ (bytes of the weights + bytes of the cache so far)
+
+For a prompt every weight is read once for all of its tokens, so prefill is bound by arithmetic:
+
+    tokens/s ≤ int8 operations/s ÷ (2 · parameters of the layers)
+
+Many sequences that decode together lie between the two. The figures on the right are measured by
+a probe of Pronk's own kernels for this purpose: one pass over 256 MB, and products on registers
+alone, in vectors and, where the CPU has them, in tiles (AMX). Products that keep more than 8 bits
+of an activation take more than one int8 product each, and everything that is not a product counts
+against the fraction; it is a share of what no program can pass, not of what one could reach."""
+
+KERNELS = """## Each kernel
+
+Products of random weights in the shapes of real models, over as many different weights as a model
+streams, so that little is left in caches; attention over a cache of 2,048 positions; the rest on
+rows of floats. Bytes a second where memory is the nearer limit, operations where arithmetic is,
+and the fraction of it."""
+
+SCALING = """## Context, batch, threads, instruction sets
+
+Steps of the runner alone. `PRONK_ISA` forces an instruction set; here all that this machine has
+run in turns. NEON is tested for correctness under an emulator, and not measured."""
+
+ACTIVATIONS = """## The precision of activations and of the cache
+
+Against the same weights dequantized, with float32 activations and a float32 cache. `a12` is what
+meets quantized weights: integers of 12 bits, with a scale for each group of 32."""
+
+SECTIONS = (("peers", PEERS), ("kernels", KERNELS), ("scaling", SCALING),
+            ("activations", ACTIVATIONS))  # fmt: skip
+
+
+def page(results: dict[str, dict[str, Any]], plots: set[str]) -> str:
+    """The whole page, from results by benchmark, with the plots that there are."""
+    parts = [INTRO]
+    for name, text in SECTIONS:
+        if name not in results:
+            continue
+        result = results[name]
+        command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
+        parts += [text, command, f"On {tables.machine(result['machine'])}."]
+        parts.append(tables.show(result))
+        if name == "peers":
+            parts.append(engines(result))
+        if name in plots:
+            parts.append(f"![{name}](../benchmarks/results/{name}.svg)")
+        if name == "peers":
+            parts.append(ROOFLINE)
+    return "\n\n".join(parts) + "\n"
+
+
+def engines(result: dict[str, Any]) -> str:
+    """Versions and settings of the engines of a `peers.py` result."""
+    lines = []
+    for name, about in result["peers"].items():
+        versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+        used = {t["variants"][name] for t in result["tasks"].values() if name in t["variants"]}
+        line = f"- {tables.NAMES[name]}: {versions}"
+        if used - {"default"}:
+            line += f"; {' / '.join(sorted(used))}"
+        if about.get("isa"):
+            line += f"; `{about['isa']}`"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """The results that are kept, by benchmark."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return {result["benchmark"]: result for result in found}
+
+
+def current() -> str:
+    """What the page must be."""
+    return page(load(), {path.stem for path in RESULTS.glob("*.svg")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
+    args = parser.parse_args()
+    if args.check:
+        if not PAGE.exists() or PAGE.read_text() != current():
+            raise SystemExit(f"{PAGE.name} differs: run python benchmarks/report.py")
+        return
+    for name, result in load().items():
+        output.draw(result, RESULTS / f"{name}.svg")
+    part = PAGE.with_suffix(".part")
+    part.write_text(current())
+    part.replace(PAGE)
+
+
+if __name__ == "__main__":
+    main()

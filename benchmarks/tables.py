@@ -1,0 +1,245 @@
+"""From the JSON of a run to medians, Markdown tables and files: pure functions but for `save`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+SLOW = 0.8
+"""A round does not count when a probe beside it fell below this share of the best one."""
+
+NAMES = {
+    "pronk": "Pronk",
+    "llama_cpp": "llama.cpp",
+    "llama_cpp_q4_0": "llama.cpp, Q4_0",
+    "openvino": "OpenVINO",
+}
+_HEADROOM = 70_000_000  # bytes over weights and KV that a process may take
+
+Result = dict[str, Any]
+
+
+def share(probes: Sequence[dict[str, float]], best: dict[str, float]) -> float:
+    """The smallest share of the best that any figure of some probes reaches."""
+    return min(found[name] / value for found in probes for name, value in best.items())
+
+
+def good_rounds(task: Result, best: dict[str, float]) -> list[Result]:
+    """The rounds of a task outside slow spells; all of them if there are no others."""
+    rounds: list[Result] = task["rounds"]
+    return [r for r in rounds if share(r["probes"], best) >= SLOW] or rounds
+
+
+def summary(task: Result, limits: dict[str, float]) -> Result:
+    """Medians, spreads, ratios of Pronk to each peer, and fractions of the limits.
+
+    The spread is half the distance of the extremes, relative to the median.
+    """
+    rounds = [r["values"] for r in good_rounds(task, limits)]
+    medians, spreads, ratios = {}, {}, {}
+    for name in rounds[0]:
+        values = [r[name] for r in rounds]
+        medians[name] = statistics.median(values)
+        spreads[name] = (max(values) - min(values)) / 2 / medians[name]
+        if name != "pronk":
+            ratios[name] = statistics.median(r["pronk"] / r[name] for r in rounds)
+    kinds = [k for k in limits if k.startswith(task["limit"])]
+    fractions = {k: medians["pronk"] * task["cost"] / limits[k] for k in kinds}
+    return {"medians": medians, "spreads": spreads, "ratios": ratios, "fractions": fractions,
+            "rounds": len(rounds), "repeated": len(task["rounds"]) - len(rounds)}  # fmt: skip
+
+
+def against(value: float, goal: float | None, form: str) -> str:
+    """A figure, and whether it reaches its goal: ``2.90 ≥ 2.3`` or ``1.90 < 2.3``."""
+    text = form.format(value)
+    if goal is None:
+        return text
+    wanted = form.format(goal)
+    if "%" not in form:
+        wanted = f"{goal:g}"
+    return f"{text} {'≥' if value >= goal else '<'} {wanted}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded so that it reads well as it stands."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [head, ["-" * w for w in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def peers(result: Result) -> str:
+    """The tables of a `peers.py` result."""
+    used = [n for n in NAMES if any(n in r["values"] for t in result["tasks"].values()
+                                    for r in t["rounds"])]  # fmt: skip
+    others = [n for n in used if n != "pronk"]
+    parts = []
+    for model in dict.fromkeys(t["model"] for t in result["tasks"].values()):
+        tasks = [t for t in result["tasks"].values() if t["model"] == model]
+        here = [n for n in others if any(n in r["values"] for t in tasks for r in t["rounds"])]
+        head = ["tokens/s", "Pronk", *(NAMES[n] for n in here), *(f"÷ {NAMES[n]}" for n in here),
+                "of the limit", "spread"]  # fmt: skip
+        rows = [_row(task, summary(task, result["limits"]), here) for task in tasks]
+        if model == result["starts"]["model"]:
+            rows += _starts(result["starts"], here)
+        parts.append(f"{model}\n\n{markdown(head, rows)}")
+    return "\n\n".join([*parts, *_notes(result)])
+
+
+def _row(task: Result, found: Result, others: Sequence[str]) -> list[str]:
+    goals = task["goals"]
+    medians, ratios = found["medians"], found["ratios"]
+    fractions = [
+        against(value, goals.get("limit") if kind == task["limit"] else None, "{:.0%}")
+        + (" (tiles)" if kind.endswith("tiles") else "")
+        for kind, value in found["fractions"].items()
+    ]
+    return [
+        task["title"],
+        f"{medians['pronk']:,.0f}",
+        *(f"{medians[n]:,.0f}" if n in medians else "-" for n in others),
+        *(against(ratios[n], goals.get(n), "{:.2f}") if n in ratios else "-" for n in others),
+        ", ".join(fractions),
+        f"±{max(found['spreads'].values()):.0%}",
+    ]
+
+
+def start_figures(starts: Result) -> Result:
+    """Medians of the load times and peak memories, by engine."""
+    found: Result = {}
+    for name in starts["rounds"][0]:
+        rows = [r[name] for r in starts["rounds"] if name in r]
+        peaks = [r["peak_memory"] for r in rows if "peak_memory" in r]
+        found[name] = {
+            "load_time": statistics.median(r["load_time"] for r in rows),
+            "import_time": statistics.median(r["import_time"] for r in rows),
+            "peak_memory": peaks[0] if peaks else None,
+        }
+        plan = next((r["planned"] for r in rows if r.get("planned")), None)
+        if plan:
+            found[name]["allowed"] = plan["weights"] + plan["kv"] + _HEADROOM
+    return found
+
+
+def _starts(starts: Result, others: Sequence[str]) -> list[list[str]]:
+    figures = start_figures(starts)
+    rows = []
+    for title, key, form, unit in (
+        ("load to the first step, s", "load_time", "{:.2f}", 1.0),
+        ("peak memory, MB", "peak_memory", "{:.0f}", 1e6),
+    ):
+        values = {n: f[key] / unit for n, f in figures.items() if f[key]}
+        mine = values["pronk"]
+        limit = "-"
+        if key == "peak_memory":
+            allowed = figures["pronk"]["allowed"] / unit
+            limit = f"{'≤' if mine <= allowed else '>'} {allowed:.0f} planned"
+        rows.append([
+            title,
+            form.format(mine),
+            *(form.format(values[n]) if n in values else "-" for n in others),
+            # Less is better: the ratio is turned round, so that above 1 is Pronk's.
+            *(f"{values[n] / mine:.2f}" if n in values else "-" for n in others),
+            limit,
+            "",
+        ])  # fmt: skip
+    return rows
+
+
+def _limits(limits: dict[str, float]) -> str:
+    text = f"Limits: {limits['bandwidth'] / 1e9:.1f} GB/s, int8 in vectors "
+    text += f"{limits['int8'] / 1e12:.2f} Tera-op/s"
+    if "int8_tiles" in limits:
+        text += f", in tiles {limits['int8_tiles'] / 1e12:.2f}"
+    return text + "."
+
+
+def _notes(result: Result) -> list[str]:
+    limits = result["limits"]
+    notes = [_limits(limits)]
+    repeated = sum(summary(t, limits)["repeated"] for t in result["tasks"].values())
+    if repeated:
+        notes.append(f"{repeated} rounds fell into slow spells and do not count.")
+    for name, what in result["failures"].items():
+        notes.append(f"{NAMES[name]}: " + "; ".join(f"{k}: {v}" for k, v in what.items()) + ".")
+    return notes
+
+
+def kernels(result: Result) -> str:
+    """The tables of a `kernels.py` result: a row a kernel, a column a token count."""
+    limits, peak = result["limits"], result["limits"][result["peak"]]
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in result["rows"]):
+        rows = [r for r in result["rows"] if r["model"] == model]
+        counts = sorted({r["tokens"] for r in rows})
+        cells: dict[tuple[str, str], dict[int, str]] = {}
+        for r in rows:
+            cells.setdefault((r["what"], r["format"]), {})[r["tokens"]] = _rate(r, limits, peak)
+        head = [model, "format", *(f"{n} token{'s' * (n > 1)}" for n in counts)]
+        body = [[*key, *(row.get(n, "") for n in counts)] for key, row in cells.items()]
+        parts.append(markdown(head, body))
+    return "\n\n".join([*parts, _limits(limits)])
+
+
+def machine(about: Result) -> str:
+    """A paragraph on the machine of a run."""
+    return (
+        f"{about['cpu']} ({about['architecture']}; {', '.join(about['flags'])}), "
+        f"{about['cores']} cores, {about['threads']} threads, {about['memory'] / 2**30:.0f} GiB, "
+        f"{about['kernel']}, Python {about['python']}, kernels for {', '.join(about['isas'])}, "
+        f"{about['date']}"
+    )
+
+
+def _rate(row: Result, limits: dict[str, float], peak: float) -> str:
+    """Bytes a second where memory is the limit, else operations; and the fraction of it."""
+    if not row["seconds"]:
+        return "too short"
+    speed, ops = row["bytes"] / row["seconds"], row["ops"] / row["seconds"]
+    of_memory, of_peak = speed / limits["bandwidth"], ops / peak
+    if row["tokens"] > 1 and row["kernel"] == "attention":  # in floats: int8 is not its limit
+        return f"{ops / 1e9:,.0f} Gop/s"
+    if of_peak > of_memory:
+        return f"{ops / 1e9:,.0f} Gop/s, {of_peak:.0%}"
+    return f"{speed / 1e9:,.1f} GB/s" + (f", {of_memory:.0%}" if ops else "")
+
+
+def scaling(result: Result) -> str:
+    """The tables of a `scaling.py` result: one for each axis, in tokens a second."""
+    parts = []
+    titles = {"isa": "kernels, threads", "threads": "threads", "context": "tokens before",
+              "batch": "sequences together"}  # fmt: skip
+    for axis, title in titles.items():
+        rows = [r for r in result["rows"] if r["against"] == axis]
+        kinds = list(dict.fromkeys(r["kind"] for r in rows))
+        lines: dict[str, dict[str, str]] = {}
+        for r in rows:
+            x = f"{r['x']}, {r['threads']}" if axis == "isa" else f"{r['x']:,}"
+            lines.setdefault(x, {})[r["kind"]] = f"{r['value']:,.0f} ±{r['spread']:.0%}"
+        prompt = f"prefill of {result['prompt']}"
+        head = [title, *(prompt if k == "prefill" else k for k in kinds)]
+        parts.append(
+            markdown(head, [[x, *(v.get(k, "") for k in kinds)] for x, v in lines.items()])
+        )
+    return "\n\n".join([*parts, _limits(result["limits"])])
+
+
+def activations(result: Result) -> str:
+    """The table of an `activations.py` result."""
+    head = [f"{result['model']}, {result['tokens']:,} tokens", "top-1 agreement",
+            "KL divergence", "prefill of 512", "decode"]  # fmt: skip
+    rows = [
+        [r["variant"], f"{r['top1_agreement']:.2%}", f"{r['kl']:.6f}", f"{r['prefill']:,.0f}",
+         f"{r['decode']:,.0f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
+def show(result: Result) -> str:
+    """The tables of any result."""
+    makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations}
+    return makers[result["benchmark"]](result)

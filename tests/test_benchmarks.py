@@ -1,0 +1,175 @@
+"""The benchmarks: their arithmetic, their workers, and the page made from their results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import tiny_llama_dir
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_the_page_is_made_from_the_results():
+    import report
+
+    assert report.load(), "there are no results"
+    assert report.PAGE.read_text() == report.current()
+
+
+def a_task(**changes):
+    fast, slow = {"bandwidth": 40e9, "int8": 1e12}, {"bandwidth": 10e9, "int8": 1e12}
+
+    def a_round(pronk, peer, probe):
+        return {"values": {"pronk": pronk, "llama_cpp": peer}, "probes": [fast, probe]}
+
+    task = {
+        "title": "decode", "model": "m.gguf", "kind": "decode", "limit": "bandwidth",
+        "cost": 100e6, "goals": {"llama_cpp": 2.0, "limit": 0.9}, "variants": {},
+        "rounds": [a_round(300, 100, fast), a_round(320, 160, fast), a_round(310, 100, fast),
+                   a_round(50, 100, slow)],
+    }  # fmt: skip
+    return {**task, **changes}, {"bandwidth": 40e9, "int8": 1e12}
+
+
+def test_rounds_beside_a_slow_spell_do_not_count():
+    import tables
+
+    task, limits = a_task()
+    found = tables.summary(task, limits)
+    assert (found["rounds"], found["repeated"]) == (3, 1)
+    assert found["medians"] == {"pronk": 310, "llama_cpp": 100}
+    assert found["ratios"] == {"llama_cpp": 3.0}  # of 3.0, 2.0 and 3.1: round by round
+    assert found["fractions"] == {"bandwidth": pytest.approx(310 * 100e6 / 40e9)}
+    assert found["spreads"]["pronk"] == pytest.approx(10 / 310)
+
+
+def test_the_table_says_which_goals_are_reached():
+    import tables
+
+    task, limits = a_task()
+    starts = {"model": "m.gguf", "rounds": [{
+        "pronk": {"load_time": 0.2, "import_time": 0.1, "peak_memory": 190_000_000,
+                  "planned": {"weights": 100_000_000, "kv": 30_000_000}},
+        "llama_cpp": {"load_time": 0.4, "import_time": 0.1, "peak_memory": 380_000_000},
+    }]}  # fmt: skip
+    text = tables.peers(
+        {"tasks": {"decode": task}, "limits": limits, "starts": starts, "failures": {}}
+    )
+    assert "3.00 ≥ 2" in text
+    assert "78% < 90%" in text
+    assert "≤ 200 planned" in text
+    load = next(line for line in text.splitlines() if "first step" in line)
+    assert "0.20" in load
+    assert "2.00" in load
+
+
+def ask(engine: str, model: str, *tasks: dict) -> tuple[list[dict], int]:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "engines.py"), engine, model, "--threads", "2",
+         "--context", "64", "--first", "5"],
+        input="".join(json.dumps(task) + "\n" for task in tasks),
+        capture_output=True, text=True, check=False)  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()], done.returncode
+
+
+def test_a_worker_measures_pronk(tmp_path):
+    model = tiny_llama_dir(tmp_path / "tiny")
+    prompt = list(range(3, 13))
+    loaded, *answers = ask(
+        "pronk", str(model),
+        {"kind": "prefill", "prompt": prompt},
+        {"kind": "decode", "prompt": prompt, "tokens": 4},
+        {"kind": "decode", "prompt": prompt, "tokens": 4},
+        {"kind": "together", "prompts": [prompt[:5], prompt[5:]], "tokens": 3},
+        {"kind": "memory"},
+    )[0]  # fmt: skip
+    assert loaded["load_time"] > 0
+    assert loaded["versions"]["pronk"]
+    assert loaded["about"]["memory"]["total"] > 0
+    assert len(answers) == 5
+    assert all(a["value"] > 0 for a in answers)
+
+
+def test_a_worker_that_cannot_load_says_so_in_a_sentence():
+    (answer,), status = ask("pronk", "/nonexistent/model")
+    assert status == 0
+    assert "model" in answer["error"]
+    assert "\n" not in answer["error"]
+
+
+def test_a_missing_or_crashing_peer_is_one_sentence(tmp_path):
+    import peers
+
+    absent = peers.Peer("openvino", sys.executable, "model.gguf", 2, 64)
+    with pytest.raises(peers.PeerError, match=r"^loading: \S+Error: .*$"):
+        absent.start()
+    script = tmp_path / "crash"
+    script.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    script.chmod(0o755)
+    crashing = peers.Peer("llama_cpp", str(script), "model.gguf", 2, 64)
+    with pytest.raises(peers.PeerError, match="ended with signal 11"):
+        crashing.start()
+
+
+def test_what_a_token_costs_comes_from_the_file(tmp_path):
+    import peers
+
+    from pronk.checkpoint.open import open_checkpoint
+
+    path = tiny_llama_dir(tmp_path / "tiny")
+    with open_checkpoint(path) as checkpoint:
+        spec = checkpoint.spec
+    known = peers.facts(path)
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    layer = spec.hidden_size * (2 * q + 2 * kv + 3 * spec.intermediate_size)
+    assert known["parameters"] == spec.num_layers * layer
+    assert known["head"] == spec.vocab_size * spec.hidden_size
+    assert known["kv_bytes"] == spec.num_layers * 2 * kv * 2
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_1", "q6_k"])
+def test_a_program_of_one_kind_of_op_runs(dtype):
+    import one_op
+
+    bench = one_op.Bench(2, "")
+    runner, count, size = bench.matmul(48, 256, dtype, 4, streamed=False)
+    assert count == 4
+    assert size > 0
+    assert one_op.seconds(runner, 3, least=0.001) > 0
+
+
+def test_kernels_in_rows_and_attention_run():
+    import one_op
+
+    bench = one_op.Bench(2, "")
+    for kind in ("rms_norm", "add", "silu_mul"):
+        assert one_op.seconds(bench.rowwise(kind, 64, 4, 3), 4, least=0.001) > 0
+    runner = bench.attention(one_op.SHAPES[0], 128, 2, 4)
+    assert one_op.seconds(runner, 4, 100, least=0.001) > 0
+
+
+def test_a_command_names_no_place(monkeypatch):
+    import output
+
+    monkeypatch.setattr(sys, "argv", [
+        "benchmarks/peers.py", "/some/where/model.gguf", "--out", "/x/y.json", "--rounds", "3",
+        "--llama-python=/a/b", "--openvino-python", "/c/d", "--json"])  # fmt: skip
+    assert output.command() == "python benchmarks/peers.py model.gguf --rounds 3"
+
+
+def test_results_are_compact_and_whole():
+    import output
+
+    data = {"a": {"b": [1.23456, {"c": "d"}]}, "rows": [{"x": 1}, {"x": 2}], "n": 3, "e": {}}
+    text = output.compact(data)
+    assert json.loads(text) == {**data, "a": {"b": [1.235, {"c": "d"}]}}
+    assert len(text.splitlines()) < 12
