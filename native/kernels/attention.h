@@ -164,23 +164,25 @@ class Queries {
     Scores scores_;
 };
 
+// Whether token t + 1 may go through the past with token t.
+inline bool goes_on(const Tokens& tokens, int64_t t, int64_t count) {
+    return t + 1 < count && tokens.sequences[t + 1] == tokens.sequences[t] &&
+           tokens.positions[t + 1] > tokens.positions[t];
+}
+
 inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
                       Rows out, int64_t count, int64_t first, int64_t last) {
     Queries queries(kv, scale);
     const int64_t group = heads / kv.kv_heads;
     for (int64_t item = first; item < last; ++item) {
         const int64_t head = item / count, t = item % count;
-        const int32_t sequence = tokens.sequences[t];
-        const int32_t* blocks = kv.tables + sequence * kv.max_blocks;
+        const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
             queries.add(qkv.row<float>(t) + h * kv.head_dim, tokens.positions[t] + 1,
                         out.row<float>(t) + h * kv.head_dim);
             if (queries.full()) queries.finish(blocks, head);
         }
-        // The next token may join if it goes on where this one is, in the same head.
-        const bool joins = item + 1 < last && t + 1 < count &&
-                           tokens.sequences[t + 1] == sequence &&
-                           tokens.positions[t + 1] > tokens.positions[t];
+        const bool joins = item + 1 < last && goes_on(tokens, t, count);
         if (!joins && !queries.empty()) queries.finish(blocks, head);
     }
 }
@@ -188,21 +190,22 @@ inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, co
 // The parts of token t: row t * chunks + c holds, for every head, the values summed over chunk c,
 // then the maximum and the total.
 inline void attention_parts(Rows qkv, int64_t heads, float scale, const KvView& kv,
-                            const Tokens& tokens, Rows parts, int64_t chunks, int64_t first,
-                            int64_t last) {
+                            const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
+                            int64_t first, int64_t last) {
     Queries queries(kv, scale);
     const int64_t group = heads / kv.kv_heads, dim = kv.head_dim, width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
-        const int64_t head = item % kv.kv_heads, row = item / kv.kv_heads;
-        const int64_t t = row / chunks, from = row % chunks * kChunk;
-        const int64_t length = tokens.positions[t] + 1;
-        if (from >= length) continue;
-        const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
-        for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-            queries.add(qkv.row<float>(t) + h * dim, length, parts.row<float>(row) + h * width);
-            if (queries.full()) queries.part(blocks, head, from);
+        const int64_t head = item % kv.kv_heads, chunk = item / kv.kv_heads, from = chunk * kChunk;
+        for (int64_t t = 0; t < count; ++t) {
+            const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
+            const int64_t length = tokens.positions[t] + 1;
+            float* part = parts.row<float>(t * chunks + chunk);
+            for (int64_t h = head * group; from < length && h < (head + 1) * group; ++h) {
+                queries.add(qkv.row<float>(t) + h * dim, length, part + h * width);
+                if (queries.full()) queries.part(blocks, head, from);
+            }
+            if (!goes_on(tokens, t, count) && !queries.empty()) queries.part(blocks, head, from);
         }
-        if (!queries.empty()) queries.part(blocks, head, from);
     }
 }
 

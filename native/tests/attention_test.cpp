@@ -169,8 +169,8 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const int64_t part_stride = c.heads * (c.dim + kPartTail) * 4;
     const Buffer parts(n * chunks * part_stride), joined(n * out_stride);
     const Rows part_rows{parts.data(), part_stride};
-    kernels.attention_parts(rows, c.heads, scale, setup.view(), setup.at(0), part_rows, chunks, 0,
-                            n * chunks * c.kv_heads);
+    kernels.attention_parts(rows, c.heads, scale, setup.view(), setup.at(0), part_rows, n, chunks,
+                            0, chunks * c.kv_heads);
     kernels.attention_join(part_rows, c.heads, c.dim, setup.at(0), chunks,
                            {joined.data(), out_stride}, 0, n * c.heads);
     check(joined == out, "%s attention dim %d %s lengths %d, %d: parts differ", kernels.name, c.dim,
