@@ -204,9 +204,11 @@ void Executor::run(const Batch& batch) {
           chunks(batch)});
 }
 
-// Few tokens with long pasts leave threads idle unless a token's past is cut too.
+// Few sequences with long pasts leave threads idle unless a past is cut too.
 int64_t Executor::chunks(const Batch& batch) const {
-    if (batch.tokens * kv_shape_.heads >= 4 * team_.size()) return 0;
+    int64_t runs = 1;  // of tokens that go through a past together
+    for (int64_t t = 1; t < batch.tokens; ++t) runs += batch.sequences[t] != batch.sequences[t - 1];
+    if (runs * kv_shape_.heads >= 4 * team_.size()) return 0;
     const int64_t longest = *std::max_element(batch.positions, batch.positions + batch.tokens);
     const int64_t count = longest / kChunk + 1;
     return count > 1 && batch.tokens * count <= limits_.max_tokens ? count : 0;
@@ -219,7 +221,7 @@ void Executor::head(const int32_t* rows, int64_t count) {
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    if (op.kind == OpKind::attention_parts) return step.count * step.chunks * kv_shape_.heads;
+    if (op.kind == OpKind::attention_parts) return step.chunks * kv_shape_.heads;
     if (op.kind == OpKind::attention)
         return step.count * (step.chunks ? op.heads : kv_shape_.heads);
     if (op.kind != OpKind::matmul) return step.count;
@@ -277,8 +279,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
         case OpKind::attention_parts:
-            return k.attention_parts(a, op.heads, op.scalar, kv, step.tokens, b, step.chunks, first,
-                                     last);
+            return k.attention_parts(a, op.heads, op.scalar, kv, step.tokens, b, step.count,
+                                     step.chunks, first, last);
         case OpKind::attention:
             if (step.chunks)
                 return k.attention_join(b, op.heads, kv.head_dim, step.tokens, step.chunks, out,

@@ -1,305 +1,210 @@
-// Rotary embedding, the paged KV cache, and attention in one pass over its blocks.
+// Attention over the paged KV cache.
 //
-// A block holds kBlock positions of every KV head. Keys lie position-inner ([d][position], bf16
-// in pairs of d) so that 16 positions are scored without a horizontal sum; values lie
-// [position][d].
+// Queries that read the same keys (the heads of a group, neighbouring tokens of a sequence) go
+// through the past together, in tiles of 16, a chunk of it at a time: so a chunk is read from
+// memory once. The sums of chunks are joined in order.
 #pragma once
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "half.h"
-#include "kernels.h"
-#include "vec.h"
+#include "attend.h"
+#if defined(PRONK_AMX)
+#include "attend_amx.h"
+#endif
 
 namespace pronk::PRONK_NS {
 
-constexpr int kMaxHeadDim = 256;
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-// Within a layer's part of a block: keys of every head, then values of every head.
-inline uint8_t* kv_head(const KvView& kv, int64_t block, int64_t head, bool value) {
-    return kv.base + block * kv.block_stride + (value * kv.kv_heads + head) * kv.head_bytes();
-}
-
-inline void rotate(float* x, const float* table, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[i + half], c = table[i], s = table[half + i];
-        x[i] = a * c - b * s;
-        x[i + half] = b * c + a * s;
+#if defined(PRONK_AMX)
+// Holds tiles while some attention may use them.
+class Tiles {
+  public:
+    explicit Tiles(const KvView& kv) : used_(kv.bf16 && kv.head_dim % 32 == 0) {}
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+    ~Tiles() {
+        if (rows_) _tile_release();
     }
-}
-
-inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
-                       int64_t first, int64_t last) {
-    const int64_t dim = kv.head_dim;
-    for (int64_t t = first; t < last; ++t) {
-        float* q = qkv.row<float>(t);
-        const float* angles = table.row<float>(t);
-        for (int64_t h = 0; h < heads + kv.kv_heads; ++h) rotate(q + h * dim, angles, dim / 2);
-        const int64_t position = tokens.positions[t];
-        const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
-        const int64_t slot = position % kBlock;
-        for (int64_t h = 0; h < kv.kv_heads; ++h) {
-            const float* k = q + (heads + h) * dim;
-            const float* v = k + kv.kv_heads * dim;
-            uint8_t* keys = kv_head(kv, block, h, false);
-            uint8_t* values = kv_head(kv, block, h, true);
-            if (kv.bf16) {
-                uint16_t* kp = reinterpret_cast<uint16_t*>(keys);
-                uint16_t* vp = reinterpret_cast<uint16_t*>(values) + slot * dim;
-                for (int64_t d = 0; d < dim; ++d) {
-                    kp[(d / 2 * kBlock + slot) * 2 + d % 2] = f32_to_bf16(k[d]);
-                    vp[d] = f32_to_bf16(v[d]);
-                }
-            } else {
-                float* kp = reinterpret_cast<float*>(keys);
-                for (int64_t d = 0; d < dim; ++d) kp[d * kBlock + slot] = k[d];
-                std::memcpy(reinterpret_cast<float*>(values) + slot * dim, v, dim * sizeof(float));
-            }
-        }
+    explicit operator bool() const { return used_; }
+    void rows(int count) {
+        if (count != rows_) configure_tiles(rows_ = count);
     }
-}
 
-// A softmax-weighted sum of values so far: the maximum score, the sum of weights against it, and
-// the weighted values.
-struct Sum {
-    float* acc;
-    float top, total;
+  private:
+    bool used_;
+    int rows_ = 0;
 };
+#endif
 
-// One query head of one token on its way through the blocks.
-struct Query {
-    const float* q;
-    float* out;
-    int64_t length;    // positions it attends to
-    float top, total;  // of the current chunk
-    alignas(64) float acc[kMaxHeadDim];
-    alignas(64) float p[kBlock];
-    float all_top, all_total;  // of the chunks before it
-    alignas(64) float all[kMaxHeadDim];
-};
-
-// Scores of the 32 positions of a block against R queries, into each one's p.
-template <int R>
-inline void score_block(const uint8_t* keys, bool bf16, Query* rows, int64_t dim) {
-    F lo[R], hi[R];
-    for (int r = 0; r < R; ++r) lo[r] = hi[r] = set(0.0f);
-    if (bf16) {
-        const uint16_t* k = reinterpret_cast<const uint16_t*>(keys);
-        for (int64_t d = 0; d < dim; d += 2, k += 2 * kBlock) {
-            F a, b, c, e;
-            load_bf16_pairs(k, a, b);
-            load_bf16_pairs(k + kBlock, c, e);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const F q0 = set(rows[r].q[d]), q1 = set(rows[r].q[d + 1]);
-                lo[r] = fma(b, q1, fma(a, q0, lo[r]));
-                hi[r] = fma(e, q1, fma(c, q0, hi[r]));
-            }
-        }
-    } else {
-        const float* k = reinterpret_cast<const float*>(keys);
-        for (int64_t d = 0; d < dim; ++d, k += kBlock) {
-            const F a = load(k), b = load(k + 16);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                lo[r] = fma(a, set(rows[r].q[d]), lo[r]);
-                hi[r] = fma(b, set(rows[r].q[d]), hi[r]);
-            }
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        store(rows[r].p, lo[r]);
-        store(rows[r].p + 16, hi[r]);
-    }
+// 16 sums each: the factors that the values of the old and the added sum take.
+inline void join_totals(float* top, float* total, const float* chunk_top, const float* chunk_total,
+                        float* old, float* added) {
+    const F a = load(top), b = load(chunk_top), both = max(a, b);
+    const F x = exp2<5>(sub(a, both)), y = exp2<5>(sub(b, both));
+    store(top, both);
+    store(total, fma(load(chunk_total), y, mul(load(total), x)));
+    store(old, x);
+    store(added, y);
 }
 
-// Turns the scores of a block into weights against the running maximum; n positions count.
-inline void soften(Query& row, float scale, int n, int64_t dim) {
-    F lo = keep_first(mul(load(row.p), set(scale)), n, kLowest);
-    F hi = keep_first(mul(load(row.p + 16), set(scale)), n > 16 ? n - 16 : 0, kLowest);
-    const float top = hmax(max(lo, hi));
-    if (top > row.top) {  // rescale what is summed so far to the new maximum
-        float factor[16];
-        store(factor, exp(set(row.top - top)));
-        const float f = row.top == kLowest ? 0.0f : factor[0];
-        row.total *= f;
-        for (int64_t d = 0; d < dim; d += 16) store(row.acc + d, mul(load(row.acc + d), set(f)));
-        row.top = top;
-    }
-    lo = keep_first(exp(sub(lo, set(row.top))), n, 0.0f);
-    hi = keep_first(exp(sub(hi, set(row.top))), n > 16 ? n - 16 : 0, 0.0f);
-    row.total += hsum(add(lo, hi));
-    store(row.p, lo);
-    store(row.p + 16, hi);
-}
-
-// acc += p @ values over the first n positions, for V vectors of the head from column d on.
-// A row that attends to fewer positions has zeros in its p for the others.
-template <int R, int V>
-inline void weigh_block(const uint8_t* values, bool bf16, Query* rows, int n, int64_t dim,
-                        int64_t d) {
-    F sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < V; ++i) sum[r][i] = load(rows[r].acc + d + 16 * i);
-    for (int j = 0; j < n; ++j) {
-        F v[V];
-#pragma GCC unroll 4
-        for (int i = 0; i < V; ++i) {
-            const int64_t at = j * dim + d + 16 * i;
-            v[i] = bf16 ? load_bf16(reinterpret_cast<const uint16_t*>(values) + at)
-                        : load(reinterpret_cast<const float*>(values) + at);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            const F w = set(rows[r].p[j]);
-#pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) sum[r][i] = fma(w, v[i], sum[r][i]);
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int i = 0; i < V; ++i) store(rows[r].acc + d + 16 * i, sum[r][i]);
-}
-
-// Queries of one sequence and KV head, in order of their lengths, over positions [from, to) of one
-// chunk: each block is read once for all.
-template <int R>
-void attend(Query* rows, float scale, const KvView& kv, const int32_t* blocks, int64_t head,
-            int64_t from, int64_t to) {
-    const int64_t dim = kv.head_dim;
-    for (int r = 0; r < R; ++r) {
-        rows[r].top = kLowest;
-        rows[r].total = 0.0f;
-        for (int64_t d = 0; d < dim; d += 16) store(rows[r].acc + d, set(0.0f));
-    }
-    for (int64_t start = from; start < to; start += kBlock) {
-        const int64_t block = blocks[start / kBlock];
-        if (start + kBlock < to) {
-            const int64_t next = blocks[start / kBlock + 1];
-            prefetch(kv_head(kv, next, head, false), kv.head_bytes());
-            prefetch(kv_head(kv, next, head, true), kv.head_bytes());
-        }
-        score_block<R>(kv_head(kv, block, head, false), kv.bf16, rows, dim);
-        int n = 0;
-        for (int r = 0; r < R; ++r) {
-            const int64_t left = rows[r].length - start;
-            n = static_cast<int>(left < kBlock ? left : kBlock);
-            if (n > 0) {
-                soften(rows[r], scale, n, dim);
-            } else {  // it has seen all it may: it adds nothing
-                store(rows[r].p, set(0.0f));
-                store(rows[r].p + 16, set(0.0f));
-            }
-        }
-        const uint8_t* values = kv_head(kv, block, head, true);
-        int64_t d = 0;
-        for (; d + 64 <= dim; d += 64) weigh_block<R, 4>(values, kv.bf16, rows, n, dim, d);
-        for (; d < dim; d += 16) weigh_block<R, 1>(values, kv.bf16, rows, n, dim, d);
-    }
-}
-
-inline void attend_some(int count, Query* rows, float scale, const KvView& kv,
-                        const int32_t* blocks, int64_t head, int64_t from, int64_t to) {
-    static constexpr decltype(&attend<1>) attends[] = {attend<1>, attend<2>, attend<3>, attend<4>};
-    attends[count - 1](rows, scale, kv, blocks, head, from, to);
-}
-
-// Joins the sum of a chunk to that of the chunks before it.
-inline void join(Sum& all, const Sum& chunk, int64_t dim) {
-    const float top = all.top > chunk.top ? all.top : chunk.top;
-    float factors[16];
-    store(factors, exp(keep_first(set(all.top - top), 1, chunk.top - top)));
+inline void join_values(float* values, const float* chunk, float old, float added, int64_t dim) {
+    const F x = set(old), y = set(added);
     for (int64_t d = 0; d < dim; d += 16)
-        store(all.acc + d,
-              fma(load(chunk.acc + d), set(factors[1]), mul(load(all.acc + d), set(factors[0]))));
-    all.total = all.total * factors[0] + chunk.total * factors[1];
-    all.top = top;
+        store(values + d, fma(load(chunk + d), y, mul(load(values + d), x)));
 }
 
-inline void finish(const Sum& all, int64_t dim, float* out) {
-    const F inverse = set(1.0f / all.total);
-    for (int64_t d = 0; d < dim; d += 16) store(out + d, mul(load(all.acc + d), inverse));
+inline void divide(const float* values, float total, int64_t dim, float* out) {
+    const F inverse = set(1.0f / total);
+    for (int64_t d = 0; d < dim; d += 16) store(out + d, mul(load(values + d), inverse));
 }
 
-// Chunk by chunk, joined in order: what the parts of attention_parts give, bit for bit.
-inline void attend_all(int count, Query* rows, float scale, const KvView& kv, const int32_t* blocks,
-                       int64_t head) {
-    const int64_t length = rows[count - 1].length, dim = kv.head_dim;
-    Sum sums[4];
-    for (int64_t from = 0; from < length; from += kChunk) {
-        const int64_t to = length < from + kChunk ? length : from + kChunk;
-        attend_some(count, rows, scale, kv, blocks, head, from, to);
-        for (int r = 0; r < count; ++r) {
-            if (from == 0) {
-                sums[r] = {rows[r].all, rows[r].top, rows[r].total};
-                std::memcpy(rows[r].all, rows[r].acc, static_cast<size_t>(dim) * sizeof(float));
-            } else if (from < rows[r].length) {
-                join(sums[r], {rows[r].acc, rows[r].top, rows[r].total}, dim);
-            }
-        }
+// Tiles of queries of one sequence and KV head on their way through the past.
+class Queries {
+  public:
+    Queries(const KvView& kv, float scale)
+        : kv_(kv),
+          scale_(scale),
+#if defined(PRONK_AMX)
+          tiles_(kv),
+#endif
+          most_(kElements / kv.head_dim / kQueries < kTiles
+                    ? static_cast<int>(kElements / kv.head_dim / kQueries)
+                    : kTiles) {
     }
-    for (int r = 0; r < count; ++r) finish(sums[r], dim, rows[r].out);
+
+    bool empty() const { return count_ == 0; }
+    bool full() const { return count_ == most_ * kQueries; }
+
+    void add(const float* q, int64_t length, float* out) {
+        Tile& tile = tile_[count_ / kQueries];
+        const int r = count_ % kQueries;
+        float* packed = q_ + count_ / kQueries * kQueries * kv_.head_dim;
+        tile.count = r + 1;
+        tile.length[r] = length;
+        out_[count_++] = out;
+#if defined(PRONK_AMX)
+        if (tiles_)
+            return split_query(q, scale_, kv_.head_dim, kQueries * kv_.head_dim,
+                               reinterpret_cast<uint16_t*>(packed) + r * kv_.head_dim);
+#endif
+        pack_query(q, scale_, kv_.head_dim, packed + r * kv_.head_dim);
+    }
+
+    // Writes each query's attention to its `out`.
+    void finish(const int32_t* blocks, int64_t head) {
+        const int tiles = (count_ + kQueries - 1) / kQueries;
+        const int64_t longest = tile_[tiles - 1].longest();
+        for (int64_t from = 0; from < longest; from += kChunk)
+            for (int i = 0, first = 1; i < tiles; ++i)
+                if (from < tile_[i].longest()) {
+                    sum(i, blocks, head, from, first, from == 0);
+                    if (from) join(i, from);
+                    first = 0;
+                }
+        for (int i = 0; i < count_; ++i)
+            divide(values_ + i * kv_.head_dim, total_[i], kv_.head_dim, out_[i]);
+        count_ = 0;
+    }
+
+    // Writes each query's sum over one chunk to its `out`: values, then the top and the total.
+    void part(const int32_t* blocks, int64_t head, int64_t from) {
+        const int64_t dim = kv_.head_dim;
+        for (int i = 0; i * kQueries < count_; ++i) sum(i, blocks, head, from, i == 0, true);
+        for (int i = 0; i < count_; ++i) {
+            std::memcpy(out_[i], values_ + i * dim, static_cast<size_t>(dim) * sizeof(float));
+            out_[i][dim] = top_[i];
+            out_[i][dim + 1] = total_[i];
+        }
+        count_ = 0;
+    }
+
+  private:
+    static constexpr int kTiles = 8;
+    static constexpr int64_t kElements = kTiles * kQueries * 64;
+
+    // Into the sums of the tile when it is `fresh`, else beside them.
+    void sum(int i, const int32_t* blocks, int64_t head, int64_t from, [[maybe_unused]] bool first,
+             bool fresh) {
+        const int64_t at = i * kQueries, dim = kv_.head_dim;
+        const Sums sums = fresh ? Sums{top_ + at, total_ + at, values_ + at * dim}
+                                : Sums{chunk_top_, chunk_total_, chunk_};
+#if defined(PRONK_AMX)
+        if (tiles_) {
+            tiles_.rows(tile_[i].count);
+            return sum_chunk_amx(tile_[i], reinterpret_cast<const uint16_t*>(q_ + at * dim), kv_,
+                                 blocks, head, from, first, scores_, sums);
+        }
+#endif
+        (kv_.bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim, kv_, blocks, head,
+                                                        from, scores_, sums);
+    }
+
+    // Adds the sums of the chunk from `from` on, which some of the tile's queries may not reach.
+    void join(int i, int64_t from) {
+        const int64_t at = i * kQueries, dim = kv_.head_dim;
+        alignas(64) float old[kQueries], added[kQueries];
+        for (int r = 0; r < tile_[i].count; ++r)
+            if (tile_[i].length[r] <= from) chunk_top_[r] = kLowest, chunk_total_[r] = 0.0f;
+        join_totals(top_ + at, total_ + at, chunk_top_, chunk_total_, old, added);
+        for (int r = 0; r < tile_[i].count; ++r)
+            if (from < tile_[i].length[r])
+                join_values(values_ + (at + r) * dim, chunk_ + r * dim, old[r], added[r], dim);
+    }
+
+    const KvView& kv_;
+    const float scale_;
+#if defined(PRONK_AMX)
+    Tiles tiles_;
+#endif
+    const int most_;
+    int count_ = 0;
+    Tile tile_[kTiles];
+    float* out_[kTiles * kQueries];
+    alignas(64) float top_[kTiles * kQueries], total_[kTiles * kQueries];
+    alignas(64) float chunk_top_[kQueries], chunk_total_[kQueries];
+    alignas(64) float q_[kElements];  // as the path packs them
+    alignas(64) float values_[kElements];
+    alignas(64) float chunk_[kQueries * kMaxHeadDim];
+    Scores scores_;
+};
+
+// Whether token t + 1 may go through the past with token t.
+inline bool goes_on(const Tokens& tokens, int64_t t, int64_t count) {
+    return t + 1 < count && tokens.sequences[t + 1] == tokens.sequences[t] &&
+           tokens.positions[t + 1] > tokens.positions[t];
 }
 
 inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
                       Rows out, int64_t count, int64_t first, int64_t last) {
-    constexpr int most = 4;
-    Query rows[most];
-    int filled = 0;
+    Queries queries(kv, scale);
     const int64_t group = heads / kv.kv_heads;
     for (int64_t item = first; item < last; ++item) {
         const int64_t head = item / count, t = item % count;
-        const int32_t sequence = tokens.sequences[t];
-        const int32_t* blocks = kv.tables + sequence * kv.max_blocks;
+        const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-            rows[filled].q = qkv.row<float>(t) + h * kv.head_dim;
-            rows[filled].out = out.row<float>(t) + h * kv.head_dim;
-            rows[filled].length = tokens.positions[t] + 1;
-            if (++filled == most) {
-                attend_all(filled, rows, scale, kv, blocks, head);
-                filled = 0;
-            }
+            queries.add(qkv.row<float>(t) + h * kv.head_dim, tokens.positions[t] + 1,
+                        out.row<float>(t) + h * kv.head_dim);
+            if (queries.full()) queries.finish(blocks, head);
         }
-        // The next token may join if it goes on where this one is, in the same head.
-        const bool joins = item + 1 < last && t + 1 < count &&
-                           tokens.sequences[t + 1] == sequence &&
-                           tokens.positions[t + 1] > tokens.positions[t];
-        if (filled && !joins) {
-            attend_all(filled, rows, scale, kv, blocks, head);
-            filled = 0;
-        }
+        const bool joins = item + 1 < last && goes_on(tokens, t, count);
+        if (!joins && !queries.empty()) queries.finish(blocks, head);
     }
 }
 
 // The parts of token t: row t * chunks + c holds, for every head, the values summed over chunk c,
 // then the maximum and the total.
 inline void attention_parts(Rows qkv, int64_t heads, float scale, const KvView& kv,
-                            const Tokens& tokens, Rows parts, int64_t chunks, int64_t first,
-                            int64_t last) {
-    constexpr int most = 4;
-    Query rows[most];
+                            const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
+                            int64_t first, int64_t last) {
+    Queries queries(kv, scale);
     const int64_t group = heads / kv.kv_heads, dim = kv.head_dim, width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
-        const int64_t head = item % kv.kv_heads, row = item / kv.kv_heads;
-        const int64_t t = row / chunks, from = row % chunks * kChunk;
-        const int64_t length = tokens.positions[t] + 1;
-        if (from >= length) continue;
-        const int64_t to = length < from + kChunk ? length : from + kChunk;
-        for (int64_t g = 0; g < group; g += most) {
-            const int n = static_cast<int>(group - g < most ? group - g : most);
-            for (int r = 0; r < n; ++r) {
-                rows[r].q = qkv.row<float>(t) + (head * group + g + r) * dim;
-                rows[r].length = length;
+        const int64_t head = item % kv.kv_heads, chunk = item / kv.kv_heads, from = chunk * kChunk;
+        for (int64_t t = 0; t < count; ++t) {
+            const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
+            const int64_t length = tokens.positions[t] + 1;
+            float* part = parts.row<float>(t * chunks + chunk);
+            for (int64_t h = head * group; from < length && h < (head + 1) * group; ++h) {
+                queries.add(qkv.row<float>(t) + h * dim, length, part + h * width);
+                if (queries.full()) queries.part(blocks, head, from);
             }
-            attend_some(n, rows, scale, kv, kv.tables + tokens.sequences[t] * kv.max_blocks, head,
-                        from, to);
-            for (int r = 0; r < n; ++r) {
-                float* part = parts.row<float>(row) + (head * group + g + r) * width;
-                std::memcpy(part, rows[r].acc, static_cast<size_t>(dim) * sizeof(float));
-                part[dim] = rows[r].top;
-                part[dim + 1] = rows[r].total;
-            }
+            if (!goes_on(tokens, t, count) && !queries.empty()) queries.part(blocks, head, from);
         }
     }
 }
@@ -310,13 +215,19 @@ inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Tokens&
     const int64_t width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
         const int64_t t = item / heads, h = item % heads;
-        const auto part = [&](int64_t c) {
-            float* at = parts.row<float>(t * chunks + c) + h * width;
-            return Sum{at, at[dim], at[dim + 1]};
-        };
-        Sum all = part(0);
-        for (int64_t c = 1; c * kChunk < tokens.positions[t] + 1; ++c) join(all, part(c), dim);
-        finish(all, dim, out.row<float>(t) + h * dim);
+        const auto part = [&](int64_t c) { return parts.row<float>(t * chunks + c) + h * width; };
+        float* all = part(0);
+        alignas(64) float top[kQueries], total[kQueries], old[kQueries], added[kQueries];
+        store(top, set(all[dim]));
+        store(total, set(all[dim + 1]));
+        for (int64_t c = 1; c * kChunk < tokens.positions[t] + 1; ++c) {
+            alignas(64) float chunk_top[kQueries], chunk_total[kQueries];
+            store(chunk_top, set(part(c)[dim]));
+            store(chunk_total, set(part(c)[dim + 1]));
+            join_totals(top, total, chunk_top, chunk_total, old, added);
+            join_values(all, part(c), old[0], added[0], dim);
+        }
+        divide(all, total[0], dim, out.row<float>(t) + h * dim);
     }
 }
 

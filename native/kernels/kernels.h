@@ -68,11 +68,11 @@ struct Kernels {
     // Items are KV head * count + token, of `count` tokens.
     void (*attention)(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
                       Rows out, int64_t count, int64_t first, int64_t last);
-    // The same in two steps, for few tokens with long pasts. Items are those of (token * chunks +
-    // chunk) * KV heads + KV head, then of token * heads + head.
+    // The same in two steps, for few sequences with long pasts. Items are those of chunk * KV heads
+    // + KV head, each for all `count` tokens, then of token * heads + head.
     void (*attention_parts)(Rows qkv, int64_t heads, float scale, const KvView& kv,
-                            const Tokens& tokens, Rows parts, int64_t chunks, int64_t first,
-                            int64_t last);
+                            const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
+                            int64_t first, int64_t last);
     void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Tokens& tokens,
                            int64_t chunks, Rows out, int64_t first, int64_t last);
     // Sums `bytes` of memory: what a read of the weights can reach at best.

@@ -39,4 +39,23 @@ inline F exp(F x) {
     return mul(p, exp2i(n));
 }
 
+// 2^x, from 2^-126 on and below 2^127, relative error under 1.1e-4 (degree 3) or 1e-7 (5): minimax
+// polynomials of 2^(x - round(x)) that are 1 at 0.
+template <int degree>
+inline F exp2(F x) {
+    x = max(set(-126.0f), x);  // a NaN stays a NaN
+    const F n = round(x), r = sub(x, n);
+    F p;
+    if constexpr (degree == 3) {
+        p = fma(set(5.5008929222e-2f), r, set(2.4221095442e-1f));
+        p = fma(p, r, set(6.9328290224e-1f));
+    } else {
+        p = fma(set(1.3264727313e-3f), r, set(9.6715129912e-3f));
+        p = fma(p, r, set(5.5507335812e-2f));
+        p = fma(p, r, set(2.4022242427e-1f));
+        p = fma(p, r, set(6.9314700365e-1f));
+    }
+    return scale2(fma(p, r, set(1.0f)), n);
+}
+
 }  // namespace pronk::PRONK_NS

@@ -11,6 +11,7 @@
 namespace pronk::avx2 {
 
 constexpr int kTilePanels = 1, kTile = 4;
+constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 
 struct F {
@@ -129,6 +130,7 @@ inline F exp2i(F n) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(e.lo, 23)),
             _mm256_castsi256_ps(_mm256_slli_epi32(e.hi, 23))};
 }
+inline F scale2(F a, F n) { return mul(a, exp2i(n)); }
 inline F round(F a) {
     constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};

@@ -17,6 +17,7 @@
 namespace pronk::PRONK_NS {
 
 constexpr int kTilePanels = 2, kTile = 4;
+constexpr bool kWideSums = true;  // registers for 16 sums of attention and what they add
 constexpr uint8_t kBias8 = 128;
 
 struct F {
@@ -85,6 +86,7 @@ inline F exp2i(F n) {
     const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
+inline F scale2(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, integral n
 inline F round(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline B load_b(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_b(uint8_t* p, B b) { _mm512_storeu_si512(p, b.v); }
@@ -110,5 +112,17 @@ inline B merge(B w, B bits) {
 using N = I;  // sums of nibble products over one group
 inline N zero_n() { return set_i(0); }
 inline I total(N acc) { return acc; }
+#if defined(PRONK_AMX)
+// 32 floats to bf16 (nearest, ties to even), stored and returned.
+inline __m512bh store_bf16(uint16_t* p, F a, F b) {
+    const __m512bh h = _mm512_cvtne2ps_pbh(b.v, a.v);
+    _mm512_storeu_si512(p, (__m512i)h);
+    return h;
+}
+// acc[lane] += x[2 lane] + x[2 lane + 1]
+inline F add_pairs(F acc, __m512bh x) {
+    return {_mm512_dpbf16_ps(acc.v, x, (__m512bh)_mm512_set1_epi16(0x3f80))};
+}
+#endif
 
 }  // namespace pronk::PRONK_NS

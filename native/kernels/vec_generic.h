@@ -13,6 +13,7 @@
 namespace pronk::generic {
 
 constexpr int kTilePanels = 1, kTile = 2;
+constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 constexpr int kLanes = 16;
 
@@ -141,6 +142,7 @@ inline F exp2i(F n) {
         return bits_to_float((static_cast<uint32_t>(nearest_int(n.v[i])) + 127u) << 23);
     });
 }
+inline F scale2(F a, F n) { return mul(a, exp2i(n)); }
 inline F round(F a) {
     return map([&](int i) { return std::nearbyint(a.v[i]); });
 }

@@ -12,6 +12,7 @@
 namespace pronk::neon {
 
 constexpr int kTilePanels = 1, kTile = 4;
+constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 
 struct F {
@@ -134,6 +135,7 @@ inline F exp2i(F n) {
     const I e = add(to_int(n), set_i(127));
     return each<F>([&](int i) { return vreinterpretq_f32_s32(vshlq_n_s32(e.v[i], 23)); });
 }
+inline F scale2(F a, F n) { return mul(a, exp2i(n)); }
 inline F round(F a) {
     return each<F>([&](int i) { return vrndnq_f32(a.v[i]); });
 }

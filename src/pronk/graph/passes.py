@@ -175,7 +175,7 @@ def split_threads(graph: Graph) -> Graph:
     """
     ops = []
     for op in graph.ops:
-        ops.append(op.with_attrs(grain=32 if op.kind == "matmul" else 16))
+        ops.append(op.with_attrs(grain=32 if op.kind in ("matmul", "attention") else 16))
     return graph.with_ops(ops, graph.values)
 
 
