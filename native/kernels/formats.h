@@ -25,10 +25,10 @@
 
 namespace pronk {
 
-constexpr int kPanel = 16;     // rows per panel
-constexpr int kGroup = 32;     // elements that share a scale
-constexpr int kBlock = 32;     // positions per KV block
-constexpr int kChunk = 512;    // positions that attention sums up before it joins sums
+constexpr int kPanel = 16;   // rows per panel
+constexpr int kGroup = 32;   // elements that share a scale
+constexpr int kBlock = 32;   // positions per KV block
+constexpr int kChunk = 512;  // positions that attention sums up before it joins sums
 // Packed weights are kept on disk: raise it with every change of what a format packs to.
 constexpr int kPackVersion = 1;
 
