@@ -292,7 +292,7 @@ def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> 
         if weight.ndim == 1 or dtype == "f32":
             writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight, dtype=np.float32))
         else:
-            blocks = gguf.quants.quantize(np.ascontiguousarray(weight), kind)
+            blocks = _blocks(np.ascontiguousarray(weight), kind)
             writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
     if rope.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config, rope))
@@ -301,6 +301,23 @@ def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> 
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _blocks(weight: np.ndarray, kind: Any) -> np.ndarray:
+    """Blocks of a GGUF type; those of K-quants, which `gguf` cannot write, are of other values."""
+    import gguf
+
+    # Factors of the scales that make the values about as large as weights are.
+    factors = {"Q4_K": {0: 2.5e-4, 2: 2e-3}, "Q5_K": {0: 1.2e-4, 2: 2e-3}, "Q6_K": {208: 7e-5}}
+    if kind.name not in factors:
+        return gguf.quants.quantize(weight, kind)
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(weight.shape)
+    blocks = rng.integers(0, 256, (*weight.shape[:-1], weight.shape[-1] // size, nbytes), np.uint8)
+    for at, factor in factors[kind.name].items():
+        scales = (factor * rng.uniform(0.5, 1, blocks.shape[:-1])).astype(np.float16)
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(*weight.shape[:-1], -1)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

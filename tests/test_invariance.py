@@ -16,11 +16,15 @@ PROMPTS = [[int(i) for i in RNG.integers(0, 320, n)] for n in (70, 33, 1, 48)]
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     path = tiny_llama_dir(
-        folder / "hf", hidden_size=256, num_attention_heads=6, num_key_value_heads=3
+        folder / "hf",
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=256,
     )
     return {"f32": path} | {
-        dtype: tiny_gguf(folder / f"{dtype}.gguf", path, dtype)
-        for dtype in FORMATS[1:]
+        dtype: tiny_gguf(folder / f"{dtype}.gguf", path, dtype) for dtype in FORMATS[1:]
     }
 
 

@@ -10,20 +10,24 @@ import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
 
 from pronk import _native, load
+from pronk.checkpoint.base import row_bytes
+from pronk.checkpoint.blocks import BLOCK_SIZES
 from pronk.checkpoint.open import open_checkpoint
 from pronk.graph import pack
 from pronk.graph.program import Limits
 from pronk.model import compile_checkpoint
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", *pack.GROUPED])
 def test_sizes_are_those_of_the_native_core(dtype):
     for rows in (1, 16, 17, 320):
-        for cols in (32, 96, 1536):
+        for cols in (32, 96, 1536) if BLOCK_SIZES[dtype][0] <= 32 else (256, 1536):
             expected = _native.packed_bytes(dtype, rows, cols)
             assert pack.packed_bytes(dtype, rows, cols) == expected
-    for planes in (0, 1, 2):
-        assert pack.act_row_bytes(96, planes) == _native.act_row_bytes(96, planes)
+            if cols % 512 == 0 and rows % 16 == 0 and dtype in pack.GROUPED:
+                assert expected == rows * row_bytes(dtype, cols)  # no larger than stored
+    for quantized in (False, True):
+        assert pack.act_row_bytes(96, quantized) == _native.act_row_bytes(96, quantized)
     for name in ("PANEL", "GROUP", "KV_BLOCK", "PART_TAIL"):
         assert getattr(pack, name) == getattr(_native, name)
 

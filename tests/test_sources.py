@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pronk.checkpoint import cache, fetch_pypi, registry, sources
+from pronk.checkpoint import cache, fetch_pypi, registry
 from pronk.checkpoint.registry import Part, Registered
 from pronk.checkpoint.sources import list_models, pull, resolve
 from pronk.errors import SourceError

@@ -19,42 +19,42 @@ def tiny(tmp_path_factory):
     return tiny_llama_dir(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("dtype", ["q5_0", "q5_1"])
-def test_the_loss_is_the_one_there_is(tiny, tmp_path, dtype):
+def test_the_loss_is_the_one_there_is(tiny, tmp_path):
     import gguf
 
+    dtype = "mxfp4"
     path = tiny_gguf(tmp_path / "m.gguf", tiny, dtype)
     with load(path, context=64) as model:
         (conversion,) = model.conversions
         converted = model.logits(IDS)
     matrices = [w for w in hf_tensors(tiny).values() if w.ndim == 2]
-    assert (conversion.stored, conversion.runs_as) == (dtype, "q8_0")
+    assert (conversion.stored, conversion.runs_as) == (dtype, "q4_1")
     assert conversion.tensors == len(matrices)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     difference = norm = 0.0
     for weight in matrices:
         exact = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
-        eight = gguf.GGMLQuantizationType.Q8_0
-        again = gguf.quants.dequantize(gguf.quants.quantize(exact, eight), eight)
+        near = gguf.GGMLQuantizationType.Q4_1
+        again = gguf.quants.dequantize(gguf.quants.quantize(exact, near), near)
         difference += float(((again - exact) ** 2).sum())
         norm += float((exact**2).sum())
     assert conversion.error == pytest.approx((difference / norm) ** 0.5, rel=1e-3)
-    assert 0 < conversion.error < 0.01
+    assert 0 < conversion.error < 0.1
     with load(tiny, context=64) as model:
         exact = model.logits(IDS)
-    assert np.corrcoef(converted.ravel(), exact.ravel())[0, 1] > 0.98
+    assert np.corrcoef(converted.ravel(), exact.ravel())[0, 1] > 0.9
 
 
 def test_the_loss_is_printed(tiny, tmp_path, capsys):
-    path = tiny_gguf(tmp_path / "m.gguf", tiny, "q5_0")
+    path = tiny_gguf(tmp_path / "m.gguf", tiny, "mxfp4")
     assert main(["run", str(path), "hello", "--max-tokens", "2"]) == 0
-    assert "tensors stored as q5_0 run as q8_0 (relative error" in capsys.readouterr().err
+    assert "tensors stored as mxfp4 run as q4_1 (relative error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("dtype", "nearest"), [("q4_k", "q4_1"), ("q6_k", "q8_0"), ("q5_k", "q8_0"), ("q2_k", "q4_1")]
+    ("dtype", "nearest"), [("q4_k", "q4_k"), ("q6_k", "q6_k"), ("q5_k", "q5_k"), ("q2_k", "q4_1")]
 )
-def test_k_quants_become_the_nearest_native_format(dtype, nearest):
+def test_k_quants_run_as_they_are_or_in_the_nearest_format(dtype, nearest):
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype.upper()]]
