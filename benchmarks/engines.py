@@ -81,7 +81,9 @@ class LlamaCpp:
         api.llama_log_set(self.silent, None)
         api.llama_backend_init()
         self.threads, self.context = threads, context
-        self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+        params = api.llama_model_default_params()
+        params.use_extra_bufts = not plain
+        self.model = api.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise RuntimeError("llama.cpp cannot load this file")
         self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))

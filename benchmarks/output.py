@@ -11,6 +11,8 @@ from typing import Any
 
 import tables
 
+PLOTTED = ("peers", "kernels", "scaling")
+
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     """``--out`` and ``--json``."""
@@ -42,7 +44,9 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The plot of a result, where there is one and matplotlib is installed."""
+    """The plot of a result, where it has one and matplotlib is installed."""
+    if result["benchmark"] not in PLOTTED:
+        return
     try:
         import plots
     except ModuleNotFoundError:

@@ -5,7 +5,7 @@ probes of the machine's own limits; rounds in a slow spell are repeated. Prompts
 Prints medians, the medians of the ratios round by round, and the fraction of the limit.
 
     pip install '.[bench]'
-    python benchmarks/peers.py [--second-model FILE] [--out FILE.json]
+    python benchmarks/peers.py [--llama-python PATH] [--openvino-python PATH] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -362,7 +362,8 @@ def facts(path: Path) -> dict[str, Any]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="a GGUF file or a name")
-    parser.add_argument("--second-model", metavar="FILE", help="a GGUF of Qwen2.5-Coder-0.5B")
+    parser.add_argument("--second-model", default="qwen2.5-coder-0.5b", metavar="MODEL",
+                        help="a larger one in other formats; none leaves it out")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=12, help="no repeats after this long")
@@ -376,9 +377,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    names = [args.model, *([args.second_model] if args.second_model else [])]
     try:
-        result = Comparison(args, [resolve(name) for name in names]).run()
+        models = [resolve(args.model)]
+        if args.second_model != "none":
+            models.append(resolve(args.second_model))
+        comparison = Comparison(args, models)
+        result = comparison.run()
     except (PronkError, PeerError) as error:
         raise SystemExit(f"peers.py: {error}") from None
     output.finish(result, args)

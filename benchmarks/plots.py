@@ -35,14 +35,12 @@ Result = dict[str, Any]
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw a result, if there is something to see; the same result gives the same file."""
+    """Draw a result; the same result gives the same file."""
     makers: dict[str, Callable[[Result], Figure]] = {
         "peers": peers,
         "kernels": kernels,
         "scaling": scaling,
     }
-    if result["benchmark"] not in makers:
-        return
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
         part = path.with_suffix(".part")

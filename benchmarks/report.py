@@ -30,8 +30,8 @@ PEERS = """## Beside llama.cpp and OpenVINO GenAI
 The same GGUF, the same number of threads, each engine in a process of its own, measurements in
 turns. Prompts are random tokens, new in every round of a prefill. llama.cpp runs with and without
 flash attention, OpenVINO with its own precision and with float32: the faster in each row counts.
-The column "Q4_0" is llama.cpp on the file requantized to the format it is fastest in, which costs
-answers that the others keep. A ratio is Pronk's rate over the peer's, the median over rounds;
+The column "Q4_0" is llama.cpp on the file requantized to the format it is fastest in, and so on a
+worse model. A ratio is Pronk's rate over the peer's, the median over rounds;
 in the last two rows less is better and the ratio is turned round. The limit is the roofline's
 (below); "planned" is the weights, the cache and 70 MB.
 
@@ -54,9 +54,9 @@ For a prompt every weight is read once for all of its tokens, so prefill is boun
 
     tokens/s ≤ int8 operations/s ÷ (2 · parameters of the layers)
 
-Many sequences that decode together lie between the two. The figures on the right are measured by
-a probe of Pronk's own kernels for this purpose: one pass over 256 MB, and products on registers
-alone, in vectors and, where the CPU has them, in tiles (AMX). Products that keep more than 8 bits
+Many sequences that decode together lie between the two. The limits named under the tables are the
+best that probes found during the run: one pass over 256 MB, and products on registers alone, in
+vectors and, where the CPU has them, in tiles (AMX). Products that keep more than 8 bits
 of an activation take more than one int8 product each, and everything that is not a product counts
 against the fraction; it is a share of what no program can pass, not of what one could reach."""
 
@@ -77,8 +77,13 @@ ACTIVATIONS = """## The precision of activations and of the cache
 Against the same weights dequantized, with float32 activations and a float32 cache. `a12` is what
 meets quantized weights: integers of 12 bits, with a scale for each group of 32."""
 
+FITTING = """## What `pronk fit` plans, and what is measured
+
+Budgets are for the peak resident memory of the whole process at a context of 1,024 tokens. The
+measurements are those that `fit` makes itself, in processes of their own."""
+
 SECTIONS = (("peers", PEERS), ("kernels", KERNELS), ("scaling", SCALING),
-            ("activations", ACTIVATIONS))  # fmt: skip
+            ("activations", ACTIVATIONS), ("fitting", FITTING))  # fmt: skip
 
 
 def page(results: dict[str, dict[str, Any]], plots: set[str]) -> str:
@@ -104,6 +109,8 @@ def engines(result: dict[str, Any]) -> str:
     """Versions and settings of the engines of a `peers.py` result."""
     lines = []
     for name, about in result["peers"].items():
+        if name.endswith("_q4_0"):  # the same engine
+            continue
         versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
         used = {t["variants"][name] for t in result["tasks"].values() if name in t["variants"]}
         line = f"- {tables.NAMES[name]}: {versions}"

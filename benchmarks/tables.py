@@ -239,7 +239,24 @@ def activations(result: Result) -> str:
     return markdown(head, rows)
 
 
+def fitting(result: Result) -> str:
+    """The table of a `fitting.py` result."""
+    head = ["budget, MB", "head", "attention", "gate, up", "down", "planned, MB", "measured, MB",
+            "perplexity", "prefill", "decode"]  # fmt: skip
+    rows = []
+    refused = [f"{r['memory']}: {r['refused']}" for r in result["rows"] if "refused" in r]
+    for r in result["rows"]:
+        if "refused" in r:
+            continue
+        formats = [r["formats"][kind] for kind in ("head", "attention", "gate_up", "down")]
+        sizes = [f"{r[key] / 1e6:.1f}" for key in ("planned", "peak")]
+        rows.append([f"{r['budget'] / 1e6:.0f}", *formats, *sizes, f"{r['perplexity']:.2f}",
+                     f"{r['prefill']:,.0f}", f"{r['decode']:,.0f}"])  # fmt: skip
+    return "\n\n".join([markdown(head, rows), *refused])
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
-    makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations}
+    makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
+              "fitting": fitting}  # fmt: skip
     return makers[result["benchmark"]](result)
