@@ -179,7 +179,9 @@ def test_bench_reports_figures(tiny_q4):
 def test_pull_and_list_of_a_path(tiny_q4, tmp_path, monkeypatch):
     monkeypatch.setenv("PRONK_HOME", str(tmp_path))
     assert pronk("pull", tiny_q4).stdout.strip() == str(tiny_q4)
-    assert json.loads(pronk("list", "--json").stdout) == {"models": []}
+    listed = json.loads(pronk("list", "--json").stdout)
+    assert listed["models"] == []
+    assert listed["packed"]["models"] == 0
 
 
 def test_a_truncated_gguf(tiny_q4, tmp_path):

@@ -58,6 +58,15 @@ nb::typed<nb::list, nb::str> read_strings(const nb::bytes& raw, size_t count) {
     return out;
 }
 
+// Strings, and each one's place, the last of its kind.
+nb::typed<nb::tuple, nb::typed<nb::list, nb::str>, nb::typed<nb::dict, nb::str, int>>
+read_vocabulary(const nb::bytes& raw, size_t count) {
+    const auto list = read_strings(raw, count);
+    nb::typed<nb::dict, nb::str, int> places;
+    for (size_t i = 0; i < count; ++i) places[list[i]] = i;
+    return nb::make_tuple(list, places);
+}
+
 // As merges are written: two halves with a space between, of which the first is not empty.
 nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::str>> read_pairs(const nb::bytes& raw,
                                                                        size_t count) {
@@ -67,7 +76,11 @@ nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::str>> read_pairs(const nb:
         const std::string_view text = next_string(raw, at);
         const size_t cut = text.find(' ', 1);
         if (cut == text.npos) throw nb::index_error(std::to_string(i).c_str());
-        out.append(nb::make_tuple(decode(text.substr(0, cut)), decode(text.substr(cut + 1))));
+        const nb::tuple pair =
+            nb::make_tuple(decode(text.substr(0, cut)), decode(text.substr(cut + 1)));
+        // It holds strings alone; the collector would find that out one by one.
+        PyObject_GC_UnTrack(pair.ptr());
+        out.append(pair);
     }
     return out;
 }
@@ -125,6 +138,8 @@ void bind_load(nb::module_& m) {
         },
         "data"_a, "XXH64 of some bytes.");
     m.def("read_strings", &read_strings, "raw"_a, "count"_a, "The strings of a GGUF array.");
+    m.def("read_vocabulary", &read_vocabulary, "raw"_a, "count"_a,
+          "The strings of a GGUF array, and the place of each.");
     m.def("read_pairs", &read_pairs, "raw"_a, "count"_a,
           "The strings of a GGUF array, each cut at its first space after the first byte; "
           "IndexError, with its index, if one has none.");

@@ -137,6 +137,9 @@ def xxh64(data: bytes) -> int:
 def read_strings(raw: bytes, count: int) -> list[str]:
     """The strings of a GGUF array."""
 
+def read_vocabulary(raw: bytes, count: int) -> tuple[list[str], dict[str, int]]:
+    """The strings of a GGUF array, and the place of each."""
+
 def read_pairs(raw: bytes, count: int) -> list[tuple[str, str]]:
     """
     The strings of a GGUF array, each cut at its first space after the first byte; IndexError, with its index, if one has none.

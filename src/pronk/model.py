@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-_BUILDING = 800  # bytes a token that building a tokenizer takes and gives back
+_BUILDING = 400  # bytes a token that building a tokenizer takes and gives back
 
 
 @dataclass(frozen=True, slots=True)

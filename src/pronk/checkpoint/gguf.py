@@ -74,9 +74,8 @@ class GgufCheckpoint(Checkpoint):
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         stored = self._stored[info.name]
-        rotated = {"q_proj": self.spec.num_heads, "k_proj": self.spec.num_kv_heads}
-        heads = rotated.get(info.name.split(".")[-2], 0)
-        if not heads or not self._family.pairs_adjacent:
+        heads = self._paired_heads(info.name)
+        if not heads:
             return self._rows(stored, info, start, stop)
         dim = self.spec.head_dim
         if len(info.shape) == 1:
@@ -91,10 +90,18 @@ class GgufCheckpoint(Checkpoint):
 
     def span(self, name: str) -> Span | None:
         """Where a tensor lies; None for a vector whose elements change places."""
-        offset = self._stored[name].offset
-        if not name.endswith((".q_proj.weight", ".k_proj.weight", ".q_proj.bias", ".k_proj.bias")):
-            return Span(self._fd, offset)
-        return None if name.endswith(".bias") else Span(self._fd, offset, self.spec.head_dim)
+        stored = self._stored[name]
+        if not self._paired_heads(name):
+            return Span(self._fd, stored.offset)
+        vector = len(stored.shape) == 1
+        return None if vector else Span(self._fd, stored.offset, self.spec.head_dim)
+
+    def _paired_heads(self, name: str) -> int:
+        """Heads of a tensor whose rotary pairs lie side by side in the file; 0 for any other."""
+        if not self._family.pairs_adjacent:
+            return 0
+        rotated = {"q_proj": self.spec.num_heads, "k_proj": self.spec.num_kv_heads}
+        return rotated.get(name.split(".")[-2], 0)
 
     def _rows(
         self, stored: StoredTensor, info: TensorInfo, start: int, stop: int

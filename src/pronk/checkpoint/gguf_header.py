@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from pronk._native import read_pairs, read_strings, skip_strings
+from pronk._native import read_pairs, read_strings, read_vocabulary, skip_strings
 from pronk.checkpoint.blocks import BLOCK_SIZES
 from pronk.checkpoint.io import read_exact
 from pronk.errors import CheckpointError
 
 __all__ = ["GgufArray", "GgufHeader", "StoredTensor", "read_header"]
+
+T = TypeVar("T")
 
 _WINDOW = 1 << 18
 _MAX_DEPTH = 4
@@ -105,6 +108,13 @@ class GgufHeader:
 
     def strings(self, key: str) -> list[str] | None:
         """The array of strings under `key`, or None where there is none."""
+        return self._strings(key, read_strings)
+
+    def vocabulary(self, key: str) -> tuple[list[str], dict[str, int]] | None:
+        """The array of strings under `key`, and the place of each; None where there is none."""
+        return self._strings(key, read_vocabulary)
+
+    def _strings(self, key: str, read: Callable[[bytes, int], T]) -> T | None:
         array = self._array(key)
         if array is None:
             return None
@@ -112,7 +122,7 @@ class GgufHeader:
             raise CheckpointError(f"{self.path} has {key} as something else than strings")
         raw = read_exact(self.fd, array.offset, array.nbytes, self.path).tobytes()
         try:
-            return read_strings(raw, array.count)
+            return read(raw, array.count)
         except ValueError:
             raise CheckpointError(f"{self.path} has a string in {key} that is no UTF-8") from None
 

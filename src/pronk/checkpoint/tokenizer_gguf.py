@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pronk.checkpoint.gguf_header import GgufHeader
 from pronk.checkpoint.tokenizer import Tokenizer, guarded
 from pronk.errors import CheckpointError
@@ -54,16 +56,16 @@ def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
     path = header.path
     meta = header.metadata
     model = meta.get("tokenizer.ggml.model")
-    tokens = header.strings("tokenizer.ggml.tokens")
+    tokens, vocab = header.vocabulary("tokenizer.ggml.tokens") or ([], {})
     if not tokens:
         raise CheckpointError(f"{path} holds no tokenizer (tokenizer.ggml.tokens)")
     if len(tokens) > limit:
         raise CheckpointError(f"{path} holds {len(tokens)} tokens, but its model has only {limit}")
-    vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for id, token in enumerate(tokens) if vocab[token] != id)
         raise CheckpointError(f"{path} holds the token {twice[:40]!r} twice")
     kinds = _kinds(header, len(tokens))
+    marked = [(id, kinds[id]) for id in np.flatnonzero(np.array(kinds, np.int32) != _NORMAL)]
     sentencepiece = model == "llama"
 
     def mark(name: str, default: int | None = None) -> int | None:
@@ -94,10 +96,10 @@ def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
                 f"{path} has a tokenizer of unknown model {str(model)[:40]!r}; Pronk knows gpt2 "
                 f"and llama"
             )
-        special = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN)]
+        special = [tokens[id] for id, kind in marked if kind in (_CONTROL, _UNKNOWN)]
         special += [tokens[id] for id in (bos, eos) if id is not None and kinds[id] == _NORMAL]
         _add(backend, special, special=True)
-        _add(backend, [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER])
+        _add(backend, [tokens[id] for id, kind in marked if kind == _USER])
         before = [bos] if meta.get("tokenizer.ggml.add_bos_token", add_bos) else []
         after = [eos] if meta.get("tokenizer.ggml.add_eos_token", False) else []
         _surround(backend, tokens, before, after)

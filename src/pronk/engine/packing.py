@@ -74,7 +74,7 @@ def provide_weights(
     CheckpointError
         If a file has become shorter since its header was read.
     """
-    key = Key(checkpoint.files, _program(runner))
+    key = Key(checkpoint.files, _program(checkpoint, runner))
     use_cache = use_cache and bool(key.files) and packed_cache.limit() > 0
     if use_cache:
         facts = packed_cache.restore(key, runner.executor, last, before_last)
@@ -105,11 +105,12 @@ def _keep(key: Key, runner: Runner, facts: dict[str, object]) -> str:
             os.close(fd)
 
 
-def _program(runner: Runner) -> str:
-    """All that decides what lies where in the weight region, besides the checkpoint."""
+def _program(checkpoint: Checkpoint, runner: Runner) -> str:
+    """All that decides what lies where in the weight region, besides the checkpoint's bytes."""
     program = runner.program
-    offsets = program.layout.weight_offsets
-    weights = [[w.name, w.dtype, w.rows, w.cols, offsets[w.name]] for w in
-               program.graph.weights.values()]  # fmt: skip
-    rope = asdict(program.spec.rope)
-    return json.dumps([runner.executor.isa, runner.executor.weight_bytes, rope, weights])
+    spec, offsets = program.spec, program.layout.weight_offsets
+    weights = [[w.name, w.dtype, w.rows, w.cols, offsets[w.name]]
+               for w in program.graph.weights.values()]  # fmt: skip
+    # How a file's rows are read follows from what kind of file and model it is.
+    kind = [checkpoint.format, spec.family, spec.head_dim, asdict(spec.rope)]
+    return json.dumps([runner.executor.isa, runner.executor.weight_bytes, kind, weights])
