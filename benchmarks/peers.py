@@ -296,6 +296,8 @@ class Comparison:
         rounds: list[dict[str, Any]] = []
         names = [n for n in self.open(0) if n != "llama_cpp_q4_0"]
         for number in range(self.args.rounds + 1):
+            if rounds and time.monotonic() > self.end:
+                break
             values: dict[str, dict[str, float]] = {}
             for name in names if number % 2 else names[::-1]:
                 peer = self.peer(name, 0, SMALL_CONTEXT)

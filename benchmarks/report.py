@@ -82,8 +82,19 @@ FITTING = """## What `pronk fit` plans, and what is measured
 Budgets are for the peak resident memory of the whole process at a context of 1,024 tokens. The
 measurements are those that `fit` makes itself, in processes of their own."""
 
-SECTIONS = (("peers", PEERS), ("kernels", KERNELS), ("scaling", SCALING),
-            ("activations", ACTIVATIONS), ("fitting", FITTING))  # fmt: skip
+SPECULATION = """## Drafts from earlier text
+
+The same greedy answers with and without drafts, in turns: a text repeated, a file rewritten with
+one method renamed, and a story. The script fails if a token differs."""
+
+SECTIONS = (
+    ("peers", PEERS),
+    ("kernels", KERNELS),
+    ("scaling", SCALING),
+    ("speculation", SPECULATION),
+    ("activations", ACTIVATIONS),
+    ("fitting", FITTING),
+)
 
 
 def page(results: dict[str, dict[str, Any]], plots: set[str]) -> str:

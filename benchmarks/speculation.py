@@ -3,16 +3,18 @@
 Both sides run greedily in one process, in turns, and must give the same tokens. Each answer has a
 conversation of its own, as a user's has. Prints medians, and medians of the ratios of neighbours.
 
-    python benchmarks/speculation.py [--model MODEL] [--rounds 3] [--tokens 256] [--json]
+    python benchmarks/speculation.py [--model MODEL] [--rounds 3] [--tokens 256] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
+
+import output
+from machine import describe
 
 from pronk import Model, SamplingParams, load, resolve
 
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--json", action="store_true")
+    output.add_output(parser)
     args = parser.parse_args()
     params = SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=1)
     path = resolve(args.model)
@@ -155,17 +157,15 @@ def main() -> None:
     tasks = {
         name: measure(plain, drafting, task, params, args.rounds) for name, task in TASKS.items()
     }
-    result = {"model": path.name, "threads": plain.threads, "rounds": args.rounds, "tasks": tasks}
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{path.name}, {plain.threads} threads, medians of {args.rounds} rounds")
-    print(f"{'':8}{'prompt':>8}{'tokens':>8}{'without':>10}{'with':>10}{'ratio':>8}  accepted")
-    for name, row in tasks.items():
-        print(
-            f"{name:8}{row['prompt_tokens']:8}{row['tokens']:8}{row['without']:8.1f}/s"
-            f"{row['with']:8.1f}/s{row['ratio']:8.2f}  {row['accepted']} of {row['drafted']}"
-        )
+    result = {
+        "benchmark": "speculation",
+        "command": output.command(),
+        "machine": describe(plain.threads),
+        "model": path.name,
+        "rounds": args.rounds,
+        "tasks": tasks,
+    }
+    output.finish(result, args)
 
 
 if __name__ == "__main__":

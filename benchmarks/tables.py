@@ -255,8 +255,19 @@ def fitting(result: Result) -> str:
     return "\n\n".join([markdown(head, rows), *refused])
 
 
+def speculation(result: Result) -> str:
+    """The table of a `speculation.py` result."""
+    head = [result["model"], "prompt", "tokens", "without", "with", "ratio", "accepted"]
+    rows = [
+        [name, f"{r['prompt_tokens']}", f"{r['tokens']}", f"{r['without']:.1f}", f"{r['with']:.1f}",
+         f"{r['ratio']:.2f}", f"{r['accepted']} of {r['drafted']}"]
+        for name, r in result["tasks"].items()
+    ]  # fmt: skip
+    return markdown(head, rows)
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
-              "fitting": fitting}  # fmt: skip
+              "fitting": fitting, "speculation": speculation}  # fmt: skip
     return makers[result["benchmark"]](result)
