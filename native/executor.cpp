@@ -157,7 +157,12 @@ void Executor::add(Op op) {
                 check(op.a, act_count, out_bytes, "matmul input");
                 const int64_t end = (part.column + round_up(part.rows, kPanel)) * 4;
                 check(op.out, count, end, "matmul output");
-                if (op.b.offset >= 0) check(op.b, count, end, "matmul residual");
+                if (op.b.offset < 0) continue;
+                check(op.b, count, end, "matmul residual");
+                // Sums of a long row wait in the output before the residual is added.
+                require(op.b.offset >= op.out.offset + (count - 1) * op.out.stride + end ||
+                            op.out.offset >= op.b.offset + (count - 1) * op.b.stride + end,
+                        "a matmul's residual overlaps its output");
             }
             break;
         case OpKind::rope_store:

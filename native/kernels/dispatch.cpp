@@ -20,10 +20,11 @@ namespace pronk {
 
 namespace {
 
+#if defined(__x86_64__)
 // Whether tiles may be used: the CPU has them, and the system lets this process (all threads that
 // it starts from now on) keep their state.
 bool has_tiles() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
     constexpr unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
     constexpr unsigned avx512_bf16 = 1u << 5;
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
@@ -35,6 +36,7 @@ bool has_tiles() {
     return false;
 #endif
 }
+#endif
 
 bool cpu_has(const char* name) {
 #if defined(__x86_64__)

@@ -26,7 +26,9 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
         reinterpret_cast<float*>(block + kActRows * groups * 2 * kGroup) + g * 64 + 4 * r;
     constexpr float range = kRange;
     const float top = hmax(max(abs(a), abs(b)));
-    // Below 1e-30 the inverse could overflow; an infinity or a NaN shows in the scale.
+    // 0, or NaN where one of them is infinite or NaN, which a maximum may pass over.
+    const float shown = hsum(add(sub(a, a), sub(b, b)));
+    // Below 1e-30 the inverse could overflow.
     const F inverse = set(top > 1e-30f ? range / top : 0.0f);
     const F low = set(-range), high = set(range);
     a = round(min(max(mul(a, inverse), low), high));
@@ -36,7 +38,7 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
     const int32_t first = kSplit * store_i8_sum(ha, q) + store_i8_sum(fma(ha, down, a), q + 32);
     const int32_t second =
         kSplit * store_i8_sum(hb, q + 16) + store_i8_sum(fma(hb, down, b), q + 48);
-    scale[0] = top / range;
+    scale[0] = top / range + shown;
     scale[1] = scale[0] * static_cast<float>(first + second);
     std::memcpy(scale + 2, &first, 4);
     std::memcpy(scale + 3, &second, 4);

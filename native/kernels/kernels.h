@@ -47,7 +47,7 @@ struct Kernels {
     const char* name;
     uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
     // Output columns [16 * first, 16 * last) of one part, for `tokens` rows of x.
-    // Grouped weights want x quantized.
+    // Grouped weights want x quantized. Neither x nor residual may overlap out: sums wait there.
     void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last);
     // Rows [first, last): out = x * weight / rms(x).

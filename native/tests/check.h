@@ -98,33 +98,8 @@ inline float to_bfloat(float f) {  // nearest, ties to even
     return f;
 }
 
-inline const char* format_name(Format f) {
-    static const char* names[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"};
-    return names[static_cast<int>(f)];
-}
-constexpr Format kFormats[] = {Format::f32,  Format::f16,  Format::bf16,
-                               Format::q8_0, Format::q4_0, Format::q4_1};
-
-// Row-major checkpoint rows, their values, and the same rows packed.
-enum class Fill { random, extreme, tiny, zero, unit };
-struct Weights {
-    Weights(const Kernels& kernels, Format format, int64_t rows, int64_t cols, Fill fill,
-            Random& random);
-    double value(int64_t row, int64_t col) const;
-    double scale(int64_t row, int64_t group) const;    // 1 for float formats
-    double minimum(int64_t row, int64_t group) const;  // 0 but for q4_1
-    int quant(int64_t row, int64_t col) const;
-
-    Format format;
-    int64_t rows, cols;
-    std::vector<uint8_t> source;
-    Buffer packed;
-
-  private:
-    const uint8_t* block(int64_t row, int64_t group) const;
-};
-
 void test_matmul(const Kernels& kernels);
+void test_same_matmul(const Kernels& one, const Kernels& other);
 void test_rows(const Kernels& kernels);
 void test_attention(const Kernels& kernels);
 void test_executor(const Kernels& kernels);

@@ -5,29 +5,30 @@
 #include <functional>
 #include <stdexcept>
 
-#include "check.h"
+#include "blocks.h"
 
 namespace pronk::test {
 
 namespace {
 
-constexpr int64_t kHidden = 64, kMlp = 96, kVocab = 50, kTokens = 40, kHeads = 4, kKvHeads = 2,
-                  kDim = 16, kQkv = (kHeads + 2 * kKvHeads) * kDim,
+constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads = 4, kKvHeads = 2,
+                  kDim = 16, kAttention = kHeads * kDim, kQkv = (kHeads + 2 * kKvHeads) * kDim,
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
+constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
 constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
 constexpr KvShape kKv{kKvHeads, kDim, true, kLayer};
 
 class Model {
   public:
     Model(const Kernels& kernels, int threads)
-        : executor(threads, kernels.name, 1 << 18, 1 << 20, kLimits, kKv),
+        : executor(threads, kernels.name, kWeightBytes, kArenaBytes, kLimits, kKv),
           kernels_(kernels),
           random_(11) {
-        const Ref x = space(kHidden), table = space(kDim), qkv = space(kQkv),
+        const Ref x = space(kHidden), y = space(kHidden), table = space(kDim), qkv = space(kQkv),
                   heads = space(kHidden);
         const Ref gate_up = space(2 * kMlp), act = space(kMlp), last = space(kHidden);
         const Ref up{gate_up.offset + kMlp * 4, gate_up.stride};
-        const MatmulPart embedding = weights(Format::q8_0, kVocab, kHidden, 0);
+        const MatmulPart embedding = weights(Format::q6_k, kVocab, kHidden, 0);
         logits = space(round_up(kVocab, kPanel));
 
         Op embed = op(OpKind::embed, {}, x, kHidden);
@@ -36,11 +37,11 @@ class Model {
         Op angles = op(OpKind::rope_table, {}, table, kDim);
         angles.vector = vector(kDim / 2);
         executor.add(angles);
-        norm(x, act, 1, false);
+        norm(x, act, true, false);
         matmul(act,
-               {weights(Format::q4_1, kHidden, kHidden, 0),
-                weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kHidden)},
-               kHidden, {}, qkv, 1, false);
+               {weights(Format::q4_k, kAttention, kHidden, 0),
+                weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kAttention)},
+               kHidden, {}, qkv, true, false);
         Op store = op(OpKind::rope_store, qkv, {}, 0);
         store.b = table, store.heads = kHeads;
         executor.add(store);
@@ -50,24 +51,25 @@ class Model {
         executor.add(attention);
         attention.kind = OpKind::attention;
         executor.add(attention);
-        executor.add(op(OpKind::quantize, heads, act, kHidden, 2));
-        matmul(act, {weights(Format::q4_0, kHidden, kHidden, 0)}, kHidden, x, x, 2, false);
-        norm(x, heads, 0, false);
+        executor.add(op(OpKind::quantize, heads, act, kAttention, true));
+        matmul(act, {weights(Format::q5_1, kHidden, kAttention, 0)}, kAttention, x, y, true, false);
+        norm(y, heads, false, false);
         matmul(heads,
                {weights(Format::f16, kMlp, kHidden, 0), weights(Format::bf16, kMlp, kHidden, kMlp)},
-               kHidden, {}, gate_up, 0, false);
-        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, 1);
+               kHidden, {}, gate_up, false, false);
+        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, true);
         silu.b = up;
         executor.add(silu);
-        matmul(act, {weights(Format::q8_0, kHidden, kMlp, 0)}, kMlp, {}, heads, 1, false);
+        matmul(act, {weights(Format::q5_k, kHidden, kMlp, 0)}, kMlp, y, x, true, false);
+        matmul(act, {weights(Format::q4_0, kHidden, kMlp, 0)}, kMlp, {}, heads, true, false);
         Op sum = op(OpKind::add, x, x, kHidden);
         sum.b = heads;
         executor.add(sum);
         Op gather = op(OpKind::gather, x, last, kHidden);
         gather.head = true;
         executor.add(gather);
-        norm(last, act, 1, true);
-        matmul(act, {embedding}, kHidden, {}, logits, 1, true);
+        norm(last, act, true, true);
+        matmul(act, {embedding}, kHidden, {}, logits, true, true);
     }
 
     // Logits of the given rows after running `count` tokens of the list from `first`.
@@ -85,16 +87,16 @@ class Model {
         return out;
     }
 
-    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, int planes = 0) {
+    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, bool quantized = false) {
         Op result{};
         result.kind = kind, result.a = a, result.out = out, result.cols = cols,
-        result.planes = planes;
+        result.quantized = quantized;
         result.grain = 3;
         return result;
     }
-    Ref space(int64_t floats) {  // wide enough for the row quantized too
+    Ref space(int64_t floats) {  // wide enough for the row quantized too, in whole blocks
         const Ref ref{arena_, round_up(floats * 4, 64)};
-        arena_ += ref.stride * kTokens;
+        arena_ += ref.stride * round_up(kTokens, kActRows);
         return ref;
     }
     MatmulPart weights(Format format, int64_t rows, int64_t cols, int32_t column) {
@@ -122,14 +124,14 @@ class Model {
     Ref logits;
 
   private:
-    void norm(Ref x, Ref out, int planes, bool head) {
-        Op n = op(OpKind::rms_norm, x, out, kHidden, planes);
+    void norm(Ref x, Ref out, bool quantized, bool head) {
+        Op n = op(OpKind::rms_norm, x, out, kHidden, quantized);
         n.vector = vector(kHidden), n.scalar = 1e-5f, n.head = head;
         executor.add(n);
     }
     void matmul(Ref x, std::vector<MatmulPart> parts, int64_t cols, Ref residual, Ref out,
-                int planes, bool head) {
-        Op m = op(OpKind::matmul, x, out, cols, planes);
+                bool quantized, bool head) {
+        Op m = op(OpKind::matmul, x, out, cols, quantized);
         m.b = residual, m.parts = std::move(parts), m.head = head;
         executor.add(m);
     }
@@ -189,7 +191,7 @@ void test_refusals(const Kernels& kernels) {
     const auto norm = [&](Ref a, Ref out, int64_t cols) {
         return head(Model::op(OpKind::rms_norm, a, out, cols));
     };
-    refuse("an input past the arena", norm({(1 << 20) - 64, 256}, row, kHidden));
+    refuse("an input past the arena", norm({kArenaBytes - 64, 256}, row, kHidden));
     refuse("a misaligned input", norm({4, 256}, row, kHidden));
     refuse("a misaligned stride", norm({0, 258}, row, kHidden));
     refuse("a stride under the row", norm({0, 128}, row, kHidden));
@@ -197,7 +199,7 @@ void test_refusals(const Kernels& kernels) {
     refuse("an offset that overflows", norm({INT64_MAX - 63, 256}, row, kHidden));
     refuse("a negative offset", norm({-64, 256}, row, kHidden));
     refuse("a missing input", norm({}, row, kHidden));
-    refuse("an output past the arena", norm(row, {1 << 20, 256}, kHidden));
+    refuse("an output past the arena", norm(row, {kArenaBytes, 256}, kHidden));
     refuse("a row of 33", norm(row, row, 33));
     refuse("a negative row", norm(row, row, -32));
     refuse("a row that overflows", norm(row, row, big));
@@ -209,16 +211,37 @@ void test_refusals(const Kernels& kernels) {
     Op odd = norm(row, row, kHidden);
     odd.grain = 0;
     refuse("no grain", odd);
-    odd.grain = 1, odd.planes = 3;
-    refuse("three planes", odd);
-    odd.planes = -1;
-    refuse("a negative number of planes", odd);
-    odd.planes = 1, odd.kind = OpKind::gather;
-    refuse("a gather of planes", odd);
+    odd.grain = 1, odd.quantized = true;
+    for (const OpKind kind : {OpKind::gather, OpKind::add}) {
+        odd.kind = kind, odd.b = row;
+        refuse("floats alone, quantized", odd);
+    }
+    // Four rows are quantized in a block of sixteen.
+    const Ref end{kArenaBytes - 8 * kHidden * 4, kHidden * 4};
+    Op half = norm(row, end, kHidden);
+    e.add(half);
+    half.quantized = true;
+    refuse("quantized rows in half a block", half);
+
+    const auto matmul = [&](const char* what, Format format, int64_t cols, bool quantized,
+                            Ref residual, Ref out) {
+        Op op = head(Model::op(OpKind::matmul, row, out, cols, quantized));
+        op.b = residual, op.parts = {{nullptr, format, 16, 0, nullptr}};
+        refuse(what, op);
+    };
+    const Ref out{1 << 16, kHidden * 4};
+    matmul("grouped weights on floats", Format::q4_1, kHidden, false, {}, out);
+    matmul("float weights on integers", Format::f16, kHidden, true, {}, out);
+    matmul("a row of half a block", Format::q4_k, 128, true, {}, out);
+    matmul("a product past the arena", Format::q4_k, kHidden, true, {}, {kArenaBytes, 64});
+    // Sums of a long row wait in the output.
+    matmul("a residual in the output", Format::q4_1, kHidden, true, out, out);
+    matmul("a residual across the output", Format::q4_1, kHidden, true,
+           {out.offset + 3 * out.stride, out.stride}, out);
 
     const auto body = [&](const char* what, const std::function<void(Op&)>& change) {
-        Executor fresh(1, kernels.name, 1 << 12, 1 << 16, kLimits, kKv);
-        Op op = Model::op(OpKind::attention, {0, kQkv * 4}, {32768, kHidden * 4}, 0);
+        Executor fresh(1, kernels.name, 1 << 12, 1 << 17, kLimits, kKv);
+        Op op = Model::op(OpKind::attention, {0, kQkv * 4}, {1 << 16, kHidden * 4}, 0);
         op.heads = kHeads, op.b = op.a;
         fresh.add(op);
         change(op);
@@ -241,13 +264,15 @@ void test_refusals(const Kernels& kernels) {
     pack("too few bytes", 0, 16, 64, 0, 16, 34 * 2 * 16 - 1);
     pack("rows past the matrix", 0, 16, 64, 1, 16, 34 * 2 * 16);
     pack("a row offset that overflows", 0, 16, 64, INT64_MAX, 16, 34 * 2 * 16);
-    pack("a matrix past the region", (1 << 18) - 64, 16, 64, 0, 16, 34 * 2 * 16);
+    pack("a matrix past the region", kWeightBytes - 64, 16, 64, 0, 16, 34 * 2 * 16);
     pack("a matrix that overflows", 0, big, 64, 0, 16, 34 * 2 * 16);
     pack("columns that overflow", 0, 16, big, 0, 0, 0);
     pack("half a group", 0, 16, 48, 0, 0, 0);
+    throws(kernels, "half a block of 256",
+           [&] { e.pack(Format::q6_k, 0, 16, 128, 0, 0, bytes.data(), 0); });
     pack("a misaligned matrix", 4, 16, 64, 0, 16, 34 * 2 * 16);
     throws(kernels, "a vector past the region",
-           [&] { e.write(1 << 18, reinterpret_cast<const float*>(bytes.data()), 1); });
+           [&] { e.write(kWeightBytes, reinterpret_cast<const float*>(bytes.data()), 1); });
     throws(kernels, "a weight that overflows", [&] { e.weight(64, INT64_MAX); });
 
     const auto step = [&](const char* what, int32_t id, int32_t position, int32_t sequence,

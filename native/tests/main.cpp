@@ -41,6 +41,12 @@ int main() {
             std::printf("%-8s skipped: %s\n", name, error.what());
         }
     }
+    try {
+        if (!wanted || !*wanted || !std::strcmp(wanted, "amx"))
+            test_same_matmul(select_kernels("amx"), select_kernels("avx512"));
+    } catch (const std::invalid_argument&) {
+        std::printf("amx and avx512 are not both here to be compared\n");
+    }
     check(passed > 0, "no ISA was tested");
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
                 static_cast<long long>(failed));

@@ -1,47 +1,50 @@
 // Kernels that work row by row, against double precision.
 #include <algorithm>
+#include <cstdlib>
 
-#include "check.h"
+#include "blocks.h"
 
 namespace pronk::test {
 
 namespace {
 
-constexpr int64_t kRows = 5;
+constexpr int64_t kRows = 19;  // a block of quantized rows, and some of the next
 
-// How far a quantized row is from `want`, in units of what rounding allows.
-double act_error(const uint8_t* row, int planes, const std::vector<double>& want,
-                 double tolerance) {
-    const int64_t cols = static_cast<int64_t>(want.size()), groups = cols / kGroup;
-    const int8_t* q = reinterpret_cast<const int8_t*>(row);
-    const float* scale = reinterpret_cast<const float*>(row + planes * cols);
-    const double range = planes == 2 ? 127 * 128 : 127;
-    double worst = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-        double top = 0;
-        int32_t sums[2] = {0, 0}, stored[2];
-        for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
-            top = std::max(top, std::fabs(want[size_t(k)]));
-            for (int plane = 0; plane < planes; ++plane) {
-                sums[plane] += q[plane * cols + k];
-                if (q[plane * cols + k] == -128) return INFINITY;
-            }
-        }
-        for (int plane = 0; plane < planes; ++plane) {
-            std::memcpy(&stored[plane], scale + (2 + plane) * groups + g, 4);
-            if (stored[plane] != sums[plane]) return INFINITY;
-        }
-        const int32_t sum = planes == 2 ? 128 * sums[0] + sums[1] : sums[0];
-        const float product = scale[g] * static_cast<float>(sum);
-        if (!same(&scale[groups + g], &product, 4)) return INFINITY;
-        const double s = top / range;
-        worst = std::max(worst, std::fabs(scale[g] - s) / (s * (tolerance + 1e-6) + 1e-33));
-        for (int64_t k = g * kGroup; k < (g + 1) * kGroup; ++k) {
-            const int whole = planes == 2 ? 128 * q[k] + q[cols + k] : q[k];
-            const double error = std::fabs(whole * double(scale[g]) - want[size_t(k)]);
-            const double steps = 0.5 + range * (2 * tolerance + 1e-6);
-            worst = std::max(worst, error / (s * steps + 1e-30));
-        }
+// Where group g of quantized row t lies: 32 high parts, 32 low ones; and its scale and sums.
+struct Group {
+    Group(const Buffer& rows, int64_t stride, int64_t cols, int64_t t, int64_t g) {
+        const int64_t groups = cols / 32;
+        const uint8_t* block = rows.data() + t / 16 * 16 * stride;
+        q = reinterpret_cast<const int8_t*>(block) + (t % 16 * groups + g) * 64;
+        const uint8_t* s = block + 16 * groups * 64 + (g * 16 + t % 16) * 16;
+        std::memcpy(&scale, s, 4);
+        std::memcpy(&scaled_sum, s + 4, 4);
+        std::memcpy(sums, s + 8, 8);
+    }
+    const int8_t* q;
+    float scale, scaled_sum;
+    int32_t sums[2];
+};
+
+// How far a quantized group is from `want`, in units of what rounding allows.
+double group_error(const Group& group, const double* want, double tolerance) {
+    constexpr double range = 127 * 16;
+    double top = 0, worst = 0;
+    int32_t sums[2] = {0, 0}, integers[32];
+    for (int k = 0; k < 32; ++k) {
+        top = std::max(top, std::fabs(want[k]));
+        if (std::abs(group.q[k]) > 127 || std::abs(group.q[k + 32]) > 8) return INFINITY;
+        integers[k] = 16 * group.q[k] + group.q[k + 32];
+        if (std::abs(integers[k]) > 127 * 16) return INFINITY;
+        sums[k / 16] += integers[k];
+    }
+    const float product = group.scale * static_cast<float>(sums[0] + sums[1]);
+    if (!same(group.sums, sums, 8) || !same(&group.scaled_sum, &product, 4)) return INFINITY;
+    const double s = top / range;
+    worst = std::max(worst, std::fabs(group.scale - s) / (s * (tolerance + 1e-6) + 1e-33));
+    for (int k = 0; k < 32; ++k) {
+        const double error = std::fabs(integers[k] * double(group.scale) - want[k]);
+        worst = std::max(worst, error / (s * (0.5 + range * (2 * tolerance + 1e-6)) + 1e-30));
     }
     return worst;
 }
@@ -56,35 +59,49 @@ double row_error(const float* row, const std::vector<double>& want, double toler
     return worst;
 }
 
-// Runs a kernel that can write floats or quantized rows both ways, in two ranges, and compares.
+// Runs a kernel that can write floats or quantized rows both ways, in ranges, and compares.
 template <class Run, class Want>
 void test_both(const Kernels& kernels, const char* name, int64_t cols, double tolerance, Run run,
                Want want) {
-    for (const int planes : {0, 1, 2}) {
-        const int64_t stride = act_row_bytes(cols, planes);
-        const Buffer out(kRows * stride);
-        const Rows rows{out.data(), stride};
-        run(rows, planes, 0, 2);
-        run(rows, planes, 2, kRows);
+    for (const bool quantized : {false, true}) {
+        const int64_t stride = act_row_bytes(cols, quantized) + 64;
+        const int64_t rows = quantized ? round_up(kRows, 16) : kRows;
+        const Buffer out(rows * stride), whole(rows * stride);
+        run({out.data(), stride}, quantized, 18, kRows);
+        run({out.data(), stride}, quantized, 0, 2);
+        run({out.data(), stride}, quantized, 2, 18);
+        run({whole.data(), stride}, quantized, 0, kRows);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const std::vector<double> expected = want(t);
-            worst = std::max(worst,
-                             planes ? act_error(rows.row<uint8_t>(t), planes, expected, tolerance)
-                                    : row_error(rows.row<float>(t), expected, tolerance));
+            if (!quantized)
+                worst =
+                    std::max(worst, row_error(out.floats() + t * stride / 4, expected, tolerance));
+            for (int64_t g = 0; quantized && g < cols / 32; ++g)
+                worst = std::max(worst, group_error({out, stride, cols, t, g},
+                                                    expected.data() + 32 * g, tolerance));
         }
-        check(worst <= 1, "%s %s %lld in %d planes: %.2f of the bound", kernels.name, name,
-              static_cast<long long>(cols), planes, worst);
+        const long long n = cols;
+        const char* kind = quantized ? "quantized" : "floats";
+        check(worst <= 1, "%s %s %lld %s: %.2f of the bound", kernels.name, name, n, kind, worst);
+        check(out == whole, "%s %s %lld %s: ranges differ", kernels.name, name, n, kind);
+        for (int64_t t = kRows; t < rows; ++t)  // rows that nobody asked for
+            for (int64_t g = 0; g < cols / 32; ++g) {
+                const Group group(out, stride, cols, t, g);
+                check(group.q[0] == -1 && group.q[63] == -1 && group.sums[1] == -1,
+                      "%s %s %lld %s: wrote row %lld", kernels.name, name, n, kind,
+                      static_cast<long long>(t));
+            }
     }
 }
 
-// Row t of a matrix whose rows are ordinary, all zero, huge, tiny, and mixed.
+// Rows in turn ordinary, all zero, huge, tiny, and mixed.
 void fill_rows(const Buffer& x, int64_t cols, float huge, Random& random) {
-    const float scales[kRows] = {1.0f, 0.0f, huge, 1e-12f, 1.0f};
+    const float scales[] = {1.0f, 0.0f, huge, 1e-12f, 1.0f};
     for (int64_t t = 0; t < kRows; ++t)
         for (int64_t k = 0; k < cols; ++k) {
-            const float outlier = t == 4 && k % 40 == 0 ? huge : 1.0f;
-            x.floats()[t * cols + k] = random.uniform(scales[t] * outlier);
+            const float outlier = t % 5 == 4 && k % 40 == 0 ? huge : 1.0f;
+            x.floats()[t * cols + k] = random.uniform(scales[t % 5] * outlier);
         }
 }
 
@@ -95,9 +112,9 @@ void test_rms_norm(const Kernels& kernels, int64_t cols, Random& random) {
     const float eps = 1e-5f;
     test_both(
         kernels, "rms_norm", cols, 1e-5,
-        [&](Rows out, int planes, int64_t first, int64_t last) {
-            kernels.rms_norm({x.data(), cols * 4}, weight.floats(), eps, cols, out, planes, first,
-                             last);
+        [&](Rows out, bool quantized, int64_t first, int64_t last) {
+            kernels.rms_norm({x.data(), cols * 4}, weight.floats(), eps, cols, out, quantized,
+                             first, last);
         },
         [&](int64_t t) {
             std::vector<double> want(static_cast<size_t>(cols));
@@ -119,8 +136,8 @@ void test_silu_mul(const Kernels& kernels, int64_t cols, Random& random) {
         gate.floats()[k] = k < 32 ? -100.0f : k % 2 ? 100.0f : -87.0f - float(k) / 32;
     test_both(
         kernels, "silu_mul", cols, 2e-6,
-        [&](Rows out, int planes, int64_t first, int64_t last) {
-            kernels.silu_mul({gate.data(), cols * 4}, {up.data(), cols * 4}, cols, out, planes,
+        [&](Rows out, bool quantized, int64_t first, int64_t last) {
+            kernels.silu_mul({gate.data(), cols * 4}, {up.data(), cols * 4}, cols, out, quantized,
                              first, last);
         },
         [&](int64_t t) {
@@ -133,32 +150,44 @@ void test_silu_mul(const Kernels& kernels, int64_t cols, Random& random) {
         });
 }
 
-void test_quantize(const Kernels& kernels, int planes, int64_t cols, Random& random) {
-    const int64_t stride = act_row_bytes(cols, planes);
-    const Buffer x(kRows * cols * 4), q(kRows * stride);
-    const Rows in{x.data(), cols * 4}, out{q.data(), stride};
+void test_quantize(const Kernels& kernels, int64_t cols, Random& random) {
+    const Buffer x(kRows * cols * 4);
     for (const float huge : {1e6f, 1e38f}) {
         fill_rows(x, cols, huge, random);
-        for (int64_t k = 0; k < 32; ++k)  // too small for its scale to have a finite inverse
+        for (int64_t k = 0; k < 32; ++k) {  // too small for its scale to have a finite inverse
             x.floats()[3 * cols + k] = random.uniform(1e-38f);
-        kernels.quantize(in, cols, out, planes, 0, kRows);
-        double worst = 0;
-        for (int64_t t = 0; t < kRows; ++t) {
-            const float* row = x.floats() + t * cols;
-            worst = std::max(worst, act_error(q.data() + t * stride, planes, {row, row + cols}, 0));
+            // Halfway between integers, and between the steps of their high parts.
+            x.floats()[5 * cols + k] = static_cast<float>(k % 2 ? k - 8 : 8 - k * 16) / 2;
         }
-        check(worst <= 1, "%s quantize %lld in %d planes: %.2f of the bound", kernels.name,
-              static_cast<long long>(cols), planes, worst);
+        x.floats()[5 * cols] = 127 * 16;
+        test_both(
+            kernels, "quantize", cols, 0,
+            [&](Rows out, bool quantized, int64_t first, int64_t last) {
+                kernels.quantize({x.data(), cols * 4}, cols, out, quantized, first, last);
+            },
+            [&](int64_t t) {
+                const float* row = x.floats() + t * cols;
+                return std::vector<double>(row, row + cols);
+            });
     }
-    // What is not finite must show, and must not be undefined.
-    x.floats()[0] = INFINITY;
-    for (int64_t k = 0; k < cols; ++k) x.floats()[cols + k] = NAN;
-    kernels.quantize(in, cols, out, planes, 0, 2);
-    float scales[2];
-    std::memcpy(&scales[0], q.data() + planes * cols, 4);
-    std::memcpy(&scales[1], q.data() + stride + planes * cols, 4);
-    check(std::isinf(scales[0]) && std::isnan(scales[1]), "%s quantize hides inf or NaN",
-          kernels.name);
+}
+
+// What is not finite must show in its group's scale, and nowhere else.
+void test_not_finite(const Kernels& kernels, Random& random) {
+    const int64_t cols = 64, stride = act_row_bytes(cols, true);
+    const Buffer x(cols * 4), q(16 * stride);
+    int hidden = 0, spread = 0;
+    for (const float bad : {INFINITY, -INFINITY, NAN, -NAN})
+        for (int k = 0; k <= 32; ++k) {
+            x.fill(random);
+            for (int i = 0; i < 32; ++i)
+                if (i == k || k == 32) x.floats()[i] = bad;
+            kernels.quantize({x.data(), cols * 4}, cols, {q.data(), stride}, true, 0, 1);
+            hidden += std::isfinite(Group(q, stride, cols, 0, 0).scale);
+            spread += !std::isfinite(Group(q, stride, cols, 0, 1).scale);
+        }
+    check(!hidden, "%s quantize hides %d of inf or NaN", kernels.name, hidden);
+    check(!spread, "%s quantize spreads %d of inf or NaN", kernels.name, spread);
 }
 
 void test_add(const Kernels& kernels, int64_t cols, Random& random) {
@@ -174,22 +203,25 @@ void test_add(const Kernels& kernels, int64_t cols, Random& random) {
 }
 
 void test_embed(const Kernels& kernels, Format format, Random& random) {
-    for (const Fill fill : {Fill::random, Fill::extreme, Fill::tiny}) {
-        const int64_t vocab = 37, cols = 96;
+    for (const Fill fill : {Fill::random, Fill::extreme, Fill::tiny, Fill::zero}) {
+        const int64_t vocab = 37, cols = traits(format).block == 256 ? 512 : 96;
         const Weights w(kernels, format, vocab, cols, fill, random);
         const int32_t ids[] = {0, 36, 15, 16, 3, 31};
         const Buffer out(6 * cols * 4);
-        kernels.embed(w.packed.data(), format, kernels.bias8, cols, ids, {out.data(), cols * 4}, 0,
-                      6);
+        const Rows rows{out.data(), cols * 4};
+        kernels.embed(w.packed.data(), format, cols, ids, rows, 0, 6);
         double worst = 0;
         for (int64_t t = 0; t < 6; ++t)
             for (int64_t k = 0; k < cols; ++k) {
-                const double d = w.scale(ids[t], k / kGroup) * 15, want = w.value(ids[t], k);
-                const double bound = 0x1p-23 * (std::fabs(d) + std::fabs(want)) + 1e-40;
-                worst = std::max(worst, std::fabs(out.floats()[t * cols + k] - want) / bound);
+                const Element e = w.element(ids[t], k);
+                const double error = std::fabs(rows.row<float>(t)[k] - e.value());
+                // The product is rounded, then the sum; without a minimum only the product.
+                const double bound = std::fabs(e.value()) + std::fabs(e.scale * e.quant);
+                worst = std::max(worst, error / (0x1p-24 * bound + 1e-45));
+                if (std::isnan(rows.row<float>(t)[k])) worst = INFINITY;
             }
-        check(worst <= 1, "%s embed %s: %.2f of the bound", kernels.name, format_name(format),
-              worst);
+        check(worst <= 1, "%s embed %s fill %d: %.2f of the bound", kernels.name,
+              format_name(format), static_cast<int>(fill), worst);
     }
 }
 
@@ -218,10 +250,11 @@ void test_rows(const Kernels& kernels) {
     for (const int64_t cols : {32, 64, 96, 576, 1536}) {
         test_rms_norm(kernels, cols, random);
         test_silu_mul(kernels, cols, random);
-        for (const int planes : {1, 2}) test_quantize(kernels, planes, cols, random);
+        test_quantize(kernels, cols, random);
         test_add(kernels, cols, random);
     }
-    for (const Format format : kFormats) test_embed(kernels, format, random);
+    test_not_finite(kernels, random);
+    for (const Format format : every_format()) test_embed(kernels, format, random);
     test_rope_table(kernels);
     const Buffer memory(1 << 16);
     uint8_t sink[4];
