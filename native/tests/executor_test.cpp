@@ -15,7 +15,7 @@ constexpr int64_t kHidden = 64, kMlp = 96, kVocab = 50, kTokens = 40, kHeads = 4
                   kDim = 16, kQkv = (kHeads + 2 * kKvHeads) * kDim,
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
-constexpr KvShape kKv{kKvHeads, kDim, true, kLayer};
+constexpr KvShape kKv{kKvHeads, kDim, KvType::bf16, kLayer};
 
 class Model {
   public:
