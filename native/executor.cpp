@@ -172,7 +172,7 @@ void Executor::add(Op op) {
                         op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
                         op.layer >= 0 && op.layer % 64 == 0 &&
                         op.layer <= kv_shape_.block_bytes -
-                                        2 * kv_heads * kBlock * dim * (kv_shape_.bf16 ? 2 : 4),
+                                        2 * kv_heads * kv_head_bytes(kv_shape_.type, dim),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
             if (op.kind == OpKind::rope_store)
@@ -268,7 +268,7 @@ void Executor::walk(const Step& step) {
 void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last) const {
     const Rows a = rows(op.a), b = rows(op.b), out = rows(op.out);
     const KvView kv{kv_.data() + op.layer, kv_shape_.block_bytes, step.tables,
-                    limits_.max_blocks,    kv_shape_.bf16,        kv_shape_.heads,
+                    limits_.max_blocks,    kv_shape_.type,        kv_shape_.heads,
                     kv_shape_.head_dim};
     const Kernels& k = kernels_;
     switch (op.kind) {

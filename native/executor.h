@@ -60,7 +60,7 @@ struct Limits {
 
 struct KvShape {
     int32_t heads, head_dim;
-    bool bf16;
+    KvType type;
     int64_t block_bytes;  // of one block, all layers
 };
 

@@ -43,6 +43,17 @@ def test_the_executor_allocates_the_plan(tmp_path):
         assert executor.arena_bytes == planned.arena == model.memory.arena
 
 
+def test_an_int8_cache_takes_half(tmp_path):
+    path = tiny_llama_dir(tmp_path / "hf", head_dim=64)
+    with load(path, context=256, kv_dtype="int8") as model:
+        assert model._open().executor.kv_bytes == model.memory.kv
+        halved = model.memory.kv
+    planned = measured("inspect", path, "--context", 256, "--kv", "int8")["memory"]["kv"]
+    whole = measured("inspect", path, "--context", 256)["memory"]["kv"]
+    assert planned == halved
+    assert halved / whole == (64 + 4) / (64 * 2)  # a scale for each row of a head
+
+
 def test_packed_weights_are_no_larger_than_the_file(smollm2):
     with open_checkpoint(smollm2) as checkpoint:
         planned = compile_checkpoint(checkpoint, Limits(256)).memory(0)

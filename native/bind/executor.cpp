@@ -26,6 +26,13 @@ using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
 
 Ref at(const Slot& s) { return {s.first, s.second}; }
 
+KvType parse_kv(const std::string& name) {
+    if (name == "f32") return KvType::f32;
+    if (name == "bf16") return KvType::bf16;
+    if (name == "int8") return KvType::int8;
+    throw std::invalid_argument("unknown KV type: " + name);
+}
+
 MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
     const auto& [format_name, offset, rows, column, bias] = p;
     const Format format = parse_format(format_name);
@@ -69,7 +76,7 @@ void bind_executor(nb::module_& m) {
             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
                int64_t arena_bytes, int64_t max_tokens, int64_t max_rows, int64_t max_sequences,
                int64_t max_blocks, int64_t num_blocks, int64_t vocab, int32_t kv_heads,
-               int32_t head_dim, bool kv_bf16, int64_t kv_block_bytes) {
+               int32_t head_dim, const std::string& kv_dtype, int64_t kv_block_bytes) {
                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
                     num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
                     throw std::invalid_argument("executor sizes must not be negative");
@@ -77,11 +84,11 @@ void bind_executor(nb::module_& m) {
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
                              {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
-                             {kv_heads, head_dim, kv_bf16, kv_block_bytes});
+                             {kv_heads, head_dim, parse_kv(kv_dtype), kv_block_bytes});
             },
             nb::kw_only(), "threads"_a, "isa"_a, "weight_bytes"_a, "arena_bytes"_a, "max_tokens"_a,
             "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "num_blocks"_a, "vocab"_a,
-            "kv_heads"_a, "head_dim"_a, "kv_bf16"_a, "kv_block_bytes"_a)
+            "kv_heads"_a, "head_dim"_a, "kv_dtype"_a, "kv_block_bytes"_a)
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)

@@ -3,6 +3,7 @@
 // A query's sum over a chunk depends on that query and the chunk alone: not on the other queries
 // of its tile, nor on their number.
 #pragma once
+#include <cstring>
 #include <limits>
 
 #include "kv.h"
@@ -82,14 +83,13 @@ inline void score_block(const uint8_t* keys, const float* q, int64_t dim, float*
 
 // sums[r] = weights[r] @ values over n positions from block `blocks[0]` on, V vectors from d on.
 template <bool bf16, int R, int V>
-inline void weigh(const KvView& kv, const int32_t* blocks, int64_t head, int64_t n, int64_t d,
-                  const float* weights, float* sums) {
-    const int64_t dim = kv.head_dim;
+inline void weigh(const Past& past, int64_t n, int64_t d, const float* weights, float* sums) {
+    const int64_t dim = past.kv.head_dim;
     F sum[R][V];
     for (int r = 0; r < R; ++r)
         for (int i = 0; i < V; ++i) sum[r][i] = set(0.0f);
     for (int64_t start = 0; start < n; start += kBlock, weights += kBlock) {
-        const uint8_t* values = kv_head(kv, blocks[start / kBlock], head, true);
+        const uint8_t* values = past.at(start, true);
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         for (int64_t j = 0; j < count; j += 2) {
             F a[V], b[V];
@@ -115,41 +115,37 @@ inline void weigh(const KvView& kv, const int32_t* blocks, int64_t head, int64_t
 }
 
 template <bool bf16, int R>
-inline void score_rows(const KvView& kv, const int32_t* blocks, int64_t head, int64_t n,
-                       const float* q, float* scores) {
+inline void score_rows(const Past& past, int64_t n, const float* q, float* scores) {
     for (int64_t start = 0; start < n; start += kBlock)
-        score_block<bf16, R>(kv_head(kv, blocks[start / kBlock], head, false), q, kv.head_dim,
-                             scores + start);
+        score_block<bf16, R>(past.at(start, false), q, past.kv.head_dim, scores + start);
 }
 
 template <bool bf16, int R>
-inline void weigh_rows(const KvView& kv, const int32_t* blocks, int64_t head, int64_t n,
-                       const float* weights, float* sums) {
+inline void weigh_rows(const Past& past, int64_t n, const float* weights, float* sums) {
+    const int64_t dim = past.kv.head_dim;
     constexpr int V = kWideSums ? 4 : 1;
     int64_t d = 0;
-    for (; d + 16 * V <= kv.head_dim; d += 16 * V)
-        weigh<bf16, R, V>(kv, blocks, head, n, d, weights, sums);
-    for (; d < kv.head_dim; d += 16) weigh<bf16, R, 1>(kv, blocks, head, n, d, weights, sums);
+    for (; d + 16 * V <= dim; d += 16 * V) weigh<bf16, R, V>(past, n, d, weights, sums);
+    for (; d < dim; d += 16) weigh<bf16, R, 1>(past, n, d, weights, sums);
 }
 
-// Positions [from, from + kChunk) for every query of the tile.
+// Positions [from, from + kChunk), which `past` is, for every query of the tile.
 template <bool bf16>
-void sum_chunk(const Tile& tile, const float* q, const KvView& kv, const int32_t* blocks,
-               int64_t head, int64_t from, Scores& scores, Sums sums) {
+void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from, Scores& scores,
+               Sums sums) {
     using Score = decltype(&score_rows<bf16, 1>);
     using Weigh = decltype(&weigh_rows<bf16, 1>);
     static constexpr Score score[] = {score_rows<bf16, 1>, score_rows<bf16, 2>, score_rows<bf16, 3>,
                                       score_rows<bf16, 4>};
     static constexpr Weigh weigh[] = {weigh_rows<bf16, 1>, weigh_rows<bf16, 2>, weigh_rows<bf16, 3>,
                                       weigh_rows<bf16, 4>};
-    const int64_t dim = kv.head_dim;
-    blocks += from / kBlock;
+    const int64_t dim = past.kv.head_dim;
     for (int r = 0; r < tile.count; r += 4) {
         const int rows = tile.count - r < 4 ? tile.count - r : 4;
         const int64_t left = tile.length[r + rows - 1] - from;
         const int n = static_cast<int>(left < kChunk ? left : kChunk);
         if (n <= 0) continue;
-        score[rows - 1](kv, blocks, head, n, q + r * dim, scores.row[r]);
+        score[rows - 1](past, n, q + r * dim, scores.row[r]);
         for (int i = r; i < r + rows; ++i) {
             const int64_t own = tile.length[i] - from;
             if (own > 0)
@@ -158,7 +154,7 @@ void sum_chunk(const Tile& tile, const float* q, const KvView& kv, const int32_t
             else
                 std::memset(scores.row[i], 0, sizeof scores.row[i]);
         }
-        weigh[rows - 1](kv, blocks, head, n, scores.row[r], sums.values + r * dim);
+        weigh[rows - 1](past, n, scores.row[r], sums.values + r * dim);
     }
 }
 

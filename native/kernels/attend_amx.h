@@ -133,20 +133,18 @@ inline const uint8_t* copy_values(const uint8_t* values, int64_t n, int64_t dim,
 }
 
 // As sum_chunk(); `first` of the tiles that read the same blocks, it asks for them ahead.
-inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const KvView& kv,
-                          const int32_t* blocks, int64_t head, int64_t from, bool first,
-                          Scores& scores, Sums sums) {
-    const int64_t dim = kv.head_dim, plane = kQueries * dim, left = tile.longest() - from;
+inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const Past& past, int64_t from,
+                          bool first, Scores& scores, Sums sums) {
+    const int64_t dim = past.kv.head_dim, plane = kQueries * dim, left = tile.longest() - from;
     const int n = static_cast<int>(left < kChunk ? left : kChunk);
     const int padded = (n + kBlock - 1) / kBlock * kBlock;
-    blocks += from / kBlock;
-    const auto at = [&](int i, bool value) { return kv_head(kv, blocks[i / kBlock], head, value); };
+    const auto at = [&](int i, bool value) { return past.at(i, value); };
     const auto ask = [&](int i, bool value) {
         if (!first) return;
         if (i < padded)
-            prefetch(at(i, value), kv.head_bytes());
+            prefetch(at(i, value), past.kv.head_bytes());
         else if (!value && i - padded < padded)
-            prefetch(at(i - padded, true), kv.head_bytes());
+            prefetch(at(i - padded, true), past.kv.head_bytes());
     };
     publish();
     ask(0, false);

@@ -5,6 +5,7 @@
 // memory once. The sums of chunks are joined in order.
 #pragma once
 #include "attend.h"
+#include "kv_int8.h"
 #if defined(PRONK_AMX)
 #include "attend_amx.h"
 #endif
@@ -15,7 +16,7 @@ namespace pronk::PRONK_NS {
 // Holds tiles while some attention may use them.
 class Tiles {
   public:
-    explicit Tiles(const KvView& kv) : used_(kv.bf16 && kv.head_dim % 32 == 0) {}
+    explicit Tiles(const KvView& kv) : used_(kv.type != KvType::f32 && kv.head_dim % 32 == 0) {}
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
     ~Tiles() {
@@ -90,13 +91,15 @@ class Queries {
     void finish(const int32_t* blocks, int64_t head) {
         const int tiles = (count_ + kQueries - 1) / kQueries;
         const int64_t longest = tile_[tiles - 1].longest();
-        for (int64_t from = 0; from < longest; from += kChunk)
+        for (int64_t from = 0; from < longest; from += kChunk) {
+            const Past past = read(blocks, head, from, longest);
             for (int i = 0, first = 1; i < tiles; ++i)
                 if (from < tile_[i].longest()) {
-                    sum(i, blocks, head, from, first, from == 0);
+                    sum(i, past, from, first, from == 0);
                     if (from) join(i, from);
                     first = 0;
                 }
+        }
         for (int i = 0; i < count_; ++i)
             divide(values_ + i * kv_.head_dim, total_[i], kv_.head_dim, out_[i]);
         count_ = 0;
@@ -105,7 +108,9 @@ class Queries {
     // Writes each query's sum over one chunk to its `out`: values, then the top and the total.
     void part(const int32_t* blocks, int64_t head, int64_t from) {
         const int64_t dim = kv_.head_dim;
-        for (int i = 0; i * kQueries < count_; ++i) sum(i, blocks, head, from, i == 0, true);
+        const int tiles = (count_ + kQueries - 1) / kQueries;
+        const Past past = read(blocks, head, from, tile_[tiles - 1].longest());
+        for (int i = 0; i < tiles; ++i) sum(i, past, from, i == 0, true);
         for (int i = 0; i < count_; ++i) {
             std::memcpy(out_[i], values_ + i * dim, static_cast<size_t>(dim) * sizeof(float));
             out_[i][dim] = top_[i];
@@ -118,21 +123,27 @@ class Queries {
     static constexpr int kTiles = 8;
     static constexpr int64_t kElements = kTiles * kQueries * 64;
 
+    // The chunk from `from` on of a past.
+    Past read(const int32_t* blocks, int64_t head, int64_t from, int64_t length) const {
+        const int64_t n = length - from < kChunk ? length - from : kChunk;
+        return read_past(kv_, blocks + from / kBlock, head, (n + kBlock - 1) / kBlock);
+    }
+
     // Into the sums of the tile when it is `fresh`, else beside them.
-    void sum(int i, const int32_t* blocks, int64_t head, int64_t from, [[maybe_unused]] bool first,
-             bool fresh) {
+    void sum(int i, const Past& past, int64_t from, [[maybe_unused]] bool first, bool fresh) {
         const int64_t at = i * kQueries, dim = kv_.head_dim;
         const Sums sums = fresh ? Sums{top_ + at, total_ + at, values_ + at * dim}
                                 : Sums{chunk_top_, chunk_total_, chunk_};
 #if defined(PRONK_AMX)
         if (tiles_) {
             tiles_.rows(tile_[i].count);
-            return sum_chunk_amx(tile_[i], reinterpret_cast<const uint16_t*>(q_ + at * dim), kv_,
-                                 blocks, head, from, first, scores_, sums);
+            return sum_chunk_amx(tile_[i], reinterpret_cast<const uint16_t*>(q_ + at * dim), past,
+                                 from, first, scores_, sums);
         }
 #endif
-        (kv_.bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim, kv_, blocks, head,
-                                                        from, scores_, sums);
+        (past.kv.type == KvType::bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim,
+                                                                            past, from, scores_,
+                                                                            sums);
     }
 
     // Adds the sums of the chunk from `from` on, which some of the tile's queries may not reach.

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "matmul.h"
 #include "probe.h"
+#include "rope.h"
 
 namespace pronk {
 

@@ -24,17 +24,22 @@ struct Rows {  // a matrix in the arena
     }
 };
 
+enum class KvType : int { f32, bf16, int8 };
+
+// Bytes of the keys, or the values, of one head in a block.
+static inline int64_t kv_head_bytes(KvType type, int64_t dim) {
+    if (type == KvType::int8) return kBlock * (dim + 4);  // a scale per position
+    return kBlock * dim * (type == KvType::bf16 ? 2 : 4);
+}
+
 struct KvView {
     uint8_t* base;          // this layer's part of block 0
     int64_t block_stride;   // bytes between blocks
     const int32_t* tables;  // [sequences, max_blocks]
     int64_t max_blocks;
-    bool bf16;  // else float32
+    KvType type;
     int32_t kv_heads, head_dim;
-    [[gnu::always_inline]] int64_t element() const { return bf16 ? 2 : 4; }
-    [[gnu::always_inline]] int64_t head_bytes() const {
-        return int64_t(kBlock) * head_dim * element();
-    }
+    [[gnu::always_inline]] int64_t head_bytes() const { return kv_head_bytes(type, head_dim); }
 };
 
 struct Tokens {  // what a step runs on

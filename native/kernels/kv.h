@@ -1,13 +1,11 @@
-// The paged KV cache: where a head lies in a block, and how keys and values are written.
+// The paged KV cache: where a head lies in a block, and how keys and values are read.
 //
 // A block holds kBlock positions of every KV head, keys of every head before values of every head.
 // bf16 keys lie [d / 2][position][2], so that 16 positions are scored without a horizontal sum,
 // and bf16 values [position / 2][d][2]: either is what a dot product of pairs of bf16 reads.
-// float32 keys lie [d][position] and values [position][d].
+// float32 keys lie [d][position] and values [position][d]. int8 lies as bf16 does, with a scale per
+// position behind it, and is expanded to bf16 a chunk at a time.
 #pragma once
-#include <cstring>
-
-#include "half.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -46,49 +44,14 @@ inline void load_values(const uint8_t* values, int64_t j, int64_t d, int64_t dim
     }
 }
 
-inline void rotate(float* x, const float* table, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float a = x[i], b = x[i + half], c = table[i], s = table[half + i];
-        x[i] = a * c - b * s;
-        x[i + half] = b * c + a * s;
+// Where attention reads the blocks of a chunk.
+struct Past {
+    KvView kv;
+    const int32_t* blocks;
+    int64_t head;
+    const uint8_t* at(int64_t position, bool value) const {
+        return kv_head(kv, blocks[position / kBlock], head, value);
     }
-}
-
-inline void store_half(const float* k, const float* v, int64_t dim, int64_t slot, uint8_t* keys,
-                       uint8_t* values) {
-    uint16_t half[2 * kMaxHeadDim];
-    for (int64_t d = 0; d < dim; ++d) half[d] = f32_to_bf16(k[d]);
-    for (int64_t d = 0; d < dim; ++d) half[dim + d] = f32_to_bf16(v[d]);
-    for (int64_t d = 0; d < dim; d += 2)
-        std::memcpy(keys + (d * kBlock + 2 * slot) * 2, half + d, 4);
-    uint16_t* vp = reinterpret_cast<uint16_t*>(values) + slot / 2 * 2 * dim + slot % 2;
-    for (int64_t d = 0; d < dim; ++d) vp[2 * d] = half[dim + d];
-}
-
-inline void store_float(const float* k, const float* v, int64_t dim, int64_t slot, uint8_t* keys,
-                        uint8_t* values) {
-    float* kp = reinterpret_cast<float*>(keys) + slot;
-    for (int64_t d = 0; d < dim; ++d) kp[d * kBlock] = k[d];
-    std::memcpy(reinterpret_cast<float*>(values) + slot * dim, v,
-                static_cast<size_t>(dim) * sizeof(float));
-}
-
-inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
-                       int64_t first, int64_t last) {
-    const int64_t dim = kv.head_dim;
-    for (int64_t t = first; t < last; ++t) {
-        float* q = qkv.row<float>(t);
-        const float* angles = table.row<float>(t);
-        for (int64_t h = 0; h < heads + kv.kv_heads; ++h) rotate(q + h * dim, angles, dim / 2);
-        const int64_t position = tokens.positions[t];
-        const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
-        for (int64_t h = 0; h < kv.kv_heads; ++h) {
-            const float* k = q + (heads + h) * dim;
-            (kv.bf16 ? store_half : store_float)(k, k + kv.kv_heads * dim, dim, position % kBlock,
-                                                 kv_head(kv, block, h, false),
-                                                 kv_head(kv, block, h, true));
-        }
-    }
-}
+};
 
 }  // namespace pronk::PRONK_NS

@@ -82,6 +82,11 @@ inline __m256 widen_bf16(__m128i h) {
 inline F load_bf16(const uint16_t* p) {
     return {widen_bf16(load_128(p)), widen_bf16(load_128(p + 8))};
 }
+inline F load_i8(const int8_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     const __m256i lo = load_256(p), hi = load_256(p + 16);

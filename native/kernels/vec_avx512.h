@@ -55,6 +55,10 @@ inline F load_bf16(const uint16_t* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
+inline F load_i8(const int8_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))};
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     const __m512i x = _mm512_loadu_si512(p);

@@ -84,6 +84,9 @@ inline F load_f16(const uint16_t* p) {
 inline F load_bf16(const uint16_t* p) {
     return map([&](int i) { return bf16_to_f32(p[i]); });
 }
+inline F load_i8(const int8_t* p) {
+    return map([&](int i) { return static_cast<float>(p[i]); });
+}
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     first = map([&](int i) { return bf16_to_f32(p[2 * i]); });
     second = map([&](int i) { return bf16_to_f32(p[2 * i + 1]); });

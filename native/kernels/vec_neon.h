@@ -83,6 +83,13 @@ inline F load_bf16(const uint16_t* p) {
     return each<F>(
         [&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
 }
+inline F load_i8(const int8_t* p) {
+    return each<F>([&](int i) {
+        const float x[4] = {float(p[4 * i]), float(p[4 * i + 1]), float(p[4 * i + 2]),
+                            float(p[4 * i + 3])};
+        return vld1q_f32(x);
+    });
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     for (int i = 0; i < 4; ++i) {

@@ -7,9 +7,11 @@ namespace pronk::test {
 
 namespace {
 
+const char* kv_names[] = {"f32", "bf16", "int8"};
+
 struct Case {
     int32_t heads, kv_heads, dim;
-    bool bf16;
+    KvType kv;
     float scale;  // of the queries: large ones make the softmax sharp
 };
 
@@ -19,7 +21,7 @@ class Setup {
     Setup(const Case& c, int lengths[2])
         : c_(c),
           width_((c.heads + 2 * c.kv_heads) * c.dim),
-          layer_(int64_t(2) * c.kv_heads * kBlock * c.dim * (c.bf16 ? 2 : 4)),
+          layer_(2 * c.kv_heads * kv_head_bytes(c.kv, c.dim)),
           pool(kPool * 2 * layer_),
           tables(2 * kBlocks, -1) {
         int32_t free = 0;
@@ -34,7 +36,7 @@ class Setup {
     int64_t tokens() const { return static_cast<int64_t>(positions.size()); }
     int64_t width() const { return width_; }
     KvView view() const {  // the second of two layers
-        return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks, c_.bf16,
+        return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks, c_.kv,
                 c_.kv_heads,          c_.dim};
     }
     Tokens at(int64_t token) const {
@@ -69,14 +71,23 @@ double rotation_error(const Case& c, const float* before, const float* after, co
 
 // Whether a kernel rounds the softmax to bf16 before it weighs values: AMX tiles do.
 bool rounds_weights(const Kernels& kernels, const Case& c) {
-    return !std::strcmp(kernels.name, "amx") && c.bf16 && c.dim % 32 == 0;
+    return !std::strcmp(kernels.name, "amx") && c.kv != KvType::f32 && c.dim % 32 == 0;
+}
+
+// What the cache keeps of an element of a row of keys or values.
+double kept(const Case& c, const float* row, int d) {
+    if (c.kv == KvType::f32) return double(row[d]);
+    if (c.kv == KvType::bf16) return double(to_bfloat(row[d]));
+    float top = 0;
+    for (int i = 0; i < c.dim; ++i) top = std::max(top, std::fabs(row[i]));
+    return double(to_bfloat(std::nearbyint(row[d] * (127.0f / top)) * (top / 127.0f)));
 }
 
 // Error of one head of one token, as a share of what float scores allow; `rounding` bounds the
 // relative error of a weight against their total.
 double attention_error(const Case& c, const Setup& setup, const Buffer& qkv, int64_t t, int h,
                        const float* got, float softmax_scale, double rounding) {
-    const auto rounded = [&](float f) { return double(c.bf16 ? to_bfloat(f) : f); };
+    const auto rounded = [&](const float* row, int d) { return kept(c, row, d); };
     const int64_t kv = h / (c.heads / c.kv_heads);
     const float* q = qkv.floats() + t * setup.width() + h * c.dim;
     std::vector<double> scores, sum(static_cast<size_t>(c.dim)), size(static_cast<size_t>(c.dim));
@@ -86,8 +97,8 @@ double attention_error(const Case& c, const Setup& setup, const Buffer& qkv, int
         const float* k = qkv.floats() + s * setup.width() + (c.heads + kv) * c.dim;
         double dot = 0, magnitude = 0;
         for (int d = 0; d < c.dim; ++d) {
-            dot += q[d] * rounded(k[d]);
-            magnitude += std::fabs(q[d] * rounded(k[d]));
+            dot += q[d] * rounded(k, d);
+            magnitude += std::fabs(q[d] * rounded(k, d));
         }
         scores.push_back(dot * double(softmax_scale));
         top = std::max(top, scores.back());
@@ -98,8 +109,8 @@ double attention_error(const Case& c, const Setup& setup, const Buffer& qkv, int
         const double p = std::exp(scores[size_t(s - start)] - top);
         total += p;
         for (int d = 0; d < c.dim; ++d) {
-            sum[size_t(d)] += p * rounded(v[d]);
-            size[size_t(d)] += p * std::fabs(rounded(v[d]));
+            sum[size_t(d)] += p * rounded(v, d);
+            size[size_t(d)] += p * std::fabs(rounded(v, d));
         }
     }
     double worst = 0;
@@ -145,7 +156,7 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
                 attention_error(c, setup, qkv, t, h, out.floats() + (t * c.heads + h) * c.dim,
                                 scale, rounds_weights(kernels, c) ? std::ldexp(1, -8) : 0));
     }
-    const char* kv = c.bf16 ? "bf16" : "f32";
+    const char* kv = kv_names[static_cast<int>(c.kv)];
     check(rotation <= 1, "%s rope_store dim %d %s", kernels.name, c.dim, kv);
     check(worst <= 1, "%s attention dim %d heads %d/%d %s lengths %d, %d: %.2f of the bound",
           kernels.name, c.dim, c.heads, c.kv_heads, kv, first_length, second_length, worst);
@@ -180,17 +191,17 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
 }  // namespace
 
 void test_attention(const Kernels& kernels) {
-    for (const bool bf16 : {false, true}) {
+    for (const KvType kv : {KvType::f32, KvType::bf16, KvType::int8}) {
         for (const int32_t dim : {16, 64, 80, 96, 128}) {
             for (const int length : {1, 2, 15, 16, 17, 31, 32, 33, 64, 65})
-                test_case(kernels, {3, 1, dim, bf16, 1.0f}, length, 1 + length / 3);
-            test_case(kernels, {4, 2, dim, bf16, 1.0f}, 100, 37);
-            test_case(kernels, {2, 2, dim, bf16, 40.0f}, 100, 5);
+                test_case(kernels, {3, 1, dim, kv, 1.0f}, length, 1 + length / 3);
+            test_case(kernels, {4, 2, dim, kv, 1.0f}, 100, 37);
+            test_case(kernels, {2, 2, dim, kv, 40.0f}, 100, 5);
         }
-        test_case(kernels, {1, 1, 256, bf16, 1.0f}, 40, 3);
-        test_case(kernels, {6, 1, 16, bf16, 10.0f}, 2 * kChunk + 7, 3);
-        test_case(kernels, {3, 3, 32, bf16, 1.0f}, kChunk + 1, kChunk);
-        test_case(kernels, {20, 1, 32, bf16, 1.0f}, 70, 9);  // more heads than a tile has rows
+        test_case(kernels, {1, 1, 256, kv, 1.0f}, 40, 3);
+        test_case(kernels, {6, 1, 16, kv, 10.0f}, 2 * kChunk + 7, 3);
+        test_case(kernels, {3, 3, 32, kv, 1.0f}, kChunk + 1, kChunk);
+        test_case(kernels, {20, 1, 32, kv, 1.0f}, 70, 9);  // more heads than a tile has rows
     }
 }
 

@@ -16,7 +16,7 @@ constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads =
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
 constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
-constexpr KvShape kKv{kKvHeads, kDim, true, kLayer};
+constexpr KvShape kKv{kKvHeads, kDim, KvType::bf16, kLayer};
 
 class Model {
   public:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_context",
     "add_json",
+    "add_kv",
     "add_model",
     "add_runtime",
     "add_sampling",
@@ -40,9 +41,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_kv(parser: argparse.ArgumentParser) -> None:
+    """``--kv``."""
+    parser.add_argument(
+        "--kv", choices=("bf16", "int8"), default="bf16",
+        help="elements of the KV cache: int8 takes half the memory and loses some precision",
+    )  # fmt: skip
+
+
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads`` and ``--no-packed-cache``."""
+    """``--threads``, ``--kv`` and ``--no-packed-cache``."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
+    add_kv(parser)
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
@@ -120,7 +130,8 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
-        packed_cache=args.packed_cache, speculate=getattr(args, "speculate", False),
+        kv_dtype=args.kv, packed_cache=args.packed_cache,
+        speculate=getattr(args, "speculate", False),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:

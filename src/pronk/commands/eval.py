@@ -18,7 +18,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     common.add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's topics)")
-    parser.add_argument("--reference", metavar="MODEL", help="also report KL from this model")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="also report KL from this model, its KV in bf16"
+    )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
     parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
     parser.add_argument(
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
             **perplexity(model, ids, progress=progress, **options).to_dict(),
         }
     if args.reference:
-        reference, _ = common.open_model(args.reference, args, args.window)
+        exact = argparse.Namespace(**{**vars(args), "kv": "bf16"})
+        reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:
             compared = divergence(reference, model, ids, progress=progress, **options)
         result |= {"reference": str(reference.path), **compared.to_dict()}

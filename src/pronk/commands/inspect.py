@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     common.add_model(parser)
     parser.add_argument("--context", type=int, metavar="N", help="plan memory for so many tokens")
+    common.add_kv(parser)
     parser.add_argument("--graph", action="store_true", help="print the graph that would run")
     parser.add_argument("--tensors", action="store_true", help="print every tensor")
     common.add_json(parser)
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
         context = choose_context(checkpoint.spec, args.context, checkpoint.budget)
-        program = compile_checkpoint(checkpoint, Limits(context))
+        program = compile_checkpoint(checkpoint, Limits(context, kv_dtype=args.kv))
         tensors = list(checkpoint.tensors.values())
         spec, kind = checkpoint.spec, checkpoint.format
     memory = program.memory(measure(path))

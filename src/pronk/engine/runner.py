@@ -71,7 +71,7 @@ class Runner:
             vocab=spec.vocab_size,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            kv_bf16=limits.kv_dtype == "bf16",
+            kv_dtype=limits.kv_dtype,
             kv_block_bytes=program.kv_block_bytes,
         )
         self._owners = lower(

@@ -67,8 +67,12 @@ def act_row_bytes(cols: int, quantized: bool) -> int:
 
 
 def kv_block_bytes(layers: int, kv_heads: int, head_dim: int, kv_dtype: str) -> int:
-    """Bytes of one block of 32 positions over all layers, keys and values."""
-    return layers * 2 * kv_heads * head_dim * KV_BLOCK * _ELEMENT[kv_dtype]
+    """Bytes of one block of 32 positions over all layers, keys and values.
+
+    An int8 row of a head has a float32 scale.
+    """
+    row = head_dim + 4 if kv_dtype == "int8" else head_dim * _ELEMENT[kv_dtype]
+    return layers * 2 * kv_heads * KV_BLOCK * row
 
 
 def runtime_dtype(dtype: str, cols: int) -> str:

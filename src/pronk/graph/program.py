@@ -41,7 +41,7 @@ class Limits:
         Most sequences in a step.
     kv_tokens : int or None
         Tokens the KV pool holds over all sequences; None means one full context.
-    kv_dtype : {"bf16", "f32"}
+    kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache.
     """
 

@@ -1,0 +1,58 @@
+// Rotary embedding, and the rows it leaves in the KV cache.
+#pragma once
+#include <cstring>
+
+#include "half.h"
+#include "kv.h"
+#include "kv_int8.h"
+
+namespace pronk::PRONK_NS {
+
+inline void rotate(float* x, const float* table, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half], c = table[i], s = table[half + i];
+        x[i] = a * c - b * s;
+        x[i + half] = b * c + a * s;
+    }
+}
+
+inline void store_half(const float* k, const float* v, int64_t dim, int64_t slot, uint8_t* keys,
+                       uint8_t* values) {
+    uint16_t half[2 * kMaxHeadDim];
+    for (int64_t d = 0; d < dim; ++d) half[d] = f32_to_bf16(k[d]);
+    for (int64_t d = 0; d < dim; ++d) half[dim + d] = f32_to_bf16(v[d]);
+    for (int64_t d = 0; d < dim; d += 2)
+        std::memcpy(keys + (d * kBlock + 2 * slot) * 2, half + d, 4);
+    uint16_t* vp = reinterpret_cast<uint16_t*>(values) + slot / 2 * 2 * dim + slot % 2;
+    for (int64_t d = 0; d < dim; ++d) vp[2 * d] = half[dim + d];
+}
+
+inline void store_float(const float* k, const float* v, int64_t dim, int64_t slot, uint8_t* keys,
+                        uint8_t* values) {
+    float* kp = reinterpret_cast<float*>(keys) + slot;
+    for (int64_t d = 0; d < dim; ++d) kp[d * kBlock] = k[d];
+    std::memcpy(reinterpret_cast<float*>(values) + slot * dim, v,
+                static_cast<size_t>(dim) * sizeof(float));
+}
+
+inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
+                       int64_t first, int64_t last) {
+    const int64_t dim = kv.head_dim;
+    for (int64_t t = first; t < last; ++t) {
+        float* q = qkv.row<float>(t);
+        const float* angles = table.row<float>(t);
+        for (int64_t h = 0; h < heads + kv.kv_heads; ++h) rotate(q + h * dim, angles, dim / 2);
+        const int64_t position = tokens.positions[t];
+        const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
+        for (int64_t h = 0; h < kv.kv_heads; ++h) {
+            const float* k = q + (heads + h) * dim;
+            const auto store = kv.type == KvType::int8   ? store_int8
+                               : kv.type == KvType::bf16 ? store_half
+                                                         : store_float;
+            store(k, k + kv.kv_heads * dim, dim, position % kBlock, kv_head(kv, block, h, false),
+                  kv_head(kv, block, h, true));
+        }
+    }
+}
+
+}  // namespace pronk::PRONK_NS
