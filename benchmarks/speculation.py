@@ -1,7 +1,7 @@
 """What drafting from earlier text buys: tokens a second with and without, on the same answers.
 
-Both sides run greedily in one process, in turns, and must give the same tokens. Each answer has a
-conversation of its own, as a user's has. Prints medians, and medians of the ratios of neighbours.
+One loaded model answers greedily with and without, in turns, and must give the same tokens.
+Prints medians, and medians of the ratios of neighbours.
 
     python benchmarks/speculation.py [--model MODEL] [--rounds 3] [--tokens 256] [--out FILE.json]
 """
@@ -107,25 +107,23 @@ def answer(model: Model, prompt: list[int], params: SamplingParams) -> tuple[lis
     return tokens, (len(tokens) - 1) / max(last - first, 1e-9)
 
 
-def measure(
-    plain: Model, drafting: Model, task: str, params: SamplingParams, rounds: int
-) -> dict[str, Any]:
+def measure(model: Model, task: str, params: SamplingParams, rounds: int) -> dict[str, Any]:
     """One task in turns."""
     message = [{"role": "user", "content": task}]
-    prompt = plain.render(message) if plain.has_chat_template else plain.encode(task)
-    before = drafting.speculation
+    prompt = model.render(message) if model.has_chat_template else model.encode(task)
+    before = model.speculation
     rates: dict[str, list[float]] = {"without": [], "with": []}
     count = 0
     for number in range(rounds):
-        sides = {"without": plain, "with": drafting}
         found = {}
-        for side in sides if number % 2 else reversed(sides):
-            found[side], rate = answer(sides[side], prompt, params)
+        for side in rates if number % 2 else reversed(rates):
+            model.speculate = side == "with"
+            found[side], rate = answer(model, prompt, params)
             rates[side].append(rate)
         if found["with"] != found["without"]:
             raise SystemExit("the tokens differ: speculation is not exact")
         count = len(found["with"])
-    done = drafting.speculation.since(before)
+    done = model.speculation.since(before)
     pairs = zip(rates["with"], rates["without"], strict=True)
     return {
         "prompt_tokens": len(prompt),
@@ -149,6 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     params = SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=1)
     path = resolve(args.model)
+<<<<<<< HEAD
     plain, drafting = (
         load(path, args.threads, context=2048, speculate=speculate) for speculate in (False, True)
     )
@@ -166,6 +165,22 @@ def main() -> None:
         "tasks": tasks,
     }
     output.finish(result, args)
+=======
+    model = load(path, args.threads, context=2048)
+    answer(model, model.encode("Once upon a time"), SamplingParams(max_tokens=32))
+    tasks = {name: measure(model, task, params, args.rounds) for name, task in TASKS.items()}
+    result = {"model": path.name, "threads": model.threads, "rounds": args.rounds, "tasks": tasks}
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{path.name}, {model.threads} threads, medians of {args.rounds} rounds")
+    print(f"{'':8}{'prompt':>8}{'tokens':>8}{'without':>10}{'with':>10}{'ratio':>8}  accepted")
+    for name, row in tasks.items():
+        print(
+            f"{name:8}{row['prompt_tokens']:8}{row['tokens']:8}{row['without']:8.1f}/s"
+            f"{row['with']:8.1f}/s{row['ratio']:8.2f}  {row['accepted']} of {row['drafted']}"
+        )
+>>>>>>> spec
 
 
 if __name__ == "__main__":

@@ -84,9 +84,11 @@ class Team {
     }
 
   private:
-    // Some hundred microseconds, some ten; and how many waits the second lasts (a few tokens).
-    static constexpr int kSpins = 4000, kFewSpins = 200, kHurriedWaits = 3000;
-    static constexpr std::chrono::microseconds kLong{200};
+    // Near a millisecond, for between steps there is work of up to half of one; some ten
+    // microseconds; and how many waits the second lasts (a few tokens). A wait that is long takes a
+    // scheduler's turn: what a neighbour or a host takes is shorter, and no reason to park.
+    static constexpr int kSpins = 20000, kFewSpins = 200, kHurriedWaits = 3000;
+    static constexpr std::chrono::microseconds kLong{2000};
 
     void stop() {
         task_ = nullptr;

@@ -176,6 +176,26 @@ def test_a_loaded_model_answers_the_same(tiny, free):
         assert stopped[-1].finish_reason == "stop"
 
 
+def test_it_is_turned_off_and_on_at_any_time(tiny, free):
+    prompt, params = [3, 4, 5, 6] * 10, SamplingParams(max_tokens=150, ignore_eos=True)
+    with load(tiny, context=256, speculate=False) as model:
+        expected = list(model.generate(prompt, params))
+        assert not model.speculate
+        pieces, got = model.generate(prompt, params), []
+        for on in (True, False, True):
+            model.speculate = on
+            assert model.speculate == on
+            got += [next(pieces) for _ in range(20)]
+        assert [*got, *pieces] == expected
+        assert model.speculation.drafted == 0  # a request begun without has no memory
+        assert list(model.generate(prompt, params)) == expected
+        done = model.speculation
+        assert done.drafted > 0
+        model.speculate = False
+        assert list(model.generate(prompt, params)) == expected
+        assert model.speculation == done
+
+
 def drafted(tokens, count=6):
     lookup = Lookup()
     lookup.follow(tokens)

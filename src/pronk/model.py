@@ -154,6 +154,17 @@ class Model:
         return self._open().program
 
     @property
+    def speculate(self) -> bool:
+        """Whether tokens are drafted from earlier text; may be set at any time."""
+        self._open()
+        return self._engine.speculate
+
+    @speculate.setter
+    def speculate(self, on: bool) -> None:
+        self._open()
+        self._engine.speculate = on
+
+    @property
     def speculation(self) -> Speculation:
         """What drafting has done since the model was loaded."""
         self._open()

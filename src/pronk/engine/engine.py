@@ -50,6 +50,16 @@ class Engine:
         self._events: list[Event] = []
         self._next_id = 0
 
+    @property
+    def speculate(self) -> bool:
+        """Whether tokens are drafted; may be set at any time."""
+        return self.scheduler.speculator is not None
+
+    @speculate.setter
+    def speculate(self, on: bool) -> None:
+        self.speculator = self.speculator or (Speculator() if on else None)
+        self.scheduler.speculator = self.speculator if on else None
+
     def add(self, prompt: Sequence[int], params: SamplingParams, session: str | None = None) -> int:
         """Queue a prompt and return its request id.
 
