@@ -147,40 +147,17 @@ def main() -> None:
     args = parser.parse_args()
     params = SamplingParams(max_tokens=args.tokens, temperature=args.temperature, seed=1)
     path = resolve(args.model)
-<<<<<<< HEAD
-    plain, drafting = (
-        load(path, args.threads, context=2048, speculate=speculate) for speculate in (False, True)
-    )
-    for model in (plain, drafting):
-        answer(model, model.encode("Once upon a time"), SamplingParams(max_tokens=32))
-    tasks = {
-        name: measure(plain, drafting, task, params, args.rounds) for name, task in TASKS.items()
-    }
+    model = load(path, args.threads, context=2048)
+    answer(model, model.encode("Once upon a time"), SamplingParams(max_tokens=32))
     result = {
         "benchmark": "speculation",
         "command": output.command(),
-        "machine": describe(plain.threads),
+        "machine": describe(model.threads),
         "model": path.name,
         "rounds": args.rounds,
-        "tasks": tasks,
+        "tasks": {n: measure(model, task, params, args.rounds) for n, task in TASKS.items()},
     }
     output.finish(result, args)
-=======
-    model = load(path, args.threads, context=2048)
-    answer(model, model.encode("Once upon a time"), SamplingParams(max_tokens=32))
-    tasks = {name: measure(model, task, params, args.rounds) for name, task in TASKS.items()}
-    result = {"model": path.name, "threads": model.threads, "rounds": args.rounds, "tasks": tasks}
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{path.name}, {model.threads} threads, medians of {args.rounds} rounds")
-    print(f"{'':8}{'prompt':>8}{'tokens':>8}{'without':>10}{'with':>10}{'ratio':>8}  accepted")
-    for name, row in tasks.items():
-        print(
-            f"{name:8}{row['prompt_tokens']:8}{row['tokens']:8}{row['without']:8.1f}/s"
-            f"{row['with']:8.1f}/s{row['ratio']:8.2f}  {row['accepted']} of {row['drafted']}"
-        )
->>>>>>> spec
 
 
 if __name__ == "__main__":
