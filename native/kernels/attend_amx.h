@@ -5,25 +5,16 @@
 // only keys and values are rounded to bf16, and weights, each by half a unit in its last place.
 #pragma once
 #include "attend.h"
+#include "tiles.h"
 
 namespace pronk::PRONK_NS {
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of queries or weights, 6 and 7 keys or values.
 inline void configure_tiles(int rows) {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {};  // of a row
-        uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-        config.bytes[i] = 64;
-        config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);
-    }
-    _tile_loadconfig(&config);
+    TileShapes shapes;
+    for (int i = 0; i < 8; ++i) shapes.set(i, i < 6 ? rows : 16, 64);
+    configure(shapes);
 }
-
-// The compiler does not know what a tile load reads.
-inline void publish() { __asm__ volatile("" ::: "memory"); }
 
 // Two planes of [row][dim], `plane` elements apart: the scaled query in bf16, and what is left.
 inline void split_query(const float* q, float scale, int64_t dim, int64_t plane, uint16_t* packed) {

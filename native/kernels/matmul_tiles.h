@@ -4,11 +4,10 @@
 // two int8 halves, that is 64 bytes; against weights that lie there twice, times 16 and as they
 // are, one instruction gives the exact sum. What does not fit a byte times 16 takes two.
 #pragma once
-#include <immintrin.h>
-
 #include <algorithm>
 
 #include "matmul_row.h"
+#include "tiles.h"
 #include "unpack.h"
 
 namespace pronk::PRONK_NS {
@@ -30,20 +29,16 @@ constexpr int kPhase = kBased<fmt> ? 4 : 2;
 // Tiles 0-3 are sums; 4 and 5 activations, 6 and 7 weights.
 template <Format fmt>
 inline void shape_tiles() {
-    struct alignas(64) Shapes {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16};
-    } shapes;
     constexpr int bits = traits(fmt).bits;
-    const auto shape = [&](int pair, int depth) {  // depth: bytes of a token in the product
-        shapes.bytes[4 + pair] = static_cast<uint16_t>(depth), shapes.rows[4 + pair] = 16;
-        shapes.bytes[6 + pair] = 64, shapes.rows[6 + pair] = static_cast<uint8_t>(depth / 4);
+    TileShapes shapes;
+    for (int i = 0; i < 4; ++i) shapes.set(i, 16, 64);
+    const auto pair = [&](int i, int depth) {  // depth: bytes of a token in the product
+        shapes.set(4 + i, 16, depth);
+        shapes.set(6 + i, depth / 4, 64);
     };
-    shape(0, bits <= 5 ? 64 : bits == 8 ? 32 : 16);
-    shape(1, bits == 6 ? 16 : 32);
-    // GCC 12's intrinsic reads eight bytes as it tells the compiler, which then drops the others.
-    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+    pair(0, bits <= 5 ? 64 : bits == 8 ? 32 : 16);
+    pair(1, bits == 6 ? 16 : 32);
+    configure(shapes);
 }
 
 // One group as tiles want it: rows of four consecutive k of 16 rows.
@@ -195,6 +190,7 @@ void matmul_tiles(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows r
                 unpack_tile<fmt>(quants, w.quants[g]);
                 unpack_scales<fmt>(panel, g0 + g, w.d[g], w.minimum[g]);
             }
+            publish();
             int64_t t = 0;
             for (; tokens - t > 8; t += kActRows)
                 multiply_tokens<fmt, 16>(w, part, p * kPanel, groups, g0, count, x, out, residual,

@@ -1,13 +1,12 @@
 // What the machine can do at best: the denominators of every "fraction of the limit".
 #pragma once
-#if defined(PRONK_AMX)
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 
 #include "kernels.h"
 #include "vec.h"
+#if defined(PRONK_AMX)
+#include "tiles.h"
+#endif
 
 namespace pronk::PRONK_NS {
 
@@ -24,15 +23,12 @@ inline uint64_t read(const uint8_t* data, int64_t bytes) {
 #if defined(PRONK_AMX)
 // Two tiles of each operand against one another in four accumulators: what hides the latency.
 inline double peak(int64_t rounds, uint8_t* sink) {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
+    TileShapes shapes;
+    for (int i = 0; i < 8; ++i) shapes.set(i, 16, 64);
     alignas(64) uint8_t tile[16 * 64];
     std::memset(tile, 1, sizeof tile);
-    // GCC 12's intrinsic says that 8 bytes are read, and may drop the stores of the others.
-    __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+    configure(shapes);
+    publish();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
