@@ -100,7 +100,7 @@ def plot(path: Path, title: str, phases: Mapping[str, Mapping[str, Any]]) -> Non
         figsize=(10, 1.6 + 0.7 * len(shares) + 0.12 * len(labels)), layout="constrained"
     )
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes: Any = figure.add_subplot()  # its stubs know no names on the axis
     drawn: dict[str, Any] = {}
     for name, parts in shares.items():
         left = 0.0
