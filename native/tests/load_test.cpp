@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kBytes = 5 << 20;  // of weights: several parts, the last one shorter
 constexpr Limits kLimits{1, 1, 1, 0, 0, 1};
-constexpr KvShape kKv{1, 16, false, 0};
+constexpr KvShape kKv{1, 16, KvType::f32, 0};
 
 class File {
   public:
