@@ -85,7 +85,7 @@ class Kernels:
 
     def rowwise(self, shape: Shape) -> Iterator[dict[str, Any]]:
         kinds = {"rms_norm": (shape.hidden, 2), "add": (shape.hidden, 3),
-                 "silu_mul": (shape.intermediate, 3)}  # fmt: skip
+                 "activate": (shape.intermediate, 3)}  # fmt: skip
         for kind, (width, passes) in kinds.items():
             tokens = [t for t in self.tokens if t in (1, 16, 512)]
             loaded = self.bench.rowwise(kind, width, max(tokens), COPIES)

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk.engine.runner import Runner
-from pronk.graph.build import FREQUENCIES, rope_frequencies
 from pronk.graph.ir import Graph, Op, Ref, Value, Weight
 from pronk.graph.memory import plan_layout, weight_bytes
 from pronk.graph.passes import CPU_PASSES, fuse_siblings, run_passes
 from pronk.graph.program import Limits, Program, compile_program
+from pronk.graph.rope import model_frequencies
 from pronk.spec import LayerSpec, ModelSpec, RopeSpec
 
 VOCAB = 256
@@ -109,10 +109,10 @@ class Bench:
         for name, weight in program.graph.weights.items():
             at = program.layout.weight_offsets[name]
             if weight.rows == 1:
-                ones = np.ones(weight.cols, np.float32)
-                if name == FREQUENCIES:
-                    ones = rope_frequencies(program.spec.rope, program.spec.head_dim)
-                runner.executor.write(at, ones)
+                values = model_frequencies(program.spec, name, program.limits.context)
+                if values is None:
+                    values = np.ones(weight.cols, np.float32)
+                runner.executor.write(at, values)
                 continue
             key = weight.dtype, weight.cols
             if key not in tiles:

@@ -11,9 +11,9 @@ from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
-from pronk.graph.build import FREQUENCIES, rope_frequencies
 from pronk.graph.ir import Graph
 from pronk.graph.program import Limits
+from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
 
 
@@ -41,8 +41,9 @@ def reference_weights(checkpoint: Checkpoint, graph: Graph) -> dict[str, np.ndar
     """float32 weights of a graph for the NumPy interpreter."""
     weights = {}
     for name, weight in graph.weights.items():
-        if name == FREQUENCIES:
-            weights[name] = rope_frequencies(checkpoint.spec.rope, checkpoint.spec.head_dim)
+        computed = model_frequencies(checkpoint.spec, name, 256)
+        if computed is not None:
+            weights[name] = computed
         else:
             values = checkpoint.read_float(name)
             weights[name] = values.reshape(-1) if weight.rows == 1 else values

@@ -151,7 +151,7 @@ def test_kernels_in_rows_and_attention_run():
     import one_op
 
     bench = one_op.Bench(2, "")
-    for kind in ("rms_norm", "add", "silu_mul"):
+    for kind in ("rms_norm", "add", "activate"):
         assert one_op.seconds(bench.rowwise(kind, 64, 4, 3), 4, least=0.001) > 0
     runner = bench.attention(one_op.SHAPES[0], 128, 2, 4)
     assert one_op.seconds(runner, 4, 100, least=0.001) > 0

@@ -41,7 +41,7 @@ def test_a_prompt_in_float():
         "attend": Cost(0, 5 * position, 5 * (64 + 64) * 4, 2 * 64 * attended),
         "matmul o f32": Cost(64 * 64 * 4, 0, 5 * (64 + 64 + 64) * 4, 5 * 64 * 64),
         "matmul gate|up f32": Cost(320 * 64 * 4, 0, 5 * (64 + 320) * 4, 5 * 320 * 64),
-        "silu_mul": Cost(0, 0, 5 * 3 * 160 * 4),
+        "activate": Cost(0, 0, 5 * 3 * 160 * 4),
         "matmul down f32": Cost(64 * 160 * 4, 0, 5 * (160 + 64 + 64) * 4, 5 * 64 * 160),
     }
     for key, one in layers.items():

@@ -65,7 +65,7 @@ def test_spec_is_that_of_the_config(tmp_path: Path, hf_dir: Path, tied_dir: Path
         assert checkpoint.format == "gguf"
         for field in ("family", "vocab_size", "hidden_size", "intermediate_size", "num_heads"):
             assert getattr(spec, field) == getattr(theirs, field)
-        for field in ("num_kv_heads", "head_dim", "context_length", "layers", "rope"):
+        for field in ("num_kv_heads", "head_dim", "context_length", "layers", "ropes"):
             assert getattr(spec, field) == getattr(theirs, field)
         assert spec.tie_embeddings == theirs.tie_embeddings == (directory == tied_dir)
         assert spec.attention_bias == theirs.attention_bias == (directory != tied_dir)
@@ -77,8 +77,8 @@ def test_llama3_divisors_give_the_rule(tmp_path: Path) -> None:
     directory = tiny_llama_dir(tmp_path / "hf", rope_parameters=LLAMA3, head_dim=64)
     path = tiny_gguf(tmp_path / "m.gguf", directory)
     with open_checkpoint(path) as checkpoint, open_checkpoint(directory) as hf:
-        assert checkpoint.spec.rope == hf.spec.rope
-        assert checkpoint.spec.rope.kind == "llama3" and checkpoint.spec.rope.factor == 32
+        assert checkpoint.spec.ropes[0] == hf.spec.ropes[0]
+        assert checkpoint.spec.ropes[0].kind == "llama3" and checkpoint.spec.ropes[0].factor == 32
     data = path.read_bytes()
     reader = gguf.GGUFReader(path)
     at = next(t.data_offset for t in reader.tensors if t.name == "rope_freqs.weight")
@@ -91,7 +91,7 @@ def test_linear_scaling(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     directory = tiny_llama_dir(tmp_path / "hf", rope_parameters=rope)
     with open_checkpoint(tiny_gguf(tmp_path / "m.gguf", directory)) as checkpoint:
-        assert (checkpoint.spec.rope.kind, checkpoint.spec.rope.factor) == ("linear", 4.0)
+        assert (checkpoint.spec.ropes[0].kind, checkpoint.spec.ropes[0].factor) == ("linear", 4.0)
 
 
 def test_head_count_kv_absent_or_an_array(tmp_path: Path, tied_dir: Path) -> None:
@@ -250,7 +250,7 @@ def test_the_real_file(smollm2: Path) -> None:
         spec = checkpoint.spec
         assert (spec.num_layers, spec.hidden_size) == (30, 576)
         assert (spec.num_heads, spec.num_kv_heads) == (9, 3)
-        assert spec.tie_embeddings and spec.rope.theta == 100000
+        assert spec.tie_embeddings and spec.ropes[0].theta == 100000
         assert checkpoint.tensors["model.embed_tokens.weight"].dtype == "q8_0"
         q = checkpoint.read_float("model.layers.3.self_attn.q_proj.weight")
         part = checkpoint.read_float("model.layers.3.self_attn.q_proj.weight", 70, 130)

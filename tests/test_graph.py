@@ -74,7 +74,7 @@ def test_fusion_leaves_few_ops(tiny):
         program = compile_checkpoint(checkpoint, Limits(64))
     kinds = [op.kind for op in program.graph.ops]
     layer = ["rms_norm", "matmul", "rope_store", "workspace", "attend", "matmul", "rms_norm",
-             "matmul", "silu_mul", "matmul"]  # fmt: skip
+             "matmul", "activate", "matmul"]  # fmt: skip
     assert kinds == ["embed", "rope_table", *layer, *layer, "gather", "rms_norm", "matmul"]
 
 

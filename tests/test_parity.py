@@ -180,7 +180,7 @@ def dequantized_twin(path):
             num_attention_heads=spec.num_heads, num_key_value_heads=spec.num_kv_heads,
             rms_norm_eps=spec.norm_eps, max_position_embeddings=spec.context_length,
             tie_word_embeddings=spec.tie_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
+            rope_parameters={"rope_type": "default", "rope_theta": spec.ropes[0].theta},
         )  # fmt: skip
         with no_init_weights():  # minutes, for a real one
             model = AutoModelForCausalLM.from_config(config).eval()

@@ -61,16 +61,16 @@ def test_config_layouts_old_and_new(hf_dir: Path) -> None:
     rope["original_max_position_embeddings"] = 256  # type: ignore[assignment]
     new = {**rope, "rope_type": "llama3", "rope_theta": 5e5}
     with open_checkpoint(change(hf_dir, rope_parameters=new)) as checkpoint:
-        first = checkpoint.spec.rope
+        first = checkpoint.spec.ropes[0]
     old = {**rope, "type": "llama3"}
     change(hf_dir, rope_parameters=None, rope_scaling=old, rope_theta=5e5)
     with open_checkpoint(hf_dir) as checkpoint:
-        second = checkpoint.spec.rope
+        second = checkpoint.spec.ropes[0]
     assert first == second
     assert (first.kind, first.theta, first.original_context) == ("llama3", 5e5, 256)
     change(hf_dir, rope_scaling={"type": "linear", "factor": 2.0}, head_dim=None)
     with open_checkpoint(hf_dir) as checkpoint:
-        assert (checkpoint.spec.rope.kind, checkpoint.spec.rope.factor) == ("linear", 2.0)
+        assert (checkpoint.spec.ropes[0].kind, checkpoint.spec.ropes[0].factor) == ("linear", 2.0)
         assert checkpoint.spec.head_dim == 16
 
 

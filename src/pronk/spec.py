@@ -14,6 +14,7 @@ __all__ = [
     "LayerSpec",
     "MemoryPlan",
     "ModelSpec",
+    "MoeSpec",
     "RopeSpec",
     "SamplingParams",
 ]
@@ -27,13 +28,23 @@ class RopeSpec:
     ----------
     theta : float
         Base of the geometric frequency series.
-    kind : {"default", "linear", "llama3"}
-        How the frequencies are scaled for longer contexts. ``"llama3"`` is the
-        piecewise rule of Llama 3.1.
+    kind : {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+        How the frequencies are scaled for longer contexts: position interpolation
+        (arXiv:2306.15595), NTK-aware scaling fixed for the context that is loaded, the piecewise
+        rule of Llama 3.1, YaRN (arXiv:2309.00071), LongRoPE (arXiv:2402.13753).
     factor, low_freq_factor, high_freq_factor : float
         Parameters of the scaling rule.
     original_context : int
         Context length, in tokens, the model was trained with before scaling.
+    attention_factor : float
+        What cosines and sines are multiplied by (YaRN's and LongRoPE's temperature).
+    beta_fast, beta_slow : float
+        YaRN: rotations within the original context above which a frequency is kept, and below
+        which it is interpolated.
+    truncate : bool
+        YaRN: whether the bounds that follow from these are rounded to whole dimensions.
+    short_factors, long_factors : tuple of float
+        LongRoPE's divisors of each frequency, up to the original context and beyond it.
     """
 
     theta: float = 10000.0
@@ -42,6 +53,12 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +67,100 @@ class LayerSpec:
 
     Parameters
     ----------
-    attention : {"global"}
-        Which earlier positions a token attends to.
-    mlp : {"gated"}
-        The feed-forward block: ``down(silu(gate(x)) * up(x))``.
+    attention : {"global", "window", "chunked"}
+        Which earlier positions a token attends to: all; the last `window`, its own included; or
+        those of its own chunk, where a sequence is cut into chunks of `window` positions.
+    window : int
+        Positions; 0 where attention is global.
+    sinks : int
+        First positions of a sequence that a window layer sees too (arXiv:2309.17453).
+    rope : int or None
+        Which of the model's `ropes` turns queries and keys; None: none does.
+    qk_norm : {"", "head", "full", "l2"}
+        Norm of queries and keys: with a weight, per head or over all heads, before they are
+        turned; or without a weight, per head, after.
+    mlp : {"gated", "plain", "moe"}
+        The feed-forward block: ``down(act(gate(x)) * up(x))``, ``down(act(up(x)))``, or a
+        mixture of gated experts.
+    weights : int or None
+        The layer whose weights this one uses too; None: it has its own.
     """
 
     attention: str = "global"
+    window: int = 0
+    sinks: int = 0
+    rope: int | None = 0
+    qk_norm: str = ""
     mlp: str = "gated"
+    weights: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Parameters
+    ----------
+    experts, top_k : int
+        How many there are, and the most that a token goes to.
+    intermediate_size : int
+        Width of one expert.
+    score : {"softmax", "sigmoid"}
+        What turns the router's logits into weights.
+    normalize : bool
+        Whether the weights of the chosen experts are divided by their sum.
+    scales_input : bool
+        Whether an expert's weight multiplies its input (Llama 4) rather than its output.
+    shared_size : int
+        Width of an expert that every token goes to; 0: there is none.
+    threshold : float
+        Below 1, a token goes to fewer experts: as many, from `least` on, as it takes for their
+        weights to make up this share of all.
+    least : int
+        Fewest experts of a token where a threshold is set.
+    """
+
+    experts: int
+    top_k: int
+    intermediate_size: int
+    score: str = "softmax"
+    normalize: bool = True
+    scales_input: bool = False
+    shared_size: int = 0
+    threshold: float = 1.0
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything that fixes a decoder's graph, read from a checkpoint's header.
 
-    Sizes are in elements, ``context_length`` in tokens. ``attention_bias`` says that the query,
-    key and value projections have biases, ``output_bias`` that attention's output has one.
+    Sizes are in elements, ``context_length`` in tokens.
+
+    Parameters
+    ----------
+    ropes : tuple of RopeSpec
+        Those that layers refer to.
+    attention_bias, output_bias : bool
+        Whether the query, key and value projections have biases; whether attention's output has.
+    activation : {"silu", "gelu", "gelu_tanh", "relu"}
+    norm : {"rms", "layer"}
+        Root mean square (arXiv:1910.07467), or mean and variance.
+    post_norms : bool
+        Whether the outputs of attention and of the MLP are normed before they are added.
+    attention_scale : float or None
+        What scores are multiplied by; None: one over the root of the head's size.
+    attention_softcap, logit_softcap : float
+        ``cap * tanh(x / cap)`` of scores and of logits; 0: none.
+    embedding_scale, residual_scale, logit_scale : float
+        Factors of embeddings, of what attention and MLP add, and of logits.
+    alibi : float
+        Steepest slope's exponent of linear biases (ALiBi, arXiv:2108.12409); 0: none.
+    query_growth : tuple of (float, int) or None
+        Llama 4: (scale, span): queries of layers without rope are multiplied by
+        ``1 + scale * log(1 + (position + 1) // span)``.
+    moe : MoeSpec or None
+        The experts of layers whose MLP is "moe".
     """
 
     family: str
@@ -80,9 +175,21 @@ class ModelSpec:
     context_length: int
     tie_embeddings: bool
     layers: tuple[LayerSpec, ...]
-    rope: RopeSpec = field(default_factory=RopeSpec)
+    ropes: tuple[RopeSpec, ...] = (RopeSpec(),)
     attention_bias: bool = False
     output_bias: bool = False
+    activation: str = "silu"
+    norm: str = "rms"
+    post_norms: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    alibi: float = 0.0
+    query_growth: tuple[float, int] | None = None
+    moe: MoeSpec | None = None
 
     @property
     def num_layers(self) -> int:

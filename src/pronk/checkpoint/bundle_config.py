@@ -49,7 +49,7 @@ def hf_config(
         "use_sliding_window": False,
         "rms_norm_eps": spec.norm_eps,
         "max_position_embeddings": spec.context_length,
-        "rope_theta": spec.rope.theta,
+        "rope_theta": spec.ropes[0].theta,
         "rope_scaling": _rope_scaling(spec),
         "tie_word_embeddings": False,
         # Scales are float16 and norms float32: in float32 both load without rounding.
@@ -68,7 +68,7 @@ def _one_or_many(ids: Sequence[int]) -> int | list[int] | None:
 
 
 def _rope_scaling(spec: ModelSpec) -> dict[str, Any] | None:
-    rope = spec.rope
+    rope = spec.ropes[0]
     if rope.kind == "default":
         return None
     if rope.kind == "linear":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pronk.checkpoint.base import TensorInfo
 from pronk.errors import CheckpointError
@@ -123,7 +124,7 @@ def build_spec(
     output_bias: bool,
 ) -> ModelSpec:
     """A ModelSpec from header fields, each within its range and consistent with the others."""
-    checked = {f: integer(path, f, sizes.get(f), *_LIMITS[f]) for f in _LIMITS}
+    checked: dict[str, Any] = {f: integer(path, f, sizes.get(f), *_LIMITS[f]) for f in _LIMITS}
     if checked["num_heads"] % checked["num_kv_heads"]:
         raise CheckpointError(
             f"{path} has {checked['num_heads']} attention heads, no multiple of its "
@@ -138,7 +139,7 @@ def build_spec(
         norm_eps=number(path, "the norm epsilon", norm_eps, 0, 1),
         tie_embeddings=tie_embeddings,
         layers=(LayerSpec(),) * layers,
-        rope=rope,
+        ropes=(rope,),
         attention_bias=attention_bias,
         output_bias=output_bias,
         **checked,

@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         f"{spec.num_heads} heads ({spec.num_kv_heads} KV) of {spec.head_dim}, vocabulary "
         f"{spec.vocab_size}{', tied' if spec.tie_embeddings else ''}"
     )
-    print(f"  rope {spec.rope.kind}, theta {spec.rope.theta:g}, context {spec.context_length}")
+    print(
+        f"  rope {spec.ropes[0].kind}, theta {spec.ropes[0].theta:g}, context {spec.context_length}"
+    )
     print(f"  {len(tensors)} tensors ({formats}), {format_bytes(stored)} stored")
     print(f"memory at a context of {context}:")
     for part, size in memory.to_dict().items():

@@ -112,5 +112,6 @@ def _program(checkpoint: Checkpoint, runner: Runner) -> str:
     weights = [[w.name, w.dtype, w.rows, w.cols, offsets[w.name]]
                for w in program.graph.weights.values()]  # fmt: skip
     # How a file's rows are read follows from what kind of file and model it is.
-    kind = [checkpoint.format, spec.family, spec.head_dim, asdict(spec.rope)]
+    ropes = [asdict(rope) for rope in spec.ropes]
+    kind = [checkpoint.format, spec.family, spec.head_dim, program.limits.context, ropes]
     return json.dumps([runner.executor.isa, runner.executor.weight_bytes, kind, weights])

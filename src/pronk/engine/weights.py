@@ -14,9 +14,9 @@ from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.loss import ErrorSum
 from pronk.engine.runner import Runner
 from pronk.errors import CheckpointError
-from pronk.graph.build import FREQUENCIES, rope_frequencies
 from pronk.graph.ir import Weight
 from pronk.graph.pack import PANEL
+from pronk.graph.rope import model_frequencies
 
 __all__ = ["Conversion", "Loaded", "load_weights"]
 
@@ -101,7 +101,7 @@ def load_weights(
     """
     weights = runner.program.graph.weights
     tensors = checkpoint.tensors
-    total = sum(tensors[name].nbytes for name in weights if name != FREQUENCIES)
+    total = sum(tensors[name].nbytes for name in weights if name in tensors)
     done, packing = 0, 0.0
     errors = _Errors()
     here: _Part = []  # bytes in the file, and what the native loader takes
@@ -118,7 +118,7 @@ def load_weights(
             here.append((tensors[name].nbytes, matrix))
         elif weight.rows == 1:
             _load_vector(checkpoint, runner, weight)
-            report(0 if name == FREQUENCIES else tensors[name].nbytes)
+            report(tensors[name].nbytes if name in tensors else 0)
         else:
             packing += _load_matrix(checkpoint, runner, weight, errors)
             report(tensors[name].nbytes)
@@ -160,7 +160,7 @@ def _stretches(part: _Part, most: int) -> Iterator[_Part]:
 
 def _stored(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> _Matrix | None:
     """What the native loader takes; None if the rows must be converted or put together."""
-    if weight.name == FREQUENCIES:
+    if weight.name not in checkpoint.tensors:
         return None
     info = checkpoint.tensors[weight.name]
     span = checkpoint.span(weight.name)
@@ -172,10 +172,9 @@ def _stored(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> _Matrix |
 
 
 def _load_vector(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> None:
-    spec = runner.program.spec
-    if weight.name == FREQUENCIES:
-        values = rope_frequencies(spec.rope, spec.head_dim)
-    else:
+    program = runner.program
+    values = model_frequencies(program.spec, weight.name, program.limits.context)
+    if values is None:
         values = checkpoint.read_float(weight.name).reshape(-1)
     offset = runner.program.layout.weight_offsets[weight.name]
     runner.executor.write(offset, np.ascontiguousarray(values, np.float32))

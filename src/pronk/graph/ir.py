@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from pronk.graph.pack import ACT_ROWS, GROUPED, act_row_bytes, align
 
-__all__ = ["Graph", "Op", "Ref", "Value", "Weight"]
+__all__ = ["Attr", "Graph", "Op", "Ref", "Value", "Weight"]
 
 Attr = int | float | bool | str
 

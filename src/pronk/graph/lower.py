@@ -96,7 +96,7 @@ class _Lowering:
     def _workspace(self, op: Op, out: tuple[int, int], grain: int) -> None:
         """Memory that the next op uses: nothing to run."""
 
-    def _silu_mul(self, op: Op, out: tuple[int, int], grain: int) -> None:
+    def _activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up = op.inputs
         width = self.graph.values[op.output].width
         self.executor.silu_mul(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
-from pronk.graph.ir import Graph, Op, Ref, Value
+from pronk.graph.ir import Attr, Graph, Op, Ref, Value
 from pronk.graph.pack import PART_TAIL
 
 __all__ = [
@@ -79,43 +80,64 @@ def fuse_siblings(graph: Graph) -> Graph:
 
 
 def fuse_rope(graph: Graph) -> Graph:
-    """The rotations of q and k and the attention over them work on the one q|k|v matrix.
+    """Norms and rotations of q and k and the attention over them work on the one q|k|v matrix.
 
-    ``rope_store`` rotates q and k in place and stores k and v into the cache; ``attend`` then
-    reads q from the matrix and everything else from the cache. ``workspace`` holds its parts
+    ``rope_store`` norms and rotates q and k in place and stores k and v into the cache; ``attend``
+    then reads q from the matrix and everything else from the cache. ``workspace`` holds its parts
     where a long past is cut over threads: per head, values and ``PART_TAIL`` floats.
     """
     values = dict(graph.values)
     producer = {op.output: op for op in graph.ops}
-    ropes: set[str] = set()
+    absorbed: set[str] = set()
     ops: list[Op] = []
     for op in graph.ops:
-        if op.kind == "attention":
-            q, k = (producer[ref.value] for ref in op.inputs[:2])
-            source, angles = q.inputs
-            width = values[q.output].width
-            kv_width = values[k.output].width
-            expected = (source, Ref(source.value, width), Ref(source.value, width + kv_width))
-            if (source.column, *expected) == (0, q.inputs[0], k.inputs[0], op.inputs[2]):
-                ropes |= {q.output, k.output}
-                name = f"{source.value}.rope"
-                values[name] = replace(values[source.value], name=name)
-                store = Op("rope_store", (source, angles), name, attrs={
-                    "layer": op.attrs["layer"], "heads": op.attrs["heads"],
-                    "kv_heads": k.attrs["heads"], "inplace": True})  # fmt: skip
-                parts = f"{op.output}.parts"
-                heads = op.integer("heads")
-                values[parts] = Value(parts, "T", width + heads * PART_TAIL)
-                attend = Op("attend", (Ref(name), Ref(parts)), op.output, attrs={
-                    **op.attrs, "kv_heads": k.attrs["heads"]})  # fmt: skip
-                ops += [store, Op("workspace", (), parts), attend]
-                continue
-        ops.append(op)
-    return graph.with_ops([op for op in ops if op.output not in ropes], values)
+        if op.kind != "attention":
+            ops.append(op)
+            continue
+        (source, *way), (k_source, *k_way) = (_way(producer, ref) for ref in op.inputs[:2])
+        heads = op.integer("heads")
+        width, kv_width = (values[ref.value].width for ref in op.inputs[:2])
+        dim = values[op.output].width // heads
+        if not way:  # nothing is done to q and k: they are columns of the matrix
+            columns = [ref.column for ref in op.inputs]
+            width, kv_width = columns[1], columns[2] - columns[1]
+        expected = (Ref(source.value, width), Ref(source.value, width + kv_width))
+        together = source.column == 0 and (k_source, op.inputs[2]) == expected
+        if not together or [o.kind for o in way] != [o.kind for o in k_way]:
+            ops.append(op)
+            continue
+        absorbed |= {o.output for o in (*way, *k_way)}
+        attrs: dict[str, Attr] = {"layer": op.attrs["layer"], "heads": heads, "head_dim": dim,
+                                  "kv_heads": kv_width // dim, "inplace": True}  # fmt: skip
+        norms = [o for o in (*way, *k_way) if o.kind == "head_norm"]
+        if norms:
+            per_head = norms[0].integer("heads") > 1 or heads == 1
+            attrs["qk_norm"] = ("head" if per_head else "full") if norms[0].weights else "l2"
+            attrs["eps"] = norms[0].attrs["eps"]
+        tables = [o.inputs[1] for o in way if o.kind == "rope"]
+        name = f"{source.value}.rope"
+        values[name] = replace(values[source.value], name=name)
+        weights = tuple(weight for norm in norms for weight in norm.weights)
+        ops.append(Op("rope_store", (Ref(source.value), *tables), name, weights, attrs))
+        parts = f"{op.output}.parts"
+        values[parts] = Value(parts, "T", heads * (dim + PART_TAIL))
+        ops.append(Op("workspace", (), parts))
+        attend = {**op.attrs, "kv_heads": kv_width // dim}
+        ops.append(Op("attend", (Ref(name), Ref(parts)), op.output, attrs=attend))
+    return graph.with_ops([op for op in ops if op.output not in absorbed], values)
+
+
+def _way(producer: dict[str, Op], ref: Ref) -> list[Any]:
+    """Where queries or keys come from, and the norms and rotations on their way to attention."""
+    ops: list[Op] = []
+    while producer[ref.value].kind in ("head_norm", "rope"):
+        ops.insert(0, producer[ref.value])
+        ref = ops[0].inputs[0]
+    return [ref, *ops]
 
 
 def fuse_residual(graph: Graph) -> Graph:
-    """A matmul whose only reader is an addition takes the other term as its residual input."""
+    """A matmul or norm that only an addition reads takes the other term as its residual input."""
     uses = graph.uses()
     producer = {op.output: op for op in graph.ops}
     absorbed: set[str] = set()
@@ -124,7 +146,8 @@ def fuse_residual(graph: Graph) -> Graph:
         if op.kind == "add":
             term, out = op.inputs
             matmul = producer[out.value]
-            if matmul.kind == "matmul" and uses[out.value] == 1 and len(matmul.inputs) == 1:
+            fits = matmul.kind in ("matmul", "rms_norm") and len(matmul.inputs) == 1
+            if fits and uses[out.value] == 1:
                 absorbed.add(out.value)
                 op = replace(matmul, inputs=(*matmul.inputs, term), output=op.output)
         ops.append(op)
@@ -140,11 +163,12 @@ def quantize_activations(graph: Graph) -> Graph:
     values = dict(graph.values)
     ops: list[Op] = []
     for op in graph.ops:
-        if op.kind == "matmul" and graph.weights[op.weights[0]].grouped:
+        if op.kind in ("matmul", "experts") and graph.weights[op.weights[0]].grouped:
             source = values[op.inputs[0].value]
             name = f"{source.name}.a12"
             if name not in values:
-                values[name] = Value(name, source.rows, op.integer("cols"), "a12")
+                cols = graph.weights[op.weights[0]].cols
+                values[name] = Value(name, source.rows, cols, "a12")
                 ops.append(Op("quantize", (op.inputs[0],), name))
             op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
         ops.append(op)
@@ -160,7 +184,9 @@ def fuse_quantize(graph: Graph) -> Graph:
     for op in graph.ops:
         if op.kind == "quantize":
             source = producer[op.inputs[0].value]
-            if source.kind in ("rms_norm", "silu_mul") and uses[source.output] == 1:
+            fits = source.kind in ("rms_norm", "layer_norm", "activate")
+            residual = source.kind == "rms_norm" and len(source.inputs) > 1
+            if fits and not residual and uses[source.output] == 1:
                 absorbed.add(source.output)
                 op = replace(source, output=op.output)
         ops.append(op)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pronk.graph.ir import Graph, Op
 from pronk.graph.pack import ACT_RANGE, GROUP
 
-__all__ = ["Reference", "fake_quantize"]
+__all__ = ["Reference", "alibi_slopes", "fake_quantize"]
 
 Array = NDArray[Any]
 
@@ -32,6 +33,56 @@ def _rotate(x: Array, angles: Array, heads: int) -> Array:
     parts = x.reshape(tokens, heads, 2, half)
     a, b = parts[:, :, 0], parts[:, :, 1]
     return np.stack([a * cos - b * sin, b * cos + a * sin], 2).reshape(tokens, -1)
+
+
+def _unit(x: Array, op: Op) -> Array:
+    """Rows divided by their root mean square."""
+    mean = np.mean(x * x, -1, keepdims=True)
+    result: Array = x / np.sqrt(mean + np.float32(op.attrs["eps"]))
+    return result
+
+
+def _scaled(op: Op, x: Array) -> Array:
+    result: Array = x * np.float32(op.attrs["scale"]) if "scale" in op.attrs else x
+    return result
+
+
+def _erf(x: Array) -> Array:
+    result: Array = np.vectorize(math.erf, otypes=[np.float64])(x)
+    return result
+
+
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + _erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+def alibi_slopes(heads: int, most: float) -> Array:
+    """What a position further back costs each head's scores (arXiv:2108.12409), float32 [heads].
+
+    A number of heads that is no power of two takes every other slope of the next power.
+    """
+    if not most:
+        return np.zeros(heads, np.float32)
+    power = 1 << math.ceil(math.log2(heads))
+    slopes = 2.0 ** -(np.arange(1, power + 1) * most / power)
+    if power != heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
+    return slopes.astype(np.float32)
+
+
+def _seen(op: Op, position: int) -> list[int]:
+    """The positions that one attends to."""
+    window = int(op.attrs.get("window", 0))
+    if not window:
+        return list(range(position + 1))
+    chunked = op.attrs.get("chunked", False)
+    first = position // window * window if chunked else max(0, position - window + 1)
+    sinks = min(int(op.attrs.get("sinks", 0)), first)
+    return [*range(sinks), *range(first, position + 1)]
 
 
 class Reference:
@@ -77,16 +128,24 @@ class Reference:
         return np.asarray(result, dtype=np.float32)
 
     def _embed(self, op: Op, x: list[Array], w: list[Array]) -> Array:
-        return w[0][self._ids]
+        return _scaled(op, w[0][self._ids])
 
     def _rope_table(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         angles = np.asarray(self._positions, np.float32)[:, None] * w[0]
-        return np.concatenate([np.cos(angles), np.sin(angles)], 1)
+        return _scaled(op, np.concatenate([np.cos(angles), np.sin(angles)], 1))
 
     def _rms_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
-        mean = np.mean(x[0] * x[0], -1, keepdims=True)
-        result: Array = w[0] * (x[0] / np.sqrt(mean + np.float32(op.attrs["eps"])))
-        return result
+        out = w[0] * _unit(x[0], op)
+        return out + x[1] if len(x) > 1 else out
+
+    def _layer_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        return w[0] * _unit(x[0] - x[0].mean(-1, keepdims=True), op)
+
+    def _head_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        width = self.graph.values[op.output].width
+        heads = x[0][:, :width].reshape(len(x[0]), op.integer("heads"), -1)
+        out = _unit(heads, op)
+        return (out * w[0] if w else out).reshape(-1, width)
 
     def _quantize(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         return x[0][:, : self.graph.values[op.output].width]
@@ -99,22 +158,30 @@ class Reference:
                 parts[-1] = parts[-1] + weight
             else:
                 parts.append(x[0][:, :cols] @ weight.T)
-        out = np.concatenate(parts, 1)
-        residual: Array | float = x[1][:, : out.shape[1]] if len(x) > 1 else 0.0
-        result: Array = out + residual
-        return result
+        out = _scaled(op, np.concatenate(parts, 1))
+        return out + x[1][:, : out.shape[1]] if len(x) > 1 else out
 
     def _rope(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
         return _rotate(x[0][:, :width], x[1], op.integer("heads"))
 
     def _rope_store(self, op: Op, x: list[Array], w: list[Array]) -> Array:
-        heads, kv_heads, dim = op.integer("heads"), op.integer("kv_heads"), x[1].shape[1]
-        cut = (heads + kv_heads) * dim
-        rotated = _rotate(x[0][:, :cut], x[1], heads + kv_heads)
-        out = np.concatenate([rotated, x[0][:, cut : cut + kv_heads * dim]], 1)
-        self._store(op.integer("layer"), out[:, heads * dim : cut], out[:, cut:], kv_heads)
-        return out
+        heads, kv_heads, dim = op.integer("heads"), op.integer("kv_heads"), op.integer("head_dim")
+        ends = (heads * dim, (heads + kv_heads) * dim, (heads + 2 * kv_heads) * dim)
+        parts = [x[0][:, : ends[0]], x[0][:, ends[0] : ends[1]]]
+        norm = op.attrs.get("qk_norm", "")
+        for i, count in enumerate((heads, kv_heads)):
+            if norm in ("head", "full"):
+                grouped = parts[i].reshape(len(x[0]), count if norm == "head" else 1, -1)
+                parts[i] = (_unit(grouped, op) * w[i]).reshape(parts[i].shape)
+            if len(x) > 1:
+                parts[i] = _rotate(parts[i], x[1], count)
+            if norm == "l2":
+                grouped = parts[i].reshape(len(x[0]), count, -1)
+                parts[i] = _unit(grouped, op).reshape(parts[i].shape)
+        v = x[0][:, ends[1] : ends[2]]
+        self._store(op.integer("layer"), parts[1], v, kv_heads)
+        return np.concatenate([*parts, v], 1)
 
     def _workspace(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         return np.zeros((len(self._ids), self.graph.values[op.output].width), np.float32)
@@ -122,14 +189,23 @@ class Reference:
     def _attend(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         heads, kv_heads = op.integer("heads"), op.integer("kv_heads")
         dim = self.graph.values[op.output].width // heads
+        slopes = alibi_slopes(heads, float(op.attrs.get("alibi", 0))).reshape(kv_heads, -1, 1)
+        cap = np.float32(op.attrs.get("softcap", 0))
         out = np.empty((len(self._ids), heads, dim), np.float32)
         for t, (position, sequence) in enumerate(
             zip(self._positions, self._sequences, strict=True)
         ):
             keys, values = self._cache[op.integer("layer"), sequence]
-            k, v = np.stack(keys[: position + 1]), np.stack(values[: position + 1])
+            seen = _seen(op, position)
+            k, v = np.stack([keys[p] for p in seen]), np.stack([values[p] for p in seen])
             q = x[0][t, : heads * dim].reshape(kv_heads, heads // kv_heads, dim)
+            if "growth" in op.attrs:
+                spans = (position + 1) // op.integer("growth_span")
+                q = q * np.float32(1 + float(op.attrs["growth"]) * np.log1p(spans))
             scores = np.einsum("hgd,phd->hgp", q, k) * np.float32(op.attrs["scale"])
+            if cap:
+                scores = cap * np.tanh(scores / cap)
+            scores = scores + slopes * (np.array(seen, np.float32) - position)
             p = np.exp(scores - scores.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
             out[t] = np.einsum("hgp,phd->hgd", p, v).reshape(heads, dim)
@@ -152,11 +228,56 @@ class Reference:
             keys[position:] = [k[t].reshape(kv_heads, -1)]
             values[position:] = [v[t].reshape(kv_heads, -1)]
 
-    def _silu_mul(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+    def _activate(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
-        gate, up = x[0][:, :width], x[1][:, :width]
-        result: Array = gate / (1 + np.exp(-gate)) * up
+        out = _ACTIVATIONS[str(op.attrs["fn"])](x[0][:, :width])
+        result: Array = out * x[1][:, :width] if len(x) > 1 else out
         return result
+
+    def _softcap(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        cap = np.float32(op.attrs["cap"])
+        result: Array = cap * np.tanh(x[0] / cap)
+        return result
+
+    def _route(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        """The chosen experts, the likeliest first, -1 where fewer are; then their weights."""
+        logits, most = x[0][:, : op.integer("experts")].astype(np.float64), op.integer("top_k")
+        out = np.zeros((len(logits), 2 * most), np.float32)
+        for t, row in enumerate(logits):
+            scores = 1 / (1 + np.exp(-row))
+            if op.attrs["score"] == "softmax":
+                scores = np.exp(row - row.max())
+                scores /= scores.sum()
+            best = np.argsort(-row, kind="stable")[:most]
+            weights, count = scores[best], most
+            if float(op.attrs["threshold"]) < 1:
+                reached = np.cumsum(weights) >= float(op.attrs["threshold"]) * scores.sum()
+                count = max(
+                    op.integer("least"), int(reached.argmax()) + 1 if reached.any() else most
+                )
+            weights[count:] = 0
+            if op.attrs["normalize"]:
+                weights = weights / weights.sum()
+            out[t, :most], out[t, most:] = best, weights
+            out[t, count:most] = -1
+        return out
+
+    def _experts(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        experts, most = op.integer("experts"), op.integer("top_k")
+        hidden = self.graph.values[op.output].width
+        gate, up, down = (m.reshape(experts, -1, m.shape[1]) for m in w)
+        act, quantized = _ACTIVATIONS[str(op.attrs["fn"])], "a12" in op.attrs
+        out = np.zeros((len(x[0]), hidden), np.float32)
+        for t, row in enumerate(x[1]):
+            for expert, weight in zip(row[:most].astype(int), row[most:], strict=True):
+                if expert < 0:
+                    continue
+                h = x[0][t, : gate.shape[2]]
+                inner, outer = (weight, 1) if op.attrs["scales_input"] else (1, weight)
+                m = act(inner * (gate[expert] @ h)) * (inner * (up[expert] @ h))
+                m = fake_quantize(m[None].astype(np.float32))[0] if quantized else m
+                out[t] += outer * (down[expert] @ m)
+        return _scaled(op, out)
 
     def _add(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
