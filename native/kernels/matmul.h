@@ -83,8 +83,8 @@ template <Format fmt, int W, int M>
     for (int p = 0; p < W; ++p) quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
     each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
     for (int64_t g = 0; g < cols / kGroup; ++g) {
-        if constexpr (M == 1)  // one token waits for memory, several for arithmetic
-            for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
+        // Few tokens wait for memory; many find the panel in a cache, where asking costs nothing.
+        for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
         I dot[H][W][M];
         tile_group<fmt, W, M>(quants, x, g, dot);
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
