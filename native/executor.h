@@ -37,7 +37,8 @@ struct Op {
     int64_t cols = 0;
     float scalar = 0;        // epsilon, or the attention scale
     bool quantized = false;  // a matmul's input, else the output
-    int64_t layer = 0;       // offset of the layer within a KV block
+    int64_t group = 0;       // the layer's KV group
+    int64_t layer = 0;       // offset of the layer within a block of its group
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;
@@ -55,13 +56,29 @@ struct Stored {
 };
 
 struct Limits {
-    int64_t max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab;
+    int64_t max_tokens, max_rows, max_sequences, max_blocks, vocab;
+};
+
+// Layers whose tokens see the same positions; their blocks are of one pool.
+struct KvGroup {
+    int64_t block_bytes;  // of one block, all layers of the group
+    int64_t num_blocks;
+    int64_t window;  // positions that a token sees, its own the last; 0: all
+    int64_t sinks;   // first positions of a sequence that it sees too
+    bool chunked;    // it sees those of its chunk of `window` positions instead
+
+    // First position that a token sees, but for sinks.
+    int64_t first_seen(int64_t position) const {
+        if (!window) return 0;
+        if (chunked) return position / window * window;
+        return position < window ? 0 : position - window + 1;
+    }
 };
 
 struct KvShape {
     int32_t heads, head_dim;
     KvType type;
-    int64_t block_bytes;  // of one block, all layers
+    std::vector<KvGroup> groups;
 };
 
 class Executor {
@@ -98,8 +115,9 @@ class Executor {
     struct Batch {
         const int32_t *ids, *positions, *sequences;
         int64_t tokens;
-        const int32_t* tables;  // [sequences, max_blocks]
-        int64_t sequence_count, table_width;
+        // [groups, sequences, max_blocks]; only what some token sees need be a block.
+        const int32_t* tables;
+        int64_t group_count, sequence_count, table_width;
     };
     // Runs the body on all tokens; the final hidden states stay for head().
     void run(const Batch& batch);
@@ -123,18 +141,22 @@ class Executor {
         const int32_t* rows;
         int64_t count;
         bool head;
-        int64_t chunks;  // attention in parts of so many chunks a token; 0: in one go
+        int64_t chunks;        // attention in parts of so many chunks a token; 0: in one go
+        int64_t group_tables;  // entries of the tables of a group
     };
     void walk(const Step& step);
     int64_t chunks(const Batch& batch) const;
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    void check_tables(const Batch& batch) const;
+    KvView view(const Op& op, const Step& step) const;
     Rows rows(const Ref& ref) const;
     void check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const;
 
     const Kernels& kernels_;
     Limits limits_;
     KvShape kv_shape_;
+    std::vector<int64_t> pools_;  // where each group's pool begins
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
     std::vector<Times> times_;  // one an op, or empty

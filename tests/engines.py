@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import numpy as np
 from pronk import _native
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.open import open_checkpoint
+from pronk.engine.blocks import KvBlocks
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.graph.ir import Graph
 from pronk.graph.program import Limits
 from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
+from pronk.spec import LayerSpec
 
 
 def isas() -> list[str]:
@@ -28,10 +31,18 @@ def isas() -> list[str]:
     return found
 
 
-def make_runner(path: Path, *, threads: int = 2, isa: str = "", **limits: object) -> Runner:
-    """A runner with the weights of a checkpoint."""
+def make_runner(
+    path: Path,
+    *,
+    threads: int = 2,
+    isa: str = "",
+    layers: tuple[LayerSpec, ...] | None = None,
+    **limits: object,
+) -> Runner:
+    """A runner with the weights of a checkpoint, perhaps with other kinds of layers."""
     with open_checkpoint(path) as checkpoint:
-        program = compile_checkpoint(checkpoint, Limits(**{"context": 256, **limits}))
+        spec = replace(checkpoint.spec, layers=layers) if layers else checkpoint.spec
+        program = compile_checkpoint(checkpoint, Limits(**{"context": 256, **limits}), spec)
         runner = Runner(program, threads, isa)
         load_weights(checkpoint, runner)
     return runner
@@ -52,13 +63,14 @@ def reference_weights(checkpoint: Checkpoint, graph: Graph) -> dict[str, np.ndar
 
 def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.ndarray:
     """Logits of every token of one sequence, its prompt cut into chunks."""
-    blocks = [list(range(runner.program.limits.max_blocks))]
+    kv = KvBlocks(runner.program.kv_pools, runner.program.limits.max_tokens)
+    holding = kv.hold()
     chunk = chunk or runner.program.limits.max_tokens
     parts = []
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
         n = len(part)
-        parts.append(
-            runner.step(part, list(range(start, start + n)), [0] * n, blocks, list(range(n)))
-        )
+        positions = list(range(start, start + n))
+        kv.move(holding, start, start + n)
+        parts.append(runner.step(part, positions, [0] * n, [holding.blocks], list(range(n))))
     return np.concatenate(parts)

@@ -17,11 +17,13 @@ using namespace pronk;
 namespace {
 
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
 using Slot = std::pair<int64_t, int64_t>;
+// Bytes of a block, blocks, window, sinks, chunked.
+using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
 
 Ref at(const Slot& s) { return {s.first, s.second}; }
@@ -75,20 +77,23 @@ void bind_executor(nb::module_& m) {
             "__init__",
             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
                int64_t arena_bytes, int64_t max_tokens, int64_t max_rows, int64_t max_sequences,
-               int64_t max_blocks, int64_t num_blocks, int64_t vocab, int32_t kv_heads,
-               int32_t head_dim, const std::string& kv_dtype, int64_t kv_block_bytes) {
+               int64_t max_blocks, int64_t vocab, int32_t kv_heads, int32_t head_dim,
+               const std::string& kv_dtype, const std::vector<Group>& kv_groups) {
                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
-                    num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
+                    max_blocks < 0)
                     throw std::invalid_argument("executor sizes must not be negative");
                 nb::gil_scoped_release release;
+                KvShape shape{kv_heads, head_dim, parse_kv(kv_dtype), {}};
+                for (const auto& [block_bytes, blocks, window, sinks, chunked] : kv_groups)
+                    shape.groups.push_back({block_bytes, blocks, window, sinks, chunked});
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
-                             {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
-                             {kv_heads, head_dim, parse_kv(kv_dtype), kv_block_bytes});
+                             {max_tokens, max_rows, max_sequences, max_blocks, vocab}, shape);
             },
             nb::kw_only(), "threads"_a, "isa"_a, "weight_bytes"_a, "arena_bytes"_a, "max_tokens"_a,
-            "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "num_blocks"_a, "vocab"_a,
-            "kv_heads"_a, "head_dim"_a, "kv_dtype"_a, "kv_block_bytes"_a)
+            "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "vocab"_a, "kv_heads"_a, "head_dim"_a,
+            "kv_dtype"_a, "kv_groups"_a,
+            "kv_groups: (bytes of a block, blocks, window, sinks, chunked) of each.")
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
@@ -176,25 +181,27 @@ void bind_executor(nb::module_& m) {
             "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
         .def(
             "rope_store",
-            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer, int64_t grain) {
+            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
+               int64_t grain) {
                 Op op{OpKind::rope_store};
                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
-                op.grain = grain;
+                op.group = group, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "table"_a, "heads"_a, "layer"_a, "grain"_a)
+            "qkv"_a, "table"_a, "heads"_a, "group"_a, "layer"_a, "grain"_a)
         .def(
             "attention",
-            [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t layer, float scale,
-               Slot out, int64_t grain) {
+            [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t group, int64_t layer,
+               float scale, Slot out, int64_t grain) {
                 Op op{OpKind::attention_parts};
                 op.a = at(qkv), op.b = at(parts), op.heads = heads, op.layer = layer;
+                op.group = group;
                 op.scalar = scale, op.out = at(out), op.grain = 1;
                 e.add(op);
                 op.kind = OpKind::attention, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
+            "qkv"_a, "parts"_a, "heads"_a, "group"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "silu_mul",
             [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,
@@ -230,8 +237,8 @@ void bind_executor(nb::module_& m) {
                 nb::gil_scoped_release release;
                 e.run({ids.data(), positions.data(), sequences.data(),
                        static_cast<int64_t>(ids.size()), tables.data(),
-                       static_cast<int64_t>(tables.shape(0)),
-                       static_cast<int64_t>(tables.shape(1))});
+                       static_cast<int64_t>(tables.shape(0)), static_cast<int64_t>(tables.shape(1)),
+                       static_cast<int64_t>(tables.shape(2))});
             },
             "ids"_a, "positions"_a, "sequences"_a, "tables"_a)
         .def(

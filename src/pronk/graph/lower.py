@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pronk._native import Executor
 from pronk.graph.ir import Graph, Op, Ref
+from pronk.graph.kv import KvGroup, place
 from pronk.graph.memory import Layout
 
 __all__ = ["lower"]
@@ -16,9 +17,16 @@ _NONE = (-1, 0)
 class _Lowering:
     """One method an op kind: names to offsets."""
 
-    def __init__(self, graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        layout: Layout,
+        executor: Executor,
+        groups: Sequence[KvGroup],
+        layer_bytes: int,
+    ) -> None:
         self.graph, self.layout, self.executor = graph, layout, executor
-        self.layer_bytes = layer_bytes
+        self.groups, self.layer_bytes = groups, layer_bytes
 
     def slot(self, ref: Ref) -> tuple[int, int]:
         value = self.graph.values[ref.value]
@@ -26,6 +34,11 @@ class _Lowering:
 
     def weight(self, name: str) -> int:
         return self.layout.weight_offsets[name]
+
+    def kv(self, op: Op) -> tuple[int, int]:
+        """The KV group of an op's layer, and where the layer lies in a block of it."""
+        group, index = place(self.groups, op.integer("layer"))
+        return group, index * self.layer_bytes
 
     def add(self, op: Op) -> None:
         value = self.graph.values[op.output]
@@ -83,14 +96,12 @@ class _Lowering:
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, table = (self.slot(ref) for ref in op.inputs)
-        layer = op.integer("layer") * self.layer_bytes
-        self.executor.rope_store(qkv, table, op.integer("heads"), layer, grain)
+        self.executor.rope_store(qkv, table, op.integer("heads"), *self.kv(op), grain)
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        layer = op.integer("layer") * self.layer_bytes
         qkv, parts = (self.slot(ref) for ref in op.inputs)
         self.executor.attention(
-            qkv, parts, op.integer("heads"), layer, float(op.attrs["scale"]), out, grain
+            qkv, parts, op.integer("heads"), *self.kv(op), float(op.attrs["scale"]), out, grain
         )
 
     def _workspace(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -112,11 +123,19 @@ class _Lowering:
         self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
 
 
-def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> tuple[int, ...]:
+def lower(
+    graph: Graph,
+    layout: Layout,
+    executor: Executor,
+    groups: Sequence[KvGroup],
+    layer_bytes: int,
+) -> tuple[int, ...]:
     """Add every op of a graph to an executor whose regions follow the layout.
 
     Parameters
     ----------
+    groups : sequence of KvGroup
+        As the executor has them.
     layer_bytes : int
         Bytes of one layer's part of a KV block.
 
@@ -130,7 +149,7 @@ def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) ->
     ValueError
         If the graph holds an op that only the interpreter has.
     """
-    lowering = _Lowering(graph, layout, executor, layer_bytes)
+    lowering = _Lowering(graph, layout, executor, groups, layer_bytes)
     owners: list[int] = []
     for index, op in enumerate(graph.ops):
         lowering.add(op)
