@@ -40,6 +40,7 @@ def draw(result: Result, path: Path) -> None:
         "peers": peers,
         "kernels": kernels,
         "scaling": scaling,
+        "long_context": long_context,
     }
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
@@ -149,3 +150,50 @@ def scaling(result: Result) -> Figure:
     grid[1][1].set_xlabel("rate, of the best")
     grid[1][1].legend(loc="lower right", frameon=True)
     return figure
+
+
+def long_context(result: Result) -> Figure:
+    """Perplexity by position, hidden numbers found by length, memory and speed of policies."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    grid = figure.subplots(2, 2)
+    _curves(grid[0][0], result["variants"])
+    axes = grid[0][1]
+    for color, one in zip(_PALETTE, result["variants"], strict=False):
+        lengths = sorted({cell["length"] for cell in one["needles"]})
+        for key, style in (("recall", "-"), ("choice", ":")):
+            by_length = [[c[key] for c in one["needles"] if c["length"] == n] for n in lengths]
+            axes.plot(lengths, [sum(v) / len(v) for v in by_length], style, color=color,
+                      marker="o", ms=4)  # fmt: skip
+    axes.plot([], [], "-", color="black", label="said")
+    axes.plot([], [], ":", color="black", label="more likely than 7 others")
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("hidden numbers found")
+    axes.legend(fontsize=8)
+    axes = grid[1][0]
+    bars = [("full attention", 1.0, 1.0)]
+    bars += [(d["attention"], d["ratios"]["kv"], d["ratios"]["decode"]) for d in result["depths"]]
+    for i, (label, place) in enumerate((("KV memory", -0.2), ("decode rate", 0.2))):
+        axes.barh([y + place for y in range(len(bars))], [bar[1 + i] for bar in bars], 0.38,
+                  color=_PALETTE[1 - i], label=label)  # fmt: skip
+    axes.set_yticks(range(len(bars)), [bar[0].replace(",", ",\n") for bar in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"of full attention, at {result['context']:,} tokens")
+    axes.legend(fontsize=8, frameon=True)
+    if result["scaling"]:
+        _curves(grid[1][1], result["scaling"]["variants"])
+    else:
+        grid[1][1].set_axis_off()
+    return figure
+
+
+def _curves(axes: Axes, variants: list[Result]) -> None:
+    for color, one in zip(_PALETTE, variants, strict=False):
+        rows = one["positions"]
+        axes.plot([(r["start"] + r["stop"]) / 2 for r in rows], [r["perplexity"] for r in rows],
+                  marker="o", ms=3, color=color, label=one["name"])  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens before")
+    axes.set_ylabel("perplexity")
+    axes.legend(fontsize=8)

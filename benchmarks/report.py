@@ -1,4 +1,4 @@
-"""Write docs/performance.md (and its plots) from the results kept in benchmarks/results.
+"""Write docs/performance.md and the end of docs/long-context.md from benchmarks/results.
 
 python benchmarks/report.py [--check]
 """
@@ -16,6 +16,7 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+LONG_PAGE = ROOT / "docs" / "long-context.md"
 
 INTRO = """# Performance
 
@@ -87,6 +88,10 @@ SPECULATION = """## Drafts from earlier text
 The same greedy answers with and without drafts, in turns: a text repeated, a file rewritten with
 one method renamed, and a story. The script fails if a token differs."""
 
+LONG = """## Measured
+
+This section is written by `python benchmarks/report.py`; a test holds it to the results."""
+
 SECTIONS = (
     ("peers", PEERS),
     ("kernels", KERNELS),
@@ -144,19 +149,39 @@ def current() -> str:
     return page(load(), {path.stem for path in RESULTS.glob("*.svg")})
 
 
+def long_page(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
+    """The page on long contexts: its text as it is, and the section of results after it."""
+    name = "long_context"
+    parts = [text.partition("\n## Measured\n")[0].rstrip("\n")]
+    if result is not None:
+        command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
+        parts += [LONG, command, f"On {tables.machine(result['machine'])}.", tables.show(result)]
+        if name in plots:
+            parts.append(f"![{name}](../benchmarks/results/{name}.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def current_long() -> str:
+    """What the page on long contexts must be."""
+    plots = {path.stem for path in RESULTS.glob("*.svg")}
+    return long_page(LONG_PAGE.read_text(), load().get("long_context"), plots)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
     args = parser.parse_args()
     if args.check:
-        if not PAGE.exists() or PAGE.read_text() != current():
-            raise SystemExit(f"{PAGE.name} differs: run python benchmarks/report.py")
+        for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+            if not path.exists() or path.read_text() != text:
+                raise SystemExit(f"{path.name} differs: run python benchmarks/report.py")
         return
     for name, result in load().items():
         output.draw(result, RESULTS / f"{name}.svg")
-    part = PAGE.with_suffix(".part")
-    part.write_text(current())
-    part.replace(PAGE)
+    for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
 
 
 if __name__ == "__main__":

@@ -266,8 +266,76 @@ def speculation(result: Result) -> str:
     return markdown(head, rows)
 
 
+def long_context(result: Result) -> str:
+    """The tables of a `long_context.py` result."""
+    parts = [_depths(result), "Perplexity by the tokens read before:"]
+    parts.append(_positions(result["variants"]))
+    parts.append("Hidden numbers: said, and more likely than seven others; by where they stand.")
+    parts.append(_hidden(result["variants"]))
+    if result["scaling"]:
+        longer = result["scaling"]["context"]
+        parts += [f"Perplexity up to {longer:,} tokens:", _positions(result["scaling"]["variants"])]
+    return "\n\n".join(parts)
+
+
+def _depths(result: Result) -> str:
+    first, goals = result["depths"][0], result["goals"]
+    head = [f"{result['model']}, {first['context']:,} tokens", "KV, MB", "saved", "peak memory, MB",
+            "prefill", "ratio", f"decode after {first['prompt_tokens']:,}", "ratio", "perplexity",
+            "KL", "top-1 agreement"]  # fmt: skip
+
+    def sizes(one: Result) -> tuple[str, str]:
+        return f"{one['kv'] / 1e6:.1f}", f"{one['peak_memory'] / 1e6:.0f}"
+
+    full, quality = first["variants"]["full"], first["quality"]
+    kv, peak = sizes(full)
+    rows = [["full attention", kv, "", peak, f"{full['prefill']:,.0f}", "",
+             f"{full['decode']:,.1f}", "", f"{quality['reference_perplexity']:.2f}", "",
+             ""]]  # fmt: skip
+    for depth in result["depths"]:
+        one, ratios, quality = depth["variants"]["policy"], depth["ratios"], depth["quality"]
+        kv, peak = sizes(one)
+        rows.append([
+            f"`{depth['attention']}`", kv,
+            against(1 - ratios["kv"], goals["kv_saved"], "{:.0%}"), peak,
+            f"{one['prefill']:,.0f}", f"{ratios['prefill']:.2f}",
+            f"{one['decode']:,.1f}", against(ratios["decode"], goals["decode"], "{:.2f}"),
+            f"{quality['perplexity']:.2f}", f"{quality['kl']:.4f}",
+            f"{quality['top1_agreement']:.1%}",
+        ])  # fmt: skip
+    return markdown(head, rows)
+
+
+def _positions(variants: Sequence[Result]) -> str:
+    plain, *others = variants
+    head = ["tokens before", plain["name"]]
+    for one in others:
+        head += [f"`{one['name']}`", "ratio"]
+    rows = []
+    for same in zip(*(one["positions"] for one in variants), strict=True):
+        first, *rest = (row["perplexity"] for row in same)
+        row = [f"{same[0]['start']:,} to {same[0]['stop'] - 1:,}", f"{first:.2f}"]
+        for value in rest:
+            row += [f"{value:.2f}", f"{value / first:.3f}"]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def _hidden(variants: Sequence[Result]) -> str:
+    depths = sorted({cell["depth"] for cell in variants[0]["needles"]})
+    head = ["attention", "tokens", *(f"at {depth:.0%}" for depth in depths)]
+    rows = []
+    for i, one in enumerate(variants):
+        for length in sorted({cell["length"] for cell in one["needles"]}):
+            cells = {c["depth"]: c for c in one["needles"] if c["length"] == length}
+            found = [f"{cells[d]['recall']:.0%}, {cells[d]['choice']:.0%}" for d in depths]
+            rows.append([f"`{one['name']}`" if i else one["name"], f"{length:,}", *found])
+    return markdown(head, rows)
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
-              "fitting": fitting, "speculation": speculation}  # fmt: skip
+              "fitting": fitting, "speculation": speculation,
+              "long_context": long_context}  # fmt: skip
     return makers[result["benchmark"]](result)

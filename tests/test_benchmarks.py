@@ -23,6 +23,7 @@ def test_the_page_is_made_from_the_results():
 
     assert report.load(), "there are no results"
     assert report.PAGE.read_text() == report.current()
+    assert report.LONG_PAGE.read_text() == report.current_long()
 
 
 def a_task(**changes):
@@ -173,3 +174,39 @@ def test_results_are_compact_and_whole():
     text = output.compact(data)
     assert json.loads(text) == {**data, "a": {"b": [1.235, {"c": "d"}]}}
     assert len(text.splitlines()) < 12
+
+
+def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
+    """The script on a tiny model: every figure of the page comes from its runs."""
+    import long_context
+    import output
+    import report
+    import tables
+
+    model = tiny_llama_dir(tmp_path / "tiny", num_hidden_layers=4)
+    out = tmp_path / "long_context.json"
+    monkeypatch.setattr(sys, "argv", [
+        "long_context.py", str(model), "--context", "256", "--attention", "window=64",
+        "--attention", "window=64,global-every=2,sinks=4", "--runs", "1", "--needles", "1",
+        "--tokens", "300", "--rope-scaling", "yarn:4", "--out", str(out)])  # fmt: skip
+    long_context.main()
+    result = json.loads(out.read_text())
+    assert [v["name"] for v in result["variants"]] == [
+        "as it is", "window=64", "window=64,global-every=2,sinks=4"]  # fmt: skip
+    assert result["scaling"]["context"] == 512
+    text = tables.show(result)
+    for depth in result["depths"]:
+        row = next(line for line in text.splitlines() if f"`{depth['attention']}`" in line)
+        saved = 1 - depth["ratios"]["kv"]
+        assert f"{saved:.0%} {'≥' if saved >= 0.4 else '<'} 40%" in row
+        assert f"{depth['quality']['kl']:.4f}" in row
+    page = report.long_page("# Words\n\nmore\n", result, {"long_context"})
+    assert page.startswith("# Words\n\nmore\n\n## Measured\n")
+    assert text in page
+    # Written over itself it stays, and without results it ends after the words.
+    assert report.long_page(page, result, {"long_context"}) == page
+    assert report.long_page(page, None, set()) == "# Words\n\nmore\n"
+    pytest.importorskip("matplotlib")
+    first = out.with_suffix(".svg").read_bytes()
+    output.draw(result, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == first
