@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
@@ -114,6 +115,7 @@ void Executor::add(Op op) {
     // Quantized rows come in blocks.
     const int64_t act_count = op.quantized ? round_up(count, kActRows) : count;
     const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
+    const Attend& attend = op.attend;
     require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
     require(!op.head || !(attends || op.kind == OpKind::embed || op.kind == OpKind::rope_table),
             "an op that needs positions or ids belongs to the body");
@@ -175,12 +177,24 @@ void Executor::add(Op op) {
                                         2 * kv_heads * kv_head_bytes(kv_shape_.type, dim),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
-            if (op.kind == OpKind::rope_store)
-                check(op.b, count, dim * 4, "rope table");
-            else
-                check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
+            if (op.kind == OpKind::rope_store) {
+                if (op.b.offset >= 0) check(op.b, count, dim * 4, "rope table");
+                require(op.norm.kind == HeadNorm::none || op.norm.kind == HeadNorm::l2 ||
+                            (op.norm.q && op.norm.k),
+                        "a norm of queries and keys has no weights");
+                break;
+            }
+            check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
             if (op.kind == OpKind::attention)
                 check(op.out, count, op.heads * dim * 4, "attention output");
+            require(attend.window.size >= 0 && attend.window.size <= kMaxSide &&
+                        attend.window.sinks >= 0 && attend.window.sinks <= kMaxSide &&
+                        attend.growth_span >= 1 && attend.softcap >= 0 &&
+                        std::isfinite(attend.softcap) && std::isfinite(attend.growth),
+                    "what attention sees is out of range");
+            require(op.slopes.empty() || static_cast<int64_t>(op.slopes.size()) == op.heads,
+                    "linear biases are not one a head");
+            op.sight = sight(attend.window);
             break;
     }
     // The head follows the body: run() walks the one, head() the other.
@@ -197,38 +211,63 @@ void Executor::run(const Batch& batch) {
     require_range(batch.ids, batch.tokens, limits_.vocab, "token id");
     require_range(batch.positions, batch.tokens, limits_.max_blocks * kBlock, "position");
     require_range(batch.sequences, batch.tokens, batch.sequence_count, "sequence index");
-    for (int64_t t = 0; t < batch.tokens; ++t)
-        require_range(batch.tables + batch.sequences[t] * limits_.max_blocks,
-                      batch.positions[t] / kBlock + 1, limits_.num_blocks, "KV block");
+    for (int64_t t = 0; t < batch.tokens; ++t)  // where keys and values are stored
+        require_range(
+            batch.tables + batch.sequences[t] * limits_.max_blocks + batch.positions[t] / kBlock, 1,
+            limits_.num_blocks, "KV block");
+    for (Sight& sight : sights_) {
+        check_tables(batch, sight.window);
+        sight.chunks = chunks(batch, sight.window);
+    }
     last_tokens_ = batch.tokens;
     walk({{batch.ids, batch.positions, batch.sequences},
           batch.tables,
           nullptr,
           batch.tokens,
-          false,
-          chunks(batch)});
+          false});
+}
+
+// The blocks that tokens see are in the pool; entries of others may be anything.
+void Executor::check_tables(const Batch& batch, const Window& window) const {
+    for (int64_t t = 0; t < batch.tokens; ++t) {
+        const int64_t position = batch.positions[t];
+        const int32_t* table = batch.tables + batch.sequences[t] * limits_.max_blocks;
+        const int64_t before = (window.before(position) + kBlock - 1) / kBlock;
+        const int64_t first = window.first(position) / kBlock;
+        require_range(table, before, limits_.num_blocks, "KV block");
+        require_range(table + first, position / kBlock + 1 - first, limits_.num_blocks, "KV block");
+    }
+}
+
+// Which of the sights has a window.
+int64_t Executor::sight(const Window& window) {
+    for (size_t i = 0; i < sights_.size(); ++i)
+        if (sights_[i].window == window) return static_cast<int64_t>(i);
+    sights_.push_back({window, 0});
+    return static_cast<int64_t>(sights_.size()) - 1;
 }
 
 // Few sequences with long pasts leave threads idle unless a past is cut too.
-int64_t Executor::chunks(const Batch& batch) const {
+int64_t Executor::chunks(const Batch& batch, const Window& window) const {
     int64_t runs = 1;  // of tokens that go through a past together
     for (int64_t t = 1; t < batch.tokens; ++t) runs += batch.sequences[t] != batch.sequences[t - 1];
     if (runs * kv_shape_.heads >= 4 * team_.size()) return 0;
-    const int64_t longest = *std::max_element(batch.positions, batch.positions + batch.tokens);
-    const int64_t count = longest / kChunk + 1;
+    int64_t count = 0;
+    for (int64_t t = 0; t < batch.tokens; ++t)
+        count = std::max(count, window.chunks(batch.positions[t]));
     return count > 1 && batch.tokens * count <= limits_.max_tokens ? count : 0;
 }
 
 void Executor::head(const int32_t* rows, int64_t count) {
     require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
     require_range(rows, count, last_tokens_, "logit row");
-    walk({{}, nullptr, rows, count, true, 0});
+    walk({{}, nullptr, rows, count, true});
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    if (op.kind == OpKind::attention_parts) return step.chunks * kv_shape_.heads;
-    if (op.kind == OpKind::attention)
-        return step.count * (step.chunks ? op.heads : kv_shape_.heads);
+    const auto chunks = [&] { return sights_[static_cast<size_t>(op.sight)].chunks; };
+    if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
+    if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -276,22 +315,28 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, step.tokens.ids, out,
                            first, last);
         case OpKind::rope_table:
-            return k.rope_table(step.tokens.positions, op.vector, op.cols / 2, out, first, last);
+            return k.rope_table(step.tokens.positions, op.vector, op.scalar, op.cols / 2, out,
+                                first, last);
         case OpKind::rms_norm:
             return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
         case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
         case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.quantized, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
-        case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
+        case OpKind::rope_store:
+            return k.rope_store(a, b, op.heads, op.norm, kv, step.tokens, first, last);
         case OpKind::attention_parts:
-            return k.attention_parts(a, op.heads, op.scalar, kv, step.tokens, b, step.count,
-                                     step.chunks, first, last);
-        case OpKind::attention:
-            if (step.chunks)
-                return k.attention_join(b, op.heads, kv.head_dim, step.tokens, step.chunks, out,
-                                        first, last);
-            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, step.count, first,
-                               last);
+        case OpKind::attention: {
+            Attend attend = op.attend;
+            attend.slopes = op.slopes.empty() ? nullptr : op.slopes.data();
+            const int64_t chunks = sights_[static_cast<size_t>(op.sight)].chunks;
+            if (op.kind == OpKind::attention_parts)
+                return k.attention_parts(a, op.heads, attend, kv, step.tokens, b, step.count,
+                                         chunks, first, last);
+            if (chunks)
+                return k.attention_join(b, op.heads, kv.head_dim, attend.window, step.tokens,
+                                        chunks, out, first, last);
+            return k.attention(a, op.heads, attend, kv, step.tokens, out, step.count, first, last);
+        }
         case OpKind::gather:
             for (int64_t i = first; i < last; ++i)
                 std::memcpy(out.row<uint8_t>(i), a.row<uint8_t>(step.rows[i]),

@@ -35,13 +35,17 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;        // epsilon, or the attention scale
+    float scalar = 0;        // epsilon, or what the angles' table is multiplied by
     bool quantized = false;  // a matmul's input, else the output
     int64_t layer = 0;       // offset of the layer within a KV block
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
+    Attend attend = {};             // of attention; its slopes are those below
+    std::vector<float> slopes;      // [heads], or none
+    HeadNorm norm = {};             // of rope_store
     std::vector<MatmulPart> parts;
     int64_t grain = 1;  // most items a thread takes at once
+    int64_t sight = 0;  // which of the executor's, for attention; `add` sets it
 };
 
 // A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
@@ -74,6 +78,7 @@ class Executor {
     int64_t weight_bytes() const { return weights_.size(); }
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
+    const KvShape& kv_shape() const { return kv_shape_; }
 
     // Makes the KV pool and the arena resident; until then they are where they were used.
     void populate();
@@ -123,10 +128,16 @@ class Executor {
         const int32_t* rows;
         int64_t count;
         bool head;
-        int64_t chunks;  // attention in parts of so many chunks a token; 0: in one go
+    };
+    // What is common to the attention of some layers.
+    struct Sight {
+        Window window;
+        int64_t chunks;  // of this step, in parts of so many chunks a token; 0: in one go
     };
     void walk(const Step& step);
-    int64_t chunks(const Batch& batch) const;
+    void check_tables(const Batch& batch, const Window& window) const;
+    int64_t chunks(const Batch& batch, const Window& window) const;
+    int64_t sight(const Window& window);
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
     Rows rows(const Ref& ref) const;
@@ -137,6 +148,7 @@ class Executor {
     KvShape kv_shape_;
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
+    std::vector<Sight> sights_;
     std::vector<Times> times_;  // one an op, or empty
     int64_t last_tokens_ = 0;
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken

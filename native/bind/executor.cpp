@@ -54,6 +54,20 @@ const float* vector_at(const Executor& e, int64_t offset, int64_t count) {
     return reinterpret_cast<const float*>(e.weight(offset, count * 4));
 }
 
+HeadNorm head_norm(const Executor& e, const std::string& name, std::pair<int64_t, int64_t> weights,
+                   int64_t heads, float eps) {
+    if (name.empty()) return {};
+    if (name == "l2") return {HeadNorm::l2, nullptr, nullptr, eps};
+    if (name != "head" && name != "full")
+        throw std::invalid_argument("unknown norm of queries and keys: " + name);
+    if (heads < 1 || heads > kMaxSide) throw std::invalid_argument("heads are out of range");
+    const KvShape& kv = e.kv_shape();
+    const bool full = name == "full";
+    return {full ? HeadNorm::full : HeadNorm::head,
+            vector_at(e, weights.first, kv.head_dim * (full ? heads : 1)),
+            vector_at(e, weights.second, kv.head_dim * (full ? int64_t(kv.heads) : 1)), eps};
+}
+
 }  // namespace
 
 void bind_executor(nb::module_& m) {
@@ -135,13 +149,15 @@ void bind_executor(nb::module_& m) {
             "table"_a, "cols"_a, "out"_a, "grain"_a)
         .def(
             "rope_table",
-            [](Executor& e, int64_t frequencies, int64_t head_dim, Slot out, int64_t grain) {
+            [](Executor& e, int64_t frequencies, int64_t head_dim, float scale, Slot out,
+               int64_t grain) {
                 Op op{OpKind::rope_table};
+                op.scalar = scale;
                 op.vector = vector_at(e, frequencies, head_dim / 2);
                 op.cols = head_dim, op.out = at(out), op.grain = grain;
                 e.add(std::move(op));
             },
-            "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
+            "frequencies"_a, "head_dim"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "rms_norm",
             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
@@ -176,25 +192,33 @@ void bind_executor(nb::module_& m) {
             "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
         .def(
             "rope_store",
-            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer, int64_t grain) {
+            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer,
+               const std::string& norm, std::pair<int64_t, int64_t> weights, float eps,
+               int64_t grain) {
                 Op op{OpKind::rope_store};
                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
-                op.grain = grain;
+                op.norm = head_norm(e, norm, weights, heads, eps), op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "table"_a, "heads"_a, "layer"_a, "grain"_a)
+            "qkv"_a, "table"_a, "heads"_a, "layer"_a, "norm"_a, "weights"_a, "eps"_a, "grain"_a,
+            "Without a table, where its offset is -1, nothing is turned.")
         .def(
             "attention",
             [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t layer, float scale,
-               Slot out, int64_t grain) {
+               Slot out, int64_t grain, int32_t window, bool chunked, int32_t sinks, float softcap,
+               std::vector<float> slopes, float growth, int32_t growth_span) {
                 Op op{OpKind::attention_parts};
                 op.a = at(qkv), op.b = at(parts), op.heads = heads, op.layer = layer;
-                op.scalar = scale, op.out = at(out), op.grain = 1;
+                op.attend = {scale,      {window, chunked, sinks}, softcap, nullptr, growth,
+                             growth_span};
+                op.slopes = std::move(slopes), op.out = at(out), op.grain = 1;
                 e.add(op);
                 op.kind = OpKind::attention, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
+            "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a, nb::kw_only(),
+            "window"_a = 0, "chunked"_a = false, "sinks"_a = 0, "softcap"_a = 0.0f,
+            "slopes"_a = std::vector<float>(), "growth"_a = 0.0f, "growth_span"_a = 1)
         .def(
             "silu_mul",
             [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,

@@ -146,15 +146,15 @@ inline void embed(const uint8_t* weight, Format format, int64_t cols, const int3
         readers[static_cast<int>(format)](weight, cols, ids[t], out.row<float>(t));
 }
 
-inline void rope_table(const int32_t* positions, const float* frequencies, int64_t half, Rows out,
-                       int64_t first, int64_t last) {
+inline void rope_table(const int32_t* positions, const float* frequencies, float scale,
+                       int64_t half, Rows out, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         float* row = out.row<float>(t);
         for (int64_t i = 0; i < half; ++i) {
             // The product is rounded to float32 first, as the reference models do.
             const float angle = static_cast<float>(positions[t]) * frequencies[i];
-            row[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-            row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+            row[i] = scale * static_cast<float>(std::cos(static_cast<double>(angle)));
+            row[half + i] = scale * static_cast<float>(std::sin(static_cast<double>(angle)));
         }
     }
 }

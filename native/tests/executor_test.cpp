@@ -35,7 +35,7 @@ class Model {
         embed.parts = {embedding};
         executor.add(embed);
         Op angles = op(OpKind::rope_table, {}, table, kDim);
-        angles.vector = vector(kDim / 2);
+        angles.vector = vector(kDim / 2), angles.scalar = 1;
         executor.add(angles);
         norm(x, act, true, false);
         matmul(act,
@@ -47,7 +47,7 @@ class Model {
         executor.add(store);
         Op attention = op(OpKind::attention_parts, qkv, heads, 0);
         attention.b = space(kHeads * (kDim + kPartTail));
-        attention.heads = kHeads, attention.scalar = 0.25f;
+        attention.heads = kHeads, attention.attend = {0.25f};
         executor.add(attention);
         attention.kind = OpKind::attention;
         executor.add(attention);

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pronk._native import Executor
 from pronk.graph.ir import Graph, Op, Ref
 from pronk.graph.memory import Layout
+from pronk.graph.reference import alibi_slopes
 
 __all__ = ["lower"]
 
@@ -51,7 +52,8 @@ class _Lowering:
 
     def _rope_table(self, op: Op, out: tuple[int, int], grain: int) -> None:
         head_dim = 2 * self.graph.weights[op.weights[0]].cols
-        self.executor.rope_table(self.weight(op.weights[0]), head_dim, out, grain)
+        scale = float(op.attrs.get("scale", 1))
+        self.executor.rope_table(self.weight(op.weights[0]), head_dim, scale, out, grain)
 
     def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.rms_norm(
@@ -82,16 +84,26 @@ class _Lowering:
             grain)  # fmt: skip
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        qkv, table = (self.slot(ref) for ref in op.inputs)
+        qkv, *table = (self.slot(ref) for ref in op.inputs)
         layer = op.integer("layer") * self.layer_bytes
-        self.executor.rope_store(qkv, table, op.integer("heads"), layer, grain)
+        q, k = (self.weight(name) for name in op.weights) if op.weights else _NONE
+        self.executor.rope_store(
+            qkv, table[0] if table else _NONE, op.integer("heads"), layer,
+            str(op.attrs.get("qk_norm", "")), (q, k), float(op.attrs.get("eps", 0)),
+            grain)  # fmt: skip
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        layer = op.integer("layer") * self.layer_bytes
+        layer, heads = op.integer("layer") * self.layer_bytes, op.integer("heads")
         qkv, parts = (self.slot(ref) for ref in op.inputs)
+        attrs = op.attrs
+        alibi = float(attrs.get("alibi", 0))
         self.executor.attention(
-            qkv, parts, op.integer("heads"), layer, float(op.attrs["scale"]), out, grain
-        )
+            qkv, parts, heads, layer, float(attrs["scale"]), out, grain,
+            window=int(attrs.get("window", 0)), chunked=bool(attrs.get("chunked", False)),
+            sinks=int(attrs.get("sinks", 0)), softcap=float(attrs.get("softcap", 0)),
+            slopes=alibi_slopes(heads, alibi).tolist() if alibi else [],
+            growth=float(attrs.get("growth", 0)),
+            growth_span=int(attrs.get("growth_span", 1)))  # fmt: skip
 
     def _workspace(self, op: Op, out: tuple[int, int], grain: int) -> None:
         """Memory that the next op uses: nothing to run."""
