@@ -77,13 +77,15 @@ def native_formats() -> list[str]:
     return [name for name in BLOCKS if name in GROUPED]
 
 
-def random_rows(rng: np.random.Generator, dtype: str, rows: int, cols: int) -> NDArray[np.uint8]:
-    """Rows of random blocks of a format with small scales, as they lie in a file."""
+def random_rows(
+    rng: np.random.Generator, dtype: str, rows: int, cols: int, scale: float = 0.01
+) -> NDArray[np.uint8]:
+    """Rows of random blocks of a format with one scale, as they lie in a file."""
     elements, size, scales = BLOCKS[dtype]
     blocks = rng.integers(0, 256, (rows, cols // elements, size), np.uint8)
-    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    bytes_of_scale = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     for at in scales:
-        blocks[..., at : at + 2] = scale
+        blocks[..., at : at + 2] = bytes_of_scale
     return blocks.reshape(rows, -1)
 
 

@@ -104,6 +104,16 @@ void Executor::write(int64_t offset, const float* values, int64_t count) {
 }
 
 void Executor::add(Op op) {
+    if (op.kind >= OpKind::route) {
+        require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
+        require(ops_.empty() || !ops_.back().head, "a body op follows a head op");
+        check_experts(op);
+        if (op.kind == OpKind::route)
+            op.layer = static_cast<int64_t>(expert_counts_.size()) / op.experts - 1;
+        ops_.push_back(std::move(op));
+        times_.clear();
+        return;
+    }
     const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention_parts ||
                          op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
@@ -196,6 +206,7 @@ void Executor::add(Op op) {
                     "linear biases are not one a head");
             op.sight = sight(attend.window);
             break;
+        default: break;  // experts were checked above
     }
     // The head follows the body: run() walks the one, head() the other.
     require(op.head || ops_.empty() || !ops_.back().head, "a body op follows a head op");
@@ -268,6 +279,7 @@ int64_t Executor::items(const Op& op, const Step& step) const {
     const auto chunks = [&] { return sights_[static_cast<size_t>(op.sight)].chunks; };
     if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
     if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
+    if (op.kind >= OpKind::route) return expert_items(op, step);
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -291,7 +303,10 @@ void Executor::walk(const Step& step) {
                 apply(op, step, i, std::min(i + grain, count));
             if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
-            team_.barrier([&] { next_.store(0, std::memory_order_relaxed); });
+            team_.barrier([&] {
+                next_.store(0, std::memory_order_relaxed);
+                if (op.kind == OpKind::route) run_dispatch(op, step);
+            });
             if (timed) {
                 const auto end = Clock::now();
                 Times& times = times_[static_cast<size_t>(&op - ops_.data())];
@@ -352,6 +367,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
                 last -= panels;
             }
             return;
+        default: return apply_experts(op, step, first, last);
     }
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "experts.h"
 #include "kernels/kernels.h"
 #include "region.h"
 #include "team.h"
@@ -22,7 +23,12 @@ enum class OpKind {
     attention,
     silu_mul,
     add,
-    gather
+    gather,
+    route,  // and the table of rows for each expert
+    expert_gather,
+    expert_matmul,
+    expert_activate,
+    combine
 };
 
 struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
@@ -46,6 +52,11 @@ struct Op {
     std::vector<MatmulPart> parts;
     int64_t grain = 1;  // most items a thread takes at once
     int64_t sight = 0;  // which of the executor's, for attention; `add` sets it
+    // Experts: the table that `route` fills, what it wrote, and their sizes; `layer` counts them.
+    Ref plan, routes;
+    int64_t experts = 0, choices = 0;
+    bool scales_input = false;  // an expert's weight multiplies gate and up, not the output
+    Routing routing{};
 };
 
 // A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
@@ -119,6 +130,11 @@ class Executor {
     // From now on, times are kept from zero, or no longer.
     void profile(bool on) { times_.assign(on ? ops_.size() : 0, {}); }
     const std::vector<Times>& times() const { return times_; }
+    // How often each expert was chosen, [route ops, experts], and by how many tokens.
+    const std::vector<uint64_t>& expert_counts() const { return expert_counts_; }
+    int64_t experts() const { return moe_experts_; }
+    uint64_t routed_tokens() const { return routed_tokens_; }
+    void reset_experts();
     int64_t op_count() const { return static_cast<int64_t>(ops_.size()); }
 
   private:
@@ -140,6 +156,12 @@ class Executor {
     int64_t sight(const Window& window);
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    // experts.cpp
+    void check_experts(const Op& op);
+    int64_t expert_items(const Op& op, const Step& step) const;
+    void apply_experts(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    void run_dispatch(const Op& op, const Step& step);
+    PlanEntry* plan(const Op& op) const;
     Rows rows(const Ref& ref) const;
     void check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const;
 
@@ -151,6 +173,10 @@ class Executor {
     std::vector<Sight> sights_;
     std::vector<Times> times_;  // one an op, or empty
     int64_t last_tokens_ = 0;
+    int64_t moe_experts_ = 0;  // of each layer that has any
+    std::vector<int32_t> scratch_;
+    std::vector<uint64_t> expert_counts_;
+    uint64_t routed_tokens_ = 0;
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;
 };

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from pronk import _native
 from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
@@ -15,6 +17,7 @@ from pronk.graph.ir import Graph
 from pronk.graph.program import Limits
 from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
+from pronk.spec import ModelSpec
 
 
 def isas() -> list[str]:
@@ -62,3 +65,36 @@ def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.nd
             runner.step(part, list(range(start, start + n)), [0] * n, blocks, list(range(n)))
         )
     return np.concatenate(parts)
+
+
+def random_weights(
+    graph: Graph, spec: ModelSpec, context: int = 256, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Weights of a graph that no checkpoint holds: as float32, and rows as they are packed."""
+    rng = np.random.default_rng(seed)
+    exact, rows = {}, {}
+    for name, weight in graph.weights.items():
+        if weight.rows == 1:
+            computed = model_frequencies(spec, name, context)
+            exact[name] = 1 + 0.1 * rng.standard_normal(weight.cols).astype(np.float32)
+            if computed is not None:
+                exact[name] = computed.astype(np.float32)
+            continue
+        shape = (weight.rows, weight.cols)
+        values = rng.standard_normal(shape).astype(np.float32) / np.sqrt(weight.cols)
+        rows[name] = quantize(values.astype(np.float32), weight.dtype)
+        exact[name] = dequantize(rows[name], weight.dtype, weight.cols)
+    return exact, rows
+
+
+def fill_runner(
+    runner: Runner, exact: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]
+) -> Runner:
+    """Write the weights of `random_weights` into a runner."""
+    for name, weight in runner.program.graph.weights.items():
+        offset = runner.program.layout.weight_offsets[name]
+        if weight.rows == 1:
+            runner.executor.write(offset, exact[name])
+        else:
+            runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, 0, rows[name])
+    return runner

@@ -1,14 +1,10 @@
 // Executor: arrays in, arrays out; the GIL is released while a step runs.
-#include "../executor.h"
-
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
 
 #include <cstring>
+
+#include "slots.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,33 +17,12 @@ using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
-using Slot = std::pair<int64_t, int64_t>;
-using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
-
-Ref at(const Slot& s) { return {s.first, s.second}; }
 
 KvType parse_kv(const std::string& name) {
     if (name == "f32") return KvType::f32;
     if (name == "bf16") return KvType::bf16;
     if (name == "int8") return KvType::int8;
     throw std::invalid_argument("unknown KV type: " + name);
-}
-
-MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
-    const auto& [format_name, offset, rows, column, bias] = p;
-    const Format format = parse_format(format_name);
-    if (rows <= 0 || cols <= 0 || column < 0 || column > kMaxSide || column % kPanel ||
-        (is_grouped(format) && cols % kGroup))
-        throw std::invalid_argument("matmul part has an impossible shape");
-    MatmulPart part;
-    part.weight = e.weight(offset, packed_bytes(format, rows, cols));
-    part.format = format;
-    part.rows = static_cast<int32_t>(rows);
-    part.column = static_cast<int32_t>(column);
-    part.bias = bias < 0
-                    ? nullptr
-                    : reinterpret_cast<const float*>(e.weight(bias, round_up(rows, kPanel) * 4));
-    return part;
 }
 
 const float* vector_at(const Executor& e, int64_t offset, int64_t count) {
@@ -84,7 +59,8 @@ void bind_executor(nb::module_& m) {
     m.def("act_row_bytes", &act_row_bytes, "cols"_a, "quantized"_a,
           "Bytes of a row of quantized activations.");
 
-    nb::class_<Executor>(m, "Executor", "Runs a program of ops over one arena.")
+    nb::class_<Executor> executor(m, "Executor", "Runs a program of ops over one arena.");
+    executor
         .def(
             "__init__",
             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
@@ -281,4 +257,5 @@ void bind_executor(nb::module_& m) {
             },
             "source"_a, "rows"_a, "cols"_a,
             "Float rows of the arena as a read-only array; the next step overwrites them.");
+    bind_experts(executor);
 }

@@ -42,6 +42,15 @@ struct KvView {
     [[gnu::always_inline]] int64_t head_bytes() const { return kv_head_bytes(type, head_dim); }
 };
 
+constexpr int64_t kMaxRouted = 64;  // most experts of a token
+
+struct Routing {  // how a token's experts are chosen
+    int64_t experts, choices;
+    bool softmax, normalize;
+    double threshold;  // below 1: only as many as make up this share of all scores...
+    int64_t least;     // ... and so many at least
+};
+
 struct Tokens {  // what a step runs on
     const int32_t* ids;
     const int32_t* positions;
@@ -138,6 +147,13 @@ struct Kernels {
     void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Window& window,
                            const Tokens& tokens, int64_t chunks, Rows out, int64_t first,
                            int64_t last);
+    // Experts of tokens [first, last) by their logits: out gets their ids, the likeliest first and
+    // the lower id of equals (-1: no more), then their weights.
+    void (*route)(Rows logits, const Routing& how, Rows out, int64_t first, int64_t last);
+    void (*scale)(Rows x, float factor, int64_t cols, int64_t first, int64_t last);
+    // One token: out = residual (or none) + factor * the sum of weighted rows of y, in order.
+    void (*combine)(Rows y, const int32_t* rows, const float* weights, int64_t count, float factor,
+                    const float* residual, int64_t cols, float* out);
     // Sums `bytes` of memory: what a read of the weights can reach at best.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Runs `rounds` of independent dot products; returns multiply and add operations done.

@@ -105,5 +105,6 @@ void test_attention(const Kernels& kernels);
 void test_windows(const Kernels& kernels);
 void test_executor(const Kernels& kernels);
 void test_load(const Kernels& kernels);
+void test_moe(const Kernels& kernels);
 
 }  // namespace pronk::test

@@ -14,9 +14,10 @@ void test_isa(const Kernels& kernels) {
         const char* name;
         void (*run)(const Kernels&);
     };
-    const Topic topics[] = {{"matmul", test_matmul},       {"rows", test_rows},
-                            {"attention", test_attention}, {"windows", test_windows},
-                            {"executor", test_executor},   {"load", test_load}};
+    const Topic topics[] = {
+        {"matmul", test_matmul},   {"rows", test_rows},         {"attention", test_attention},
+        {"windows", test_windows}, {"executor", test_executor}, {"load", test_load},
+        {"moe", test_moe}};
     for (const Topic& topic : topics) {
         const int64_t before = passed, wrong = failed;
         topic.run(kernels);

@@ -91,6 +91,30 @@ class Executor:
         Float rows of the arena as a read-only array; the next step overwrites them.
         """
 
+    def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
+
+    def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None: ...
+
+    def expert_matmul(self, x: tuple[int, int], token: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None:
+        """
+        Products of rows with their experts; `token`: where a lone token's row is.
+        """
+
+    def expert_activate(self, gate: tuple[int, int], up: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+
+    def combine(self, y: tuple[int, int], residual: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, scale: float, out: tuple[int, int], grain: int) -> None: ...
+
+    @property
+    def expert_counts(self) -> list[list[int]]:
+        """How often each expert was chosen, by layer."""
+
+    @property
+    def routed_tokens(self) -> int:
+        """Tokens that chose experts, in each layer that has any."""
+
+    def reset_experts(self) -> None:
+        """Counts from zero."""
+
 def isa(name: str = '') -> str:
     """The ISA whose kernels run: the best, or the one named."""
 

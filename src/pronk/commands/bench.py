@@ -148,27 +148,29 @@ def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:
         print(*format_phase(phase.name, result[phase.name], limit), sep="\n")
 
 
-def _matrices(model: Model) -> list[tuple[Weight, bool]]:
-    """Matrices that a token is multiplied with, and whether every prompt token is.
+def _matrices(model: Model) -> list[tuple[Weight, bool, float]]:
+    """Matrices that a token is multiplied with, whether every prompt token is, and which share.
 
-    The head is applied to the last token of a prompt only; an embedding of its own is looked up.
+    The head is applied to the last token of a prompt only; an embedding of its own is looked up;
+    of experts, a token meets those it chooses.
     """
     graph = model.program.graph
     return [
-        (graph.weights[name], graph.values[op.output].rows == "T")
+        (graph.weights[name], graph.values[op.output].rows != "R",
+         op.integer("top_k") / op.integer("experts") if op.kind == "expert_matmul" else 1.0)
         for op in graph.ops
-        if op.kind == "matmul"
+        if op.kind in ("matmul", "expert_matmul")
         for name in op.weights
         if graph.weights[name].rows > 1
-    ]
+    ]  # fmt: skip
 
 
 def _prompt_parameters(model: Model) -> int:
-    return sum(w.rows * w.cols for w, prompt in _matrices(model) if prompt)
+    return round(sum(w.rows * w.cols * part for w, prompt, part in _matrices(model) if prompt))
 
 
 def _bytes_per_token(model: Model) -> int:
     """Bytes of weights that a decode step reads; the cache is left out, being short here."""
     from pronk.graph.memory import weight_bytes
 
-    return sum(weight_bytes(w) for w, _ in _matrices(model))
+    return round(sum(weight_bytes(w) * part for w, _, part in _matrices(model)))

@@ -20,6 +20,7 @@ class _Lowering:
     def __init__(self, graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
         self.graph, self.layout, self.executor = graph, layout, executor
         self.layer_bytes = layer_bytes
+        self.routing: Op | None = None
 
     def slot(self, ref: Ref) -> tuple[int, int]:
         value = self.graph.values[ref.value]
@@ -118,6 +119,52 @@ class _Lowering:
     def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
         a, b = (self.slot(ref) for ref in op.inputs)
         self.executor.add(a, b, self.graph.values[op.output].width, out, grain)
+
+    def _sizes(self, op: Op) -> tuple[int, int]:
+        return op.integer("experts"), op.integer("top_k")
+
+    def _route(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        """The native op fills the table of the next one too: it has to be lowered with it."""
+        self.routing = op
+
+    def _dispatch(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        route = self.routing
+        if route is None or op.inputs[0].value != route.output:
+            raise ValueError("experts are not chosen right before they are dispatched")
+        self.executor.route(
+            self.slot(route.inputs[0]), self._sizes(op), route.attrs["score"] == "softmax",
+            bool(route.attrs["normalize"]), float(route.attrs["threshold"]),
+            route.integer("least"), self.slot(op.inputs[0]), out, grain)  # fmt: skip
+
+    def _expert_gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        x, plan = (self.slot(ref) for ref in op.inputs)
+        self.executor.expert_gather(
+            x, plan, self._sizes(op), self.graph.values[op.output].width, self._quantized(op), out,
+            grain)  # fmt: skip
+
+    def _expert_matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        x, plan, *lone = (self.slot(ref) for ref in op.inputs)
+        parts: list[tuple[str, int, int, int, int]] = []
+        column = 0
+        for name in op.weights:
+            parts.append(self._part(name, column))
+            column += self.graph.weights[name].rows // op.integer("experts")
+        self.executor.expert_matmul(
+            x, lone[0] if lone else _NONE, plan, self._sizes(op), parts, op.integer("cols"),
+            self.graph.values[op.inputs[0].value].quantized, out, grain)  # fmt: skip
+
+    def _expert_activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        gate, up, routes, plan = (self.slot(ref) for ref in op.inputs)
+        self.executor.expert_activate(
+            gate, up, routes, plan, self._sizes(op), self.graph.values[op.output].width,
+            bool(op.attrs["scales_input"]), out, self._quantized(op), grain)  # fmt: skip
+
+    def _combine(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        y, routes, plan, *residual = (self.slot(ref) for ref in op.inputs)
+        self.executor.combine(
+            y, residual[0] if residual else _NONE, routes, plan, self._sizes(op),
+            self.graph.values[op.output].width, bool(op.attrs["scales_input"]),
+            float(op.attrs.get("scale", 1)), out, grain)  # fmt: skip
 
     def _gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pronk.graph.ir import Graph, Weight
+from pronk.graph.moe import expert_rows
 from pronk.graph.pack import PANEL, align, packed_bytes
 
 __all__ = ["Layout", "plan_layout", "weight_bytes"]
@@ -62,13 +63,14 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     for ref in graph.ops[head].inputs:
         last[root[ref.value]] = len(graph.ops)
 
+    rows = {"T": max_tokens, "R": max_rows, "X": expert_rows(graph, max_tokens)}
     offsets: dict[str, int] = {}
     live: list[tuple[int, int, str]] = []  # (offset, end, name)
     arena = 0
     for name in sorted(first, key=lambda n: first[n]):
         live = [entry for entry in live if last[entry[2]] >= first[name]]
         value = graph.values[name]
-        size = value.bytes_of(max_tokens if value.rows == "T" else max_rows)
+        size = value.bytes_of(rows[value.rows])
         offset = 0
         for start, stop, _ in sorted(live):
             if offset + size <= start:

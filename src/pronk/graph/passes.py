@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value
+from pronk.graph.moe import split_experts
 from pronk.graph.pack import PART_TAIL
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "fuse_siblings",
     "quantize_activations",
     "run_passes",
+    "split_experts",
     "split_threads",
 ]
 
@@ -147,6 +149,7 @@ def fuse_residual(graph: Graph) -> Graph:
             term, out = op.inputs
             matmul = producer[out.value]
             fits = matmul.kind in ("matmul", "rms_norm") and len(matmul.inputs) == 1
+            fits |= matmul.kind == "experts" and len(matmul.inputs) == 2
             if fits and uses[out.value] == 1:
                 absorbed.add(out.value)
                 op = replace(matmul, inputs=(*matmul.inputs, term), output=op.output)
@@ -171,6 +174,8 @@ def quantize_activations(graph: Graph) -> Graph:
                 values[name] = Value(name, source.rows, cols, "a12")
                 ops.append(Op("quantize", (op.inputs[0],), name))
             op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
+        if op.kind == "experts" and graph.weights[op.weights[2]].grouped:
+            op = op.with_attrs(a12=True)  # what lies between their products
         ops.append(op)
     return graph.with_ops(ops, values)
 
@@ -201,7 +206,8 @@ def split_threads(graph: Graph) -> Graph:
     """
     ops = []
     for op in graph.ops:
-        ops.append(op.with_attrs(grain=32 if op.kind in ("matmul", "attention") else 16))
+        large = op.kind in ("matmul", "expert_matmul", "attention")
+        ops.append(op.with_attrs(grain=32 if large else 16))
     return graph.with_ops(ops, graph.values)
 
 
@@ -212,6 +218,7 @@ CPU_PASSES: tuple[Pass, ...] = (
     fuse_residual,
     quantize_activations,
     fuse_quantize,
+    split_experts,
     split_threads,
 )
 
