@@ -43,7 +43,7 @@ def make_runner(checkpoint: Checkpoint, exact: bool, **limits: object) -> Runner
 
 def logits(runner: Runner, ids: list[int]) -> NDArray[np.float32]:
     """Logits of every token of one sequence from its start."""
-    blocks = [list(range(runner.program.limits.max_blocks))]
+    blocks = [[list(range(runner.program.limits.max_blocks))]]
     parts = []
     for start in range(0, len(ids), 128):
         part = ids[start : start + 128]
@@ -62,7 +62,7 @@ def log_probabilities(runner: Runner, ids: list[int]) -> NDArray[np.float64]:
 
 def speeds(runner: Runner, ids: list[int]) -> tuple[float, float]:
     """Prefill and decode rates in tokens per second."""
-    blocks = [list(range(runner.program.limits.max_blocks))]
+    blocks = [[list(range(runner.program.limits.max_blocks))]]
     start = time.perf_counter()
     for at in range(0, 512, 128):
         runner.step(ids[at : at + 128], list(range(at, at + 128)), [0] * 128, blocks, [127])

@@ -181,7 +181,7 @@ class Bench:
 
 def seconds(runner: Runner, tokens: int, past: int = 0, least: float = 0.03) -> float:
     """Seconds of a step of one sequence: the best mean of four stretches of `least` seconds."""
-    blocks = [list(range(runner.program.limits.max_blocks))]
+    blocks = [[list(range(runner.program.limits.max_blocks))]]
     ids = [i % VOCAB for i in range(tokens)]
     # Without a real context, positions repeat within what the pool holds.
     room = runner.program.limits.context

@@ -98,7 +98,7 @@ class Scaling:
         runner = self.runner(point)
         blocks = runner.program.limits.max_blocks
         if point.kind == "prefill":
-            at_once, whole = runner.program.limits.max_tokens, [list(range(blocks))]
+            at_once, whole = runner.program.limits.max_tokens, [[list(range(blocks))]]
 
             def prefill() -> None:
                 for at in range(0, PROMPT, at_once):
@@ -110,7 +110,7 @@ class Scaling:
             return prefill, PROMPT
         n = point.sequences
         each = blocks if n == 1 else TOGETHER * blocks // self.context
-        held = [list(range(i * each, (i + 1) * each)) for i in range(n)]
+        held = [[list(range(i * each, (i + 1) * each))] for i in range(n)]
         every = list(range(n))
         return lambda: runner.step([7] * n, [point.past] * n, every, held, every), n
 

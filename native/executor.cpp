@@ -22,7 +22,7 @@ void require_range(const int32_t* values, int64_t count, int64_t limit, const ch
                                         " is not in [0, " + std::to_string(limit) + ")");
 }
 
-// Bytes of the KV pool, of a shape whose products cannot overflow.
+// Bytes of the KV pools, of shapes whose products and sum cannot overflow.
 int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     const auto within = [](int64_t x, int64_t least, int64_t most) {
         return x >= least && x <= most;
@@ -30,10 +30,20 @@ int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     constexpr int64_t most_rows = 1 << 20;
     require(within(limits.max_tokens, 1, most_rows) && within(limits.max_rows, 1, most_rows) &&
                 within(limits.max_sequences, 1, most_rows) && within(limits.vocab, 1, kMaxSide) &&
-                within(limits.max_blocks, 0, kMaxSide) && within(limits.num_blocks, 0, kMaxSide) &&
-                within(kv.block_bytes, 0, kMaxSide) && kv.block_bytes % 64 == 0,
+                within(limits.max_blocks, 0, kMaxSide) && !kv.groups.empty(),
             "executor limits are out of range");
-    return limits.num_blocks * kv.block_bytes;
+    int64_t total = 0;
+    for (const KvGroup& group : kv.groups) {
+        require(within(group.num_blocks, 0, kMaxSide) && within(group.block_bytes, 0, kMaxSide) &&
+                    group.block_bytes % 64 == 0 && within(group.window.size, 0, kMaxSide) &&
+                    within(group.window.sinks, 0, kMaxSide) &&
+                    (group.window.size || !group.window.chunked),
+                "a KV group is out of range");
+        const int64_t bytes = group.num_blocks * group.block_bytes;
+        require(bytes <= INT64_MAX - total, "KV groups are too large");
+        total += bytes;
+    }
+    return total;
 }
 
 }  // namespace
@@ -46,7 +56,14 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
       weights_(weight_bytes),
       arena_(arena_bytes),
       kv_(pool_bytes(limits, kv)),
-      team_(threads) {}
+      team_(threads) {
+    int64_t at = 0;
+    for (const KvGroup& group : kv_shape_.groups) {
+        pools_.push_back(at);
+        chunks_.push_back(0);
+        at += group.num_blocks * group.block_bytes;
+    }
+}
 
 void Executor::populate() {
     const int64_t arena = arena_.pieces(), count = arena + kv_.pieces();
@@ -182,8 +199,9 @@ void Executor::add(Op op) {
         case OpKind::attention:
             require(op.heads > 0 && op.heads <= kMaxSide && kv_heads > 0 &&
                         op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
+                        op.group >= 0 && op.group < static_cast<int64_t>(pools_.size()) &&
                         op.layer >= 0 && op.layer % 64 == 0 &&
-                        op.layer <= kv_shape_.block_bytes -
+                        op.layer <= kv_shape_.groups[static_cast<size_t>(op.group)].block_bytes -
                                         2 * kv_heads * kv_head_bytes(kv_shape_.type, dim),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
@@ -197,14 +215,12 @@ void Executor::add(Op op) {
             check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
             if (op.kind == OpKind::attention)
                 check(op.out, count, op.heads * dim * 4, "attention output");
-            require(attend.window.size >= 0 && attend.window.size <= kMaxSide &&
-                        attend.window.sinks >= 0 && attend.window.sinks <= kMaxSide &&
-                        attend.growth_span >= 1 && attend.softcap >= 0 &&
+            require(attend.growth_span >= 1 && attend.softcap >= 0 &&
                         std::isfinite(attend.softcap) && std::isfinite(attend.growth),
                     "what attention sees is out of range");
             require(op.slopes.empty() || static_cast<int64_t>(op.slopes.size()) == op.heads,
                     "linear biases are not one a head");
-            op.sight = sight(attend.window);
+            op.attend.window = kv_shape_.groups[static_cast<size_t>(op.group)].window;
             break;
         default: break;  // experts were checked above
     }
@@ -218,44 +234,43 @@ void Executor::run(const Batch& batch) {
     require(batch.tokens >= 1 && batch.tokens <= limits_.max_tokens, "too many tokens in a step");
     require(batch.sequence_count >= 1 && batch.sequence_count <= limits_.max_sequences,
             "too many sequences in a step");
-    require(batch.table_width == limits_.max_blocks, "block tables have the wrong width");
+    require(batch.group_count == static_cast<int64_t>(pools_.size()) &&
+                batch.table_width == limits_.max_blocks,
+            "block tables have the wrong shape");
     require_range(batch.ids, batch.tokens, limits_.vocab, "token id");
     require_range(batch.positions, batch.tokens, limits_.max_blocks * kBlock, "position");
     require_range(batch.sequences, batch.tokens, batch.sequence_count, "sequence index");
-    for (int64_t t = 0; t < batch.tokens; ++t)  // where keys and values are stored
-        require_range(
-            batch.tables + batch.sequences[t] * limits_.max_blocks + batch.positions[t] / kBlock, 1,
-            limits_.num_blocks, "KV block");
-    for (Sight& sight : sights_) {
-        check_tables(batch, sight.window);
-        sight.chunks = chunks(batch, sight.window);
-    }
+    check_tables(batch);
+    for (size_t i = 0; i < chunks_.size(); ++i)
+        chunks_[i] = chunks(batch, kv_shape_.groups[i].window);
     last_tokens_ = batch.tokens;
     walk({{batch.ids, batch.positions, batch.sequences},
           batch.tables,
           nullptr,
           batch.tokens,
-          false});
+          false,
+          batch.sequence_count * limits_.max_blocks});
 }
 
-// The blocks that tokens see are in the pool; entries of others may be anything.
-void Executor::check_tables(const Batch& batch, const Window& window) const {
-    for (int64_t t = 0; t < batch.tokens; ++t) {
-        const int64_t position = batch.positions[t];
-        const int32_t* table = batch.tables + batch.sequences[t] * limits_.max_blocks;
-        const int64_t before = (window.before(position) + kBlock - 1) / kBlock;
-        const int64_t first = window.first(position) / kBlock;
-        require_range(table, before, limits_.num_blocks, "KV block");
-        require_range(table + first, position / kBlock + 1 - first, limits_.num_blocks, "KV block");
+// What tokens that go through a past together see, from the first that one sees to the last, and
+// the sinks must be blocks of the group's pool; nothing else is read.
+void Executor::check_tables(const Batch& batch) const {
+    const int32_t *positions = batch.positions, *sequences = batch.sequences;
+    const int32_t* tables = batch.tables;
+    for (const KvGroup& group : kv_shape_.groups) {
+        for (int64_t t = 0, end; t < batch.tokens; t = end) {
+            for (end = t + 1; end < batch.tokens && sequences[end] == sequences[t] &&
+                              positions[end] > positions[end - 1];)
+                ++end;
+            const int32_t* blocks = tables + sequences[t] * limits_.max_blocks;
+            const int64_t from = group.window.first(positions[t]) / kBlock;
+            const int64_t sinks = round_up(group.window.before(positions[t]), kBlock) / kBlock;
+            require_range(blocks, sinks, group.num_blocks, "KV block");
+            require_range(blocks + from, positions[end - 1] / kBlock + 1 - from, group.num_blocks,
+                          "KV block");
+        }
+        tables += batch.sequence_count * limits_.max_blocks;
     }
-}
-
-// Which of the sights has a window.
-int64_t Executor::sight(const Window& window) {
-    for (size_t i = 0; i < sights_.size(); ++i)
-        if (sights_[i].window == window) return static_cast<int64_t>(i);
-    sights_.push_back({window, 0});
-    return static_cast<int64_t>(sights_.size()) - 1;
 }
 
 // Few sequences with long pasts leave threads idle unless a past is cut too.
@@ -272,11 +287,11 @@ int64_t Executor::chunks(const Batch& batch, const Window& window) const {
 void Executor::head(const int32_t* rows, int64_t count) {
     require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
     require_range(rows, count, last_tokens_, "logit row");
-    walk({{}, nullptr, rows, count, true});
+    walk({{}, nullptr, rows, count, true, 0});
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    const auto chunks = [&] { return sights_[static_cast<size_t>(op.sight)].chunks; };
+    const auto chunks = [&] { return chunks_[static_cast<size_t>(op.group)]; };
     if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
     if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
     if (op.kind >= OpKind::route) return expert_items(op, step);
@@ -319,11 +334,20 @@ void Executor::walk(const Step& step) {
     team_.run(task);
 }
 
+KvView Executor::view(const Op& op, const Step& step) const {
+    const auto group = static_cast<size_t>(op.group);
+    return {kv_.data() + pools_[group] + op.layer,
+            kv_shape_.groups[group].block_bytes,
+            step.tables + op.group * step.group_tables,
+            limits_.max_blocks,
+            kv_shape_.type,
+            kv_shape_.heads,
+            kv_shape_.head_dim};
+}
+
 void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last) const {
     const Rows a = rows(op.a), b = rows(op.b), out = rows(op.out);
-    const KvView kv{kv_.data() + op.layer, kv_shape_.block_bytes, step.tables,
-                    limits_.max_blocks,    kv_shape_.type,        kv_shape_.heads,
-                    kv_shape_.head_dim};
+    const KvView kv = view(op, step);
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
@@ -343,7 +367,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::attention: {
             Attend attend = op.attend;
             attend.slopes = op.slopes.empty() ? nullptr : op.slopes.data();
-            const int64_t chunks = sights_[static_cast<size_t>(op.sight)].chunks;
+            const int64_t chunks = chunks_[static_cast<size_t>(op.group)];
             if (op.kind == OpKind::attention_parts)
                 return k.attention_parts(a, op.heads, attend, kv, step.tokens, b, step.count,
                                          chunks, first, last);

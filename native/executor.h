@@ -43,7 +43,8 @@ struct Op {
     int64_t cols = 0;
     float scalar = 0;        // epsilon, or what the angles' table is multiplied by
     bool quantized = false;  // a matmul's input, else the output
-    int64_t layer = 0;       // offset of the layer within a KV block
+    int64_t group = 0;       // the layer's KV group
+    int64_t layer = 0;       // offset of the layer within a block of its group
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     Attend attend = {};             // of attention; its slopes are those below
@@ -51,7 +52,6 @@ struct Op {
     HeadNorm norm = {};             // of rope_store
     std::vector<MatmulPart> parts;
     int64_t grain = 1;  // most items a thread takes at once
-    int64_t sight = 0;  // which of the executor's, for attention; `add` sets it
     // Experts: the table that `route` fills, what it wrote, and their sizes; `layer` counts them.
     Ref plan, routes;
     int64_t experts = 0, choices = 0;
@@ -70,13 +70,20 @@ struct Stored {
 };
 
 struct Limits {
-    int64_t max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab;
+    int64_t max_tokens, max_rows, max_sequences, max_blocks, vocab;
+};
+
+// Layers whose tokens see the same positions; their blocks are of one pool.
+struct KvGroup {
+    int64_t block_bytes;  // of one block, all layers of the group
+    int64_t num_blocks;
+    Window window;
 };
 
 struct KvShape {
     int32_t heads, head_dim;
     KvType type;
-    int64_t block_bytes;  // of one block, all layers
+    std::vector<KvGroup> groups;
 };
 
 class Executor {
@@ -114,8 +121,9 @@ class Executor {
     struct Batch {
         const int32_t *ids, *positions, *sequences;
         int64_t tokens;
-        const int32_t* tables;  // [sequences, max_blocks]
-        int64_t sequence_count, table_width;
+        // [groups, sequences, max_blocks]; only what some token sees need be a block.
+        const int32_t* tables;
+        int64_t group_count, sequence_count, table_width;
     };
     // Runs the body on all tokens; the final hidden states stay for head().
     void run(const Batch& batch);
@@ -144,16 +152,10 @@ class Executor {
         const int32_t* rows;
         int64_t count;
         bool head;
-    };
-    // What is common to the attention of some layers.
-    struct Sight {
-        Window window;
-        int64_t chunks;  // of this step, in parts of so many chunks a token; 0: in one go
+        int64_t group_tables;  // entries of the tables of a group
     };
     void walk(const Step& step);
-    void check_tables(const Batch& batch, const Window& window) const;
     int64_t chunks(const Batch& batch, const Window& window) const;
-    int64_t sight(const Window& window);
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
     // experts.cpp
@@ -162,16 +164,19 @@ class Executor {
     void apply_experts(const Op& op, const Step& step, int64_t first, int64_t last) const;
     void run_dispatch(const Op& op, const Step& step);
     PlanEntry* plan(const Op& op) const;
+    void check_tables(const Batch& batch) const;
+    KvView view(const Op& op, const Step& step) const;
     Rows rows(const Ref& ref) const;
     void check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const;
 
     const Kernels& kernels_;
     Limits limits_;
     KvShape kv_shape_;
+    std::vector<int64_t> pools_;  // where each group's pool begins
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
-    std::vector<Sight> sights_;
-    std::vector<Times> times_;  // one an op, or empty
+    std::vector<int64_t> chunks_;  // a token's past in parts of so many, by group; 0: in one go
+    std::vector<Times> times_;     // one an op, or empty
     int64_t last_tokens_ = 0;
     int64_t moe_experts_ = 0;  // of each layer that has any
     std::vector<int32_t> scratch_;

@@ -11,6 +11,7 @@ from pronk import _native
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.open import open_checkpoint
+from pronk.engine.blocks import KvBlocks
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.graph.ir import Graph
@@ -55,15 +56,16 @@ def reference_weights(checkpoint: Checkpoint, graph: Graph) -> dict[str, np.ndar
 
 def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.ndarray:
     """Logits of every token of one sequence, its prompt cut into chunks."""
-    blocks = [list(range(runner.program.limits.max_blocks))]
+    kv = KvBlocks(runner.program.kv_pools, runner.program.limits.max_tokens)
+    holding = kv.hold()
     chunk = chunk or runner.program.limits.max_tokens
     parts = []
     for start in range(0, len(ids), chunk):
         part = ids[start : start + chunk]
         n = len(part)
-        parts.append(
-            runner.step(part, list(range(start, start + n)), [0] * n, blocks, list(range(n)))
-        )
+        positions = list(range(start, start + n))
+        kv.move(holding, start, start + n)
+        parts.append(runner.step(part, positions, [0] * n, [holding.blocks], list(range(n))))
     return np.concatenate(parts)
 
 

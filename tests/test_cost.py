@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pronk.graph.cost import Cost, Step, label, program_costs
+from pronk.graph.kv import KvGroup
 from pronk.graph.program import Limits, compile_program
 from pronk.spec import LayerSpec, ModelSpec, MoeSpec
 
@@ -27,9 +28,17 @@ def costs(dtype, *steps, **limits):
 
 
 def test_a_step_counts_its_tokens_and_their_pasts():
-    assert Step.of([0, 1, 2], [0, 0, 0], [1]) == Step(3, 1 + 2 + 3, 3, (1,))
+    one = Step.of([0, 1, 2], [0, 0, 0], [1])
+    assert one == Step(3, ((0, 3),), (1,))
+    every = KvGroup("global", 0, 0, (0,))
+    assert (one.attended(every), one.past(every)) == (1 + 2 + 3, 3)
     # Two sequences; the second one's tokens share what they read.
-    assert Step.of([9, 3, 4], [0, 1, 1]) == Step(3, 10 + 4 + 5, 10 + 5, ())
+    two = Step.of([9, 3, 4], [0, 1, 1])
+    assert (two.attended(every), two.past(every)) == (10 + 4 + 5, 10 + 5)
+    window, chunk = KvGroup("window", 4, 2, (0,)), KvGroup("chunked", 4, 0, (0,))
+    # Position 9 sees 0, 1, 6..9; position 4 sees 0, 1..4; of its chunk alone, 8 and 9, and 4.
+    assert (two.attended(window), two.past(window)) == (6 + 4 + 5, 6 + 5)
+    assert (two.attended(chunk), two.past(chunk)) == (2 + 4 + 1, 2 + 5)
 
 
 def test_a_prompt_in_float():

@@ -14,6 +14,7 @@ from engines import make_runner
 from pronk import PronkError, RequestError, SamplingParams, load
 from pronk.engine.blocks import BlockPool, GlobalBlocks
 from pronk.engine.engine import Engine
+from pronk.graph.kv import KvGroup
 
 RNG = np.random.default_rng(5)
 PROMPTS = [[int(i) for i in RNG.integers(3, 320, n)] for n in (90, 5, 40, 3, 61)]
@@ -50,12 +51,12 @@ def test_requests_together_answer_as_alone(tiny):
         SamplingParams(max_tokens=12, repetition_penalty=1.3),
     ]
     ids = [engine.add(p, q) for p, q in zip(PROMPTS, params, strict=True)]
-    free = engine.pool.num_blocks
+    free = engine.kv.num_blocks
     tokens, reasons = drain(engine)
     for i, prompt, param in zip(ids, PROMPTS, params, strict=True):
         assert tokens[i] == alone(tiny, prompt, param)
         assert reasons[i] == "length"
-    assert engine.pool.free == free  # every block came back
+    assert engine.kv.free == free  # every block came back
 
 
 def test_a_decode_does_not_wait_for_a_prompt(tiny):
@@ -104,7 +105,7 @@ def test_a_session_reuses_what_it_shares(tiny):
     assert engine._requests[request].computed == 40
     assert drain(engine)[0][request] == alone(tiny, changed, params)
     engine.drop_sessions()
-    assert engine.pool.free == engine.pool.num_blocks
+    assert engine.kv.free == engine.kv.num_blocks
 
 
 def test_a_chat_keeps_its_history_in_the_cache(tiny):
@@ -124,20 +125,20 @@ def test_a_kept_session_gives_way_to_a_request(tiny):
     engine = Engine(make_runner(tiny, context=128), frozenset())
     engine.add(PROMPTS[0], SamplingParams(max_tokens=10), session="old")
     drain(engine)
-    assert engine.pool.free < engine.pool.num_blocks
+    assert engine.kv.free < engine.kv.num_blocks
     engine.add(PROMPTS[4], SamplingParams())  # needs the whole pool
     assert len(drain(engine)[0][1]) == 128 - len(PROMPTS[4])
-    assert engine.pool.free == engine.pool.num_blocks
+    assert engine.kv.free == engine.kv.num_blocks
 
 
 def test_an_aborted_request_frees_its_blocks(tiny):
     engine = Engine(make_runner(tiny), frozenset())
     request = engine.add(PROMPTS[0], SamplingParams())
     engine.step()
-    assert engine.pool.free < engine.pool.num_blocks
+    assert engine.kv.free < engine.kv.num_blocks
     engine.abort(request)
     engine.abort(request)
-    assert engine.pool.free == engine.pool.num_blocks
+    assert engine.kv.free == engine.kv.num_blocks
     assert not engine.busy
 
 
@@ -203,7 +204,7 @@ def test_a_dropped_answer_ends_its_request(tiny):
             del pieces
             assert not engine.busy
             assert not model._events
-            assert engine.pool.free == engine.pool.num_blocks
+            assert engine.kv.free == engine.kv.num_blocks
 
 
 def test_a_closed_model_says_so(tiny):
@@ -255,7 +256,7 @@ def test_sessions_in_line_give_way_to_the_first(tiny):
         follow[name] = prompt + drain(engine)[0][request]
     # Each holds half of the pool and needs all of it.
     ids = [engine.add(prompt, SamplingParams(), session=name) for name, prompt in follow.items()]
-    assert engine.pool.free == 0
+    assert engine.kv.free == 0
     tokens, _ = drain(engine)
     for i, prompt in zip(ids, follow.values(), strict=True):
         assert tokens[i] == alone(tiny, prompt, SamplingParams(max_tokens=128 - len(prompt)))
@@ -278,32 +279,32 @@ def test_a_pool_that_nothing_will_free_is_refused(tiny):
 
 def test_blocks_are_taken_and_given_back():
     pool = BlockPool(4)
-    manager = GlobalBlocks(pool)
+    manager = GlobalBlocks(pool, KvGroup("global", 0, 0, (0,)), 160)
     blocks = []
-    manager.grow(blocks, 33)
+    manager.move(blocks, 0, 33)
     assert blocks == [0, 1]
-    manager.grow(blocks, 64)
+    manager.move(blocks, 33, 64)
     assert blocks == [0, 1]
     with pytest.raises(RuntimeError, match="2 free blocks, not 3"):
-        manager.grow(blocks, 160)
-    manager.release(blocks)
+        manager.move(blocks, 64, 160)
+    manager.cut(blocks, 0)
     assert (blocks, pool.free) == ([], 4)
 
 
 def test_a_step_refuses_what_would_reach_outside(tiny):
     runner = make_runner(tiny, context=64)
     for ids, positions, sequences, blocks in (
-        ([320], [0], [0], [[0, 1]]),
-        ([1], [64], [0], [[0, 1]]),
-        ([1], [-1], [0], [[0, 1]]),
-        ([1], [0], [1], [[0, 1]]),
-        ([1], [0], [0], [[2, 1]]),
-        ([1] * 129, list(range(129)), [0] * 129, [[0, 1]]),
+        ([320], [0], [0], [[[0, 1]]]),
+        ([1], [64], [0], [[[0, 1]]]),
+        ([1], [-1], [0], [[[0, 1]]]),
+        ([1], [0], [1], [[[0, 1]]]),
+        ([1], [0], [0], [[[2, 1]]]),
+        ([1] * 129, list(range(129)), [0] * 129, [[[0, 1]]]),
     ):
         with pytest.raises(ValueError):
             runner.step(ids, positions, sequences, blocks, [0])
     with pytest.raises(ValueError, match="logit row 1"):
-        runner.step([1], [0], [0], [[0, 1]], [1])
+        runner.step([1], [0], [0], [[[0, 1]]], [1])
 
 
 def test_logits_that_cannot_be_sampled_end_their_request_only(tiny, monkeypatch):

@@ -48,7 +48,7 @@ def test_company_does_not_matter(models, dtype):
         for prompt in PROMPTS
     ]
     # All four at once, each taking a different number of tokens a step.
-    blocks = [[4 * i + j for j in range(4)] for i in range(4)]
+    blocks = [[[4 * i + j for j in range(4)]] for i in range(4)]
     done = [0] * 4
     got = [[] for _ in PROMPTS]
     turn = 0
@@ -75,7 +75,7 @@ def test_a_long_past_cut_over_threads_does_not_matter(models, isa, kv_dtype):
     limits = {"context": 1152, "isa": isa, "kv_dtype": kv_dtype}
     whole = run_whole(make_runner(models["q4_1"], threads=1, **limits), ids)
     runner = make_runner(models["q4_1"], threads=4, **limits)
-    blocks = [list(range(36))]
+    blocks = [[list(range(36))]]
     # A few tokens at a time, whose past is cut in three; the chunks before them are not cut.
     run_whole(runner, ids[:1020])
     for start, stop in ((1020, 1021), (1021, 1026), (1026, 1027)):

@@ -84,7 +84,7 @@ def test_every_family_agrees_with_transformers(tmp_path, family, file, tied):
     check(run_whole(runner, prompts[0]), prompts[0])  # prefill
     check(run_whole(runner, prompts[1], 1), prompts[1])  # a cached decode, token by token
     # Three at once: two prompts in chunks beside one that decodes.
-    blocks = [[0, 1, 2], [3, 4, 5], [6]]
+    blocks = [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
     got = [[] for _ in prompts]
     while any(len(rows) < len(prompt) for rows, prompt in zip(got, prompts, strict=True)):
         ids, positions, sequences = [], [], []

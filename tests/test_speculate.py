@@ -91,7 +91,7 @@ def test_no_token_depends_on_drafts(tiny, free, limits):
     assert got_reasons == reasons
     assert fewer < 0.7 * steps
     assert 0 < engine.speculator.accepted < engine.speculator.drafted
-    assert engine.pool.free == engine.pool.num_blocks
+    assert engine.kv.free == engine.kv.num_blocks
 
 
 def test_drafts_end_with_the_context(tiny, free):

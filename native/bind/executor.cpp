@@ -13,10 +13,12 @@ using namespace pronk;
 namespace {
 
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
+// Bytes of a block, blocks, window, sinks, chunked.
+using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
 KvType parse_kv(const std::string& name) {
     if (name == "f32") return KvType::f32;
@@ -65,20 +67,29 @@ void bind_executor(nb::module_& m) {
             "__init__",
             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
                int64_t arena_bytes, int64_t max_tokens, int64_t max_rows, int64_t max_sequences,
-               int64_t max_blocks, int64_t num_blocks, int64_t vocab, int32_t kv_heads,
-               int32_t head_dim, const std::string& kv_dtype, int64_t kv_block_bytes) {
+               int64_t max_blocks, int64_t vocab, int32_t kv_heads, int32_t head_dim,
+               const std::string& kv_dtype, const std::vector<Group>& kv_groups) {
                 if (threads < 1 || threads > 1024 || weight_bytes < 0 || arena_bytes < 0 ||
-                    num_blocks < 0 || kv_block_bytes < 0 || max_blocks < 0)
+                    max_blocks < 0)
                     throw std::invalid_argument("executor sizes must not be negative");
                 nb::gil_scoped_release release;
+                KvShape shape{kv_heads, head_dim, parse_kv(kv_dtype), {}};
+                for (const auto& [block_bytes, blocks, window, sinks, chunked] : kv_groups) {
+                    if (window < 0 || window > kMaxSide || sinks < 0 || sinks > kMaxSide)
+                        throw std::invalid_argument("a window is out of range");
+                    shape.groups.push_back(
+                        {block_bytes,
+                         blocks,
+                         {static_cast<int32_t>(window), chunked, static_cast<int32_t>(sinks)}});
+                }
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
-                             {max_tokens, max_rows, max_sequences, max_blocks, num_blocks, vocab},
-                             {kv_heads, head_dim, parse_kv(kv_dtype), kv_block_bytes});
+                             {max_tokens, max_rows, max_sequences, max_blocks, vocab}, shape);
             },
             nb::kw_only(), "threads"_a, "isa"_a, "weight_bytes"_a, "arena_bytes"_a, "max_tokens"_a,
-            "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "num_blocks"_a, "vocab"_a,
-            "kv_heads"_a, "head_dim"_a, "kv_dtype"_a, "kv_block_bytes"_a)
+            "max_rows"_a, "max_sequences"_a, "max_blocks"_a, "vocab"_a, "kv_heads"_a, "head_dim"_a,
+            "kv_dtype"_a, "kv_groups"_a,
+            "kv_groups: (bytes of a block, blocks, window, sinks, chunked) of each.")
         .def_prop_ro("isa", &Executor::isa)
         .def_prop_ro("threads", &Executor::threads)
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
@@ -168,33 +179,34 @@ void bind_executor(nb::module_& m) {
             "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
         .def(
             "rope_store",
-            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t layer,
+            [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
                const std::string& norm, std::pair<int64_t, int64_t> weights, float eps,
                int64_t grain) {
                 Op op{OpKind::rope_store};
                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
                 op.norm = head_norm(e, norm, weights, heads, eps), op.grain = grain;
+                op.group = group;
                 e.add(std::move(op));
             },
-            "qkv"_a, "table"_a, "heads"_a, "layer"_a, "norm"_a, "weights"_a, "eps"_a, "grain"_a,
-            "Without a table, where its offset is -1, nothing is turned.")
+            "qkv"_a, "table"_a, "heads"_a, "group"_a, "layer"_a, "norm"_a, "weights"_a, "eps"_a,
+            "grain"_a, "Without a table, where its offset is -1, nothing is turned.")
         .def(
             "attention",
-            [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t layer, float scale,
-               Slot out, int64_t grain, int32_t window, bool chunked, int32_t sinks, float softcap,
-               std::vector<float> slopes, float growth, int32_t growth_span) {
+            [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t group, int64_t layer,
+               float scale, Slot out, int64_t grain, float softcap, std::vector<float> slopes,
+               float growth, int32_t growth_span) {
                 Op op{OpKind::attention_parts};
                 op.a = at(qkv), op.b = at(parts), op.heads = heads, op.layer = layer;
-                op.attend = {scale,      {window, chunked, sinks}, softcap, nullptr, growth,
-                             growth_span};
+                op.group = group;
+                op.attend = {scale, {}, softcap, nullptr, growth, growth_span};
                 op.slopes = std::move(slopes), op.out = at(out), op.grain = 1;
                 e.add(op);
                 op.kind = OpKind::attention, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "parts"_a, "heads"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a, nb::kw_only(),
-            "window"_a = 0, "chunked"_a = false, "sinks"_a = 0, "softcap"_a = 0.0f,
-            "slopes"_a = std::vector<float>(), "growth"_a = 0.0f, "growth_span"_a = 1)
+            "qkv"_a, "parts"_a, "heads"_a, "group"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a,
+            nb::kw_only(), "softcap"_a = 0.0f, "slopes"_a = std::vector<float>(), "growth"_a = 0.0f,
+            "growth_span"_a = 1)
         .def(
             "silu_mul",
             [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,
@@ -230,8 +242,8 @@ void bind_executor(nb::module_& m) {
                 nb::gil_scoped_release release;
                 e.run({ids.data(), positions.data(), sequences.data(),
                        static_cast<int64_t>(ids.size()), tables.data(),
-                       static_cast<int64_t>(tables.shape(0)),
-                       static_cast<int64_t>(tables.shape(1))});
+                       static_cast<int64_t>(tables.shape(0)), static_cast<int64_t>(tables.shape(1)),
+                       static_cast<int64_t>(tables.shape(2))});
             },
             "ids"_a, "positions"_a, "sequences"_a, "tables"_a)
         .def(

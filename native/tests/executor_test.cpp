@@ -15,8 +15,8 @@ constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads =
                   kDim = 16, kAttention = kHeads * kDim, kQkv = (kHeads + 2 * kKvHeads) * kDim,
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
-constexpr Limits kLimits{kTokens, 4, 2, 3, 6, kVocab};
-constexpr KvShape kKv{kKvHeads, kDim, KvType::bf16, kLayer};
+constexpr Limits kLimits{kTokens, 4, 2, 3, kVocab};
+const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, 0, 0, false}}};
 
 class Model {
   public:
@@ -78,7 +78,7 @@ class Model {
                            std::vector<int32_t> rows) {
         static const int32_t tables[] = {4, 1, 5, 0, 2, 3};
         executor.run({ids.data() + first, positions.data() + first, sequences.data() + first, count,
-                      tables, 2, 3});
+                      tables, 1, 2, 3});
         executor.head(rows.data(), static_cast<int64_t>(rows.size()));
         std::vector<float> out(rows.size() * kVocab);
         for (size_t i = 0; i < rows.size(); ++i)
@@ -254,6 +254,8 @@ void test_refusals(const Kernels& kernels) {
     body("a layer past its block", [](Op& op) { op.layer = 64; });
     body("a negative layer", [](Op& op) { op.layer = -64; });
     body("a layer that overflows", [](Op& op) { op.layer = INT64_MAX - 63; });
+    body("an unknown group", [](Op& op) { op.group = 1; });
+    body("a negative group", [](Op& op) { op.group = -1; });
 
     const std::vector<uint8_t> bytes(34 * 2 * 16);
     const auto pack = [&](const char* what, int64_t offset, int64_t total, int64_t cols,
@@ -280,7 +282,8 @@ void test_refusals(const Kernels& kernels) {
         const std::vector<int32_t> ids(kTokens + 1, id), positions(kTokens + 1, position),
             sequences(kTokens + 1, sequence), tables(6, block);
         throws(kernels, what, [&] {
-            e.run({ids.data(), positions.data(), sequences.data(), count, tables.data(), 2, width});
+            e.run({ids.data(), positions.data(), sequences.data(), count, tables.data(), 1, 2,
+                   width});
         });
     };
     step("a token past the vocabulary", kVocab, 0, 0, 1, 0, 3);
@@ -299,10 +302,83 @@ void test_refusals(const Kernels& kernels) {
     });
     throws(kernels, "limits that overflow", [&] {
         Limits limits = kLimits;
-        limits.num_blocks = big;
+        limits.max_blocks = big;
         Executor(1, kernels.name, 64, 64, limits, kKv);
     });
+    const auto pool = [&](const char* what, std::vector<KvGroup> groups) {
+        throws(kernels, what, [&] {
+            Executor(1, kernels.name, 64, 64, kLimits,
+                     {kKvHeads, kDim, KvType::bf16, std::move(groups)});
+        });
+    };
+    pool("no KV group", {});
+    pool("blocks that overflow", {{kLayer, big, 0, 0, false}});
+    pool("a negative window", {{kLayer, 6, -1, 0, false}});
+    pool("negative sinks", {{kLayer, 6, 8, -1, false}});
+    pool("chunks of no size", {{kLayer, 6, 0, 0, true}});
+    pool("a sum of pools that overflows",
+         std::vector<KvGroup>(8, {kMaxSide - kMaxSide % 64, kMaxSide, 0, 0, false}));
     throws(kernels, "an unknown ISA", [&] { Executor(1, "x87", 64, 64, kLimits, kKv); });
+}
+
+// Of the tables, what a group's tokens see must be blocks, and the rest is not looked at.
+void test_tables(const Kernels& kernels) {
+    constexpr int64_t blocks = 8, small = 4;
+    const Limits limits{kTokens, 4, 2, blocks, kVocab};
+    // All before a token; 40 positions of them, and 5 sinks; chunks of 48.
+    const KvShape shape{kKvHeads,
+                        kDim,
+                        KvType::bf16,
+                        {{kLayer, 2 * blocks, 0, 0, false},
+                         {kLayer, small, 40, 5, false},
+                         {kLayer, small, 48, 0, true}}};
+    Executor e(1, kernels.name, 1 << 16, 1 << 16, limits, shape);
+    check(e.kv_bytes() == (2 * blocks + 2 * small) * kLayer, "%s executor: the sum of pools",
+          kernels.name);
+    Op op = Model::op(OpKind::add, {0, 256}, {1 << 14, 256}, 64);
+    op.b = op.a;
+    e.add(op);
+    struct Range {
+        int64_t group, first, last;
+    };
+    // Runs tokens first..last of sequence 1, of whose tables only the ranges are blocks.
+    const auto run = [&](int64_t first, int64_t last, const std::vector<Range>& ranges) {
+        std::vector<int32_t> tables(3 * 2 * blocks, -1), ids, positions, sequences;
+        for (const Range& r : ranges)
+            for (int64_t i = r.first; i <= r.last; ++i)
+                tables[size_t((r.group * 2 + 1) * blocks + i)] = int32_t(i) % small;
+        for (int64_t p = first; p <= last; ++p)
+            ids.push_back(0), positions.push_back(int32_t(p)), sequences.push_back(1);
+        e.run({ids.data(), positions.data(), sequences.data(), last - first + 1, tables.data(), 3,
+               2, blocks});
+    };
+    const auto refuse = [&](const char* what, int64_t first, int64_t last,
+                            const std::vector<Range>& ranges) {
+        throws(kernels, what, [&] { run(first, last, ranges); });
+    };
+    // The window of 200 begins at 161, the chunk at 192.
+    run(200, 200, {{0, 0, 6}, {1, 0, 0}, {1, 5, 6}, {2, 6, 6}});
+    refuse("a block missing", 200, 200, {{0, 0, 2}, {0, 4, 6}, {1, 0, 0}, {1, 5, 6}, {2, 6, 6}});
+    refuse("sinks missing", 200, 200, {{0, 0, 6}, {1, 5, 6}, {2, 6, 6}});
+    refuse("half a window", 200, 200, {{0, 0, 6}, {1, 0, 0}, {1, 6, 6}, {2, 6, 6}});
+    refuse("no chunk", 200, 200, {{0, 0, 6}, {1, 0, 0}, {1, 5, 6}, {2, 5, 5}});
+    // The first token of several sees furthest: 147 and 144 here.
+    run(186, 200, {{0, 0, 6}, {1, 0, 0}, {1, 4, 6}, {2, 4, 6}});
+    refuse("a window of the last alone", 186, 200, {{0, 0, 6}, {1, 0, 0}, {1, 5, 6}, {2, 4, 6}});
+    refuse("a chunk of the last alone", 186, 200, {{0, 0, 6}, {1, 0, 0}, {1, 4, 6}, {2, 6, 6}});
+    run(0, 3, {{0, 0, 0}, {1, 0, 0}, {2, 0, 0}});
+    // Another sequence between them ends a run of tokens.
+    const std::vector<int32_t> ids(3), positions{200, 0, 230}, sequences{1, 0, 1};
+    std::vector<int32_t> tables(3 * 2 * blocks, 0);
+    e.run({ids.data(), positions.data(), sequences.data(), 3, tables.data(), 3, 2, blocks});
+    std::fill(tables.begin() + 2 * blocks, tables.end(), small);
+    throws(kernels, "a block past a smaller pool", [&] {
+        e.run({ids.data(), positions.data(), sequences.data(), 3, tables.data(), 3, 2, blocks});
+    });
+    std::fill(tables.begin(), tables.end(), 0);
+    throws(kernels, "tables of fewer groups", [&] {
+        e.run({ids.data(), positions.data(), sequences.data(), 3, tables.data(), 2, 2, blocks});
+    });
 }
 
 }  // namespace
@@ -310,6 +386,7 @@ void test_refusals(const Kernels& kernels) {
 void test_executor(const Kernels& kernels) {
     test_same_bits(kernels);
     test_refusals(kernels);
+    test_tables(kernels);
 }
 
 }  // namespace pronk::test

@@ -8,13 +8,14 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.engine.blocks import BlockPool, GlobalBlocks
+from pronk.engine.blocks import KvBlocks
 from pronk.engine.request import Event, Request
 from pronk.engine.runner import Runner
 from pronk.engine.sampler import Sampler
 from pronk.engine.scheduler import Scheduler, Share
 from pronk.engine.speculate import Lookup, Speculator
 from pronk.errors import PronkError, RequestError
+from pronk.graph.kv import blocks_of
 from pronk.graph.pack import KV_BLOCK
 from pronk.spec import SamplingParams
 
@@ -38,12 +39,11 @@ class Engine:
         self.runner = runner
         self.eos_ids = eos_ids
         # A request that the whole pool cannot hold would wait for ever.
-        self.context = min(limits.context, limits.num_blocks * KV_BLOCK)
-        self.pool = BlockPool(limits.num_blocks)
-        self.manager = GlobalBlocks(self.pool)
+        self.context = min(limits.context, blocks_of(limits.kv_tokens or limits.context) * KV_BLOCK)
+        self.kv = KvBlocks(runner.program.kv_pools, limits.max_tokens)
         self.speculator = Speculator() if speculate else None
         self.scheduler = Scheduler(
-            self.manager, limits.max_tokens, limits.max_sequences, self.speculator
+            self.kv, limits.max_tokens, limits.max_sequences, self.speculator
         )
         self._requests: dict[int, Request] = {}
         self._sessions: dict[str, Request] = {}
@@ -91,6 +91,7 @@ class Engine:
             max_length=min(longest, self.context),
             params=params,
             sampler=Sampler(params, tokens, vocab),
+            holding=self.kv.hold(),
             session=session,
             lookup=Lookup() if self.speculator else None,
         )
@@ -111,16 +112,14 @@ class Engine:
                 raise RequestError(f"token id {token} is not in the vocabulary of {vocab}")
 
     def _continue(self, request: Request, old: Request) -> None:
-        """Start from the keys and values of the longest common prefix."""
+        """Start from the keys and values of the common prefix, as far as they are there."""
         # The last prompt token is always computed anew: its logits are needed.
         limit = min(old.computed, len(request.tokens) - 1)
         shared = 0
         while shared < limit and old.tokens[shared] == request.tokens[shared]:
             shared += 1
-        keep = self.manager.needed(shared)
-        request.blocks, surplus = old.blocks[:keep], old.blocks[keep:]
-        self.pool.give_back(surplus)
-        request.computed = shared
+        request.holding = old.holding
+        request.computed = self.kv.reuse(request.holding, shared)
 
     @property
     def busy(self) -> bool:
@@ -159,7 +158,7 @@ class Engine:
             ids += share.draft
             positions += range(start, share.stop)
             sequences += [index] * (share.stop - start)
-        self.runner.run(ids, positions, sequences, [share.request.blocks for share in chosen])
+        self.runner.run(ids, positions, sequences, [s.request.holding.blocks for s in chosen])
         # Requests move on only now: one whose step was interrupted repeats it.
         for share in chosen:
             if share.count < share.request.pending:
@@ -178,7 +177,7 @@ class Engine:
             # blocks that the first waits for.
             self.drop_sessions()
             for request in islice(self.scheduler.waiting, 1, None):
-                self.manager.release(request.blocks)
+                self.kv.release(request.holding)
                 request.computed = 0
             chosen = self.scheduler.schedule()
             if not chosen:
@@ -227,7 +226,7 @@ class Engine:
         self.scheduler.remove(request)
         del self._requests[request.id]
         if request.session is None:
-            self.manager.release(request.blocks)
+            self.kv.release(request.holding)
         else:
             self.drop_session(request.session)
             self._sessions[request.session] = request
@@ -242,7 +241,7 @@ class Engine:
         """Forget a session and free its blocks."""
         old = self._sessions.pop(session, None)
         if old is not None:
-            self.manager.release(old.blocks)
+            self.kv.release(old.holding)
 
     def drop_sessions(self) -> None:
         """Forget every session."""
@@ -264,16 +263,16 @@ class Engine:
 
     def _logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
-        if self.manager.needed(len(tokens)) > self.scheduler.available():
+        holding = self.kv.hold()
+        if not self.kv.promise(holding, len(tokens)):
             raise RequestError("the KV pool is in use by running requests: wait for them to end")
-        blocks: list[int] = []
-        self.manager.grow(blocks, len(tokens))
         try:
             at_once = self.scheduler.max_tokens
             for start in range(0, len(tokens), at_once):
                 part = list(tokens[start : start + at_once])
                 n = len(part)
                 positions = list(range(start, start + n))
-                yield self.runner.step(part, positions, [0] * n, [blocks], list(range(n)))
+                self.kv.move(holding, start, start + n)
+                yield self.runner.step(part, positions, [0] * n, [holding.blocks], list(range(n)))
         finally:
-            self.manager.release(blocks)
+            self.kv.release(holding)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from pronk.engine.blocks import Holding
 from pronk.engine.sampler import Sample, Sampler
 from pronk.engine.speculate import Lookup
 from pronk.errors import PronkError
@@ -17,7 +18,7 @@ class Request:
     """A prompt, what has been generated from it, and the KV blocks it holds.
 
     ``tokens`` is prompt and output; the first ``computed`` of them have keys and values in the
-    cache. ``reserved`` counts blocks promised to it, so that an admitted request never starves.
+    cache.
     """
 
     id: int
@@ -25,11 +26,10 @@ class Request:
     max_length: int
     params: SamplingParams
     sampler: Sampler
+    holding: Holding
     session: str | None = None
     lookup: Lookup | None = None
     computed: int = 0
-    reserved: int = 0
-    blocks: list[int] = field(default_factory=list)
 
     @property
     def pending(self) -> int:

@@ -57,6 +57,8 @@ class Runner:
         spec, limits = program.spec, program.limits
         self.program = program
         self.seconds = 0.0
+        pools = program.kv_pools
+        groups = [pool.group for pool in pools]
         self._process = os.getpid()
         self.executor = Executor(
             threads=threads,
@@ -67,27 +69,29 @@ class Runner:
             max_rows=limits.max_rows,
             max_sequences=limits.max_sequences,
             max_blocks=limits.max_blocks,
-            num_blocks=limits.num_blocks,
             vocab=spec.vocab_size,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             kv_dtype=limits.kv_dtype,
-            kv_block_bytes=program.kv_block_bytes,
+            kv_groups=[
+                (pool.block_bytes, pool.blocks, g.window, g.sinks, g.attention == "chunked")
+                for pool, g in zip(pools, groups, strict=True)
+            ],
         )
         self._owners = lower(
-            program.graph, program.layout, self.executor, program.kv_block_bytes // spec.num_layers
+            program.graph, program.layout, self.executor, groups, program.kv_layer_bytes
         )
         self._steps: list[Step] | None = None
         output = program.graph.values[program.graph.output]
         self._logits = (program.layout.value_offsets[output.name], output.row_bytes)
-        self._tables = np.zeros((limits.max_sequences, limits.max_blocks), np.int32)
+        self._tables = np.full((len(groups), limits.max_sequences, limits.max_blocks), -1, np.int32)
 
     def run(
         self,
         ids: Sequence[int],
         positions: Sequence[int],
         sequences: Sequence[int],
-        blocks: Sequence[Sequence[int]],
+        blocks: Sequence[Sequence[Sequence[int]]],
     ) -> None:
         """Run tokens of one or more sequences; `head` gives logits of them.
 
@@ -95,8 +99,9 @@ class Runner:
         ----------
         ids, positions, sequences : sequence of int, one per token
             Token id, position in its sequence, and index into ``blocks``.
-        blocks : sequence of sequence of int
-            KV blocks of each sequence, covering its positions.
+        blocks : sequence of sequence of sequence of int
+            KV blocks of each sequence, for each KV group of the program: of its positions in
+            their order, -1 where no token of the step sees any of them.
 
         Raises
         ------
@@ -110,14 +115,16 @@ class Runner:
                 "this process was forked after the model was loaded, and threads do not survive "
                 "that: load the model here, run it with one thread, or spawn instead of fork"
             )
+        tables = self._tables[:, : len(blocks)]
         for i, held in enumerate(blocks):
-            self._tables[i, : len(held)] = held
+            for table, numbers in zip(tables, held, strict=True):
+                table[i, : len(numbers)] = numbers
         start = time.thread_time()
         self.executor.run(
             np.array(ids, np.int32),
             np.array(positions, np.int32),
             np.array(sequences, np.int32),
-            self._tables[: len(blocks)],
+            np.ascontiguousarray(tables),
         )
         self.seconds = time.thread_time() - start
         if self._steps is not None:
@@ -149,7 +156,7 @@ class Runner:
         ids: Sequence[int],
         positions: Sequence[int],
         sequences: Sequence[int],
-        blocks: Sequence[Sequence[int]],
+        blocks: Sequence[Sequence[Sequence[int]]],
         rows: Sequence[int],
     ) -> NDArray[np.float32]:
         """`run`, and a copy of the logits of any number of its tokens: float32 [rows, vocab]."""

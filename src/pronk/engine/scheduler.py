@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from pronk.engine.blocks import GlobalBlocks
+from pronk.engine.blocks import KvBlocks
 from pronk.engine.request import Request
 from pronk.engine.speculate import Candidate, Speculator
 
@@ -29,12 +29,12 @@ class Share:
 class Scheduler:
     """First come, first served; prefill chunks and decodes share a step.
 
-    A request is admitted when the pool can hold its longest outcome, so no running request is
+    A request is admitted when the KV pools can hold its longest outcome, so no running request is
     ever out of blocks.
 
     Parameters
     ----------
-    manager : GlobalBlocks
+    kv : KvBlocks
     max_tokens, max_sequences : int
         Most of either in a step.
     speculator : Speculator, optional
@@ -43,28 +43,22 @@ class Scheduler:
 
     def __init__(
         self,
-        manager: GlobalBlocks,
+        kv: KvBlocks,
         max_tokens: int,
         max_sequences: int,
         speculator: Speculator | None = None,
     ) -> None:
-        self.manager = manager
+        self.kv = kv
         self.speculator = speculator
         self.max_tokens = max_tokens
         self.max_sequences = max_sequences
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    def available(self) -> int:
-        """Free blocks that are not promised to a running request."""
-        promised = sum(r.reserved - len(r.blocks) for r in self.running)
-        return self.manager.pool.free - promised
-
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_sequences:
             request = self.waiting[0]
-            request.reserved = self.manager.needed(request.max_length)
-            if request.reserved - len(request.blocks) > self.available():
+            if not self.kv.promise(request.holding, request.max_length):
                 return
             self.running.append(self.waiting.popleft())
 
@@ -86,7 +80,7 @@ class Scheduler:
             chosen.append(Share(request, count, []))
             budget -= count
         for share in chosen:
-            self.manager.grow(share.request.blocks, share.stop)
+            self.kv.move(share.request.holding, share.request.computed, share.stop)
         return chosen
 
     def _drafts(self, decodes: list[Request], budget: int, alone: bool) -> list[list[int]]:
@@ -104,5 +98,6 @@ class Scheduler:
         """Take a request out of the queues; its blocks stay with it."""
         if request in self.running:
             self.running.remove(request)
+            self.kv.settle(request.holding)
         else:
             self.waiting.remove(request)

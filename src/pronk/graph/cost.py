@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pronk.graph.ir import Graph, Op, Ref
+from pronk.graph.kv import KvGroup, place
 from pronk.graph.memory import weight_bytes
-from pronk.graph.pack import KV_BLOCK, PANEL, kv_block_bytes, packed_bytes
+from pronk.graph.pack import KV_BLOCK, PANEL, packed_bytes
 from pronk.graph.program import Program
 
 __all__ = ["Cost", "Step", "label", "program_costs"]
@@ -26,17 +27,14 @@ class Step:
     Attributes
     ----------
     tokens : int
-    attended : int
-        Positions a token attends to, summed over the tokens.
-    past : int
-        Positions whose keys and values are read, summed over the sequences.
+    spans : tuple of (int, int)
+        Of each sequence, the position of its first token and the one behind its last.
     heads : tuple of int
         Logit rows of each call of the head.
     """
 
     tokens: int
-    attended: int
-    past: int
+    spans: tuple[tuple[int, int], ...]
     heads: tuple[int, ...]
 
     @classmethod
@@ -44,11 +42,27 @@ class Step:
         cls, positions: Sequence[int], sequences: Sequence[int], heads: Iterable[int] = ()
     ) -> Step:
         """The step that runs tokens at `positions` (from 0) of `sequences`."""
-        longest: dict[int, int] = {}
+        spans: dict[int, tuple[int, int]] = {}
         for position, sequence in zip(positions, sequences, strict=True):
-            longest[sequence] = max(longest.get(sequence, 0), position + 1)
-        attended = sum(positions) + len(positions)
-        return cls(len(positions), attended, sum(longest.values()), tuple(heads))
+            start, stop = spans.get(sequence, (position, position + 1))
+            spans[sequence] = min(start, position), max(stop, position + 1)
+        return cls(len(positions), tuple(spans.values()), tuple(heads))
+
+    def attended(self, group: KvGroup) -> int:
+        """Positions a token attends to in a layer of a group, summed over the tokens."""
+        if group.attention == "global":
+            return sum((stop - start) * (start + stop + 1) // 2 for start, stop in self.spans)
+        return sum(_seen(group, p) for start, stop in self.spans for p in range(start, stop))
+
+    def past(self, group: KvGroup) -> int:
+        """Positions whose keys and values are read there, summed over the sequences."""
+        return sum(_seen(group, start) + stop - start - 1 for start, stop in self.spans)
+
+
+def _seen(group: KvGroup, position: int) -> int:
+    """Positions that one sees."""
+    first = group.first_seen(position)
+    return position + 1 - first + min(group.sinks, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +151,15 @@ def _experts(program: Program, op: Op, step: Step) -> Cost:
 def _attention(program: Program, op: Op, step: Step) -> Cost:
     """Storing keys and values, or attending to them: q @ keys, then weights @ values."""
     spec, graph = program.spec, program.graph
-    position = kv_block_bytes(1, spec.num_kv_heads, spec.head_dim, program.limits.kv_dtype)
-    position //= KV_BLOCK
+    position = program.kv_layer_bytes // KV_BLOCK
     if op.kind == "rope_store":
         matrix = sum(_bytes(graph, ref) for ref in op.inputs) + _output_bytes(graph, op)
         return Cost(0, step.tokens * position, step.tokens * matrix)
     width = op.integer("heads") * spec.head_dim
     queries = step.tokens * 2 * width * 4  # read, and written as the output
-    return Cost(0, step.past * position, queries, 2 * width * step.attended)
+    groups = [pool.group for pool in program.kv_pools]
+    group = groups[place(groups, op.integer("layer"))[0]]
+    return Cost(0, step.past(group) * position, queries, 2 * width * step.attended(group))
 
 
 def _output_bytes(graph: Graph, op: Op) -> int:

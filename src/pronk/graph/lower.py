@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pronk._native import Executor
 from pronk.graph.ir import Graph, Op, Ref
+from pronk.graph.kv import KvGroup, place
 from pronk.graph.memory import Layout
 from pronk.graph.reference import alibi_slopes
 
@@ -17,9 +18,16 @@ _NONE = (-1, 0)
 class _Lowering:
     """One method an op kind: names to offsets."""
 
-    def __init__(self, graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        layout: Layout,
+        executor: Executor,
+        groups: Sequence[KvGroup],
+        layer_bytes: int,
+    ) -> None:
         self.graph, self.layout, self.executor = graph, layout, executor
-        self.layer_bytes = layer_bytes
+        self.groups, self.layer_bytes = groups, layer_bytes
         self.routing: Op | None = None
 
     def slot(self, ref: Ref) -> tuple[int, int]:
@@ -28,6 +36,11 @@ class _Lowering:
 
     def weight(self, name: str) -> int:
         return self.layout.weight_offsets[name]
+
+    def kv(self, op: Op) -> tuple[int, int]:
+        """The KV group of an op's layer, and where the layer lies in a block of it."""
+        group, index = place(self.groups, op.integer("layer"))
+        return group, index * self.layer_bytes
 
     def add(self, op: Op) -> None:
         value = self.graph.values[op.output]
@@ -86,22 +99,20 @@ class _Lowering:
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, *table = (self.slot(ref) for ref in op.inputs)
-        layer = op.integer("layer") * self.layer_bytes
         q, k = (self.weight(name) for name in op.weights) if op.weights else _NONE
         self.executor.rope_store(
-            qkv, table[0] if table else _NONE, op.integer("heads"), layer,
+            qkv, table[0] if table else _NONE, op.integer("heads"), *self.kv(op),
             str(op.attrs.get("qk_norm", "")), (q, k), float(op.attrs.get("eps", 0)),
             grain)  # fmt: skip
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        layer, heads = op.integer("layer") * self.layer_bytes, op.integer("heads")
+        heads = op.integer("heads")
         qkv, parts = (self.slot(ref) for ref in op.inputs)
         attrs = op.attrs
         alibi = float(attrs.get("alibi", 0))
         self.executor.attention(
-            qkv, parts, heads, layer, float(attrs["scale"]), out, grain,
-            window=int(attrs.get("window", 0)), chunked=bool(attrs.get("chunked", False)),
-            sinks=int(attrs.get("sinks", 0)), softcap=float(attrs.get("softcap", 0)),
+            qkv, parts, heads, *self.kv(op), float(attrs["scale"]), out, grain,
+            softcap=float(attrs.get("softcap", 0)),
             slopes=alibi_slopes(heads, alibi).tolist() if alibi else [],
             growth=float(attrs.get("growth", 0)),
             growth_span=int(attrs.get("growth_span", 1)))  # fmt: skip
@@ -171,11 +182,19 @@ class _Lowering:
         self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
 
 
-def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) -> tuple[int, ...]:
+def lower(
+    graph: Graph,
+    layout: Layout,
+    executor: Executor,
+    groups: Sequence[KvGroup],
+    layer_bytes: int,
+) -> tuple[int, ...]:
     """Add every op of a graph to an executor whose regions follow the layout.
 
     Parameters
     ----------
+    groups : sequence of KvGroup
+        As the executor has them.
     layer_bytes : int
         Bytes of one layer's part of a KV block.
 
@@ -189,7 +208,7 @@ def lower(graph: Graph, layout: Layout, executor: Executor, layer_bytes: int) ->
     ValueError
         If the graph holds an op that only the interpreter has.
     """
-    lowering = _Lowering(graph, layout, executor, layer_bytes)
+    lowering = _Lowering(graph, layout, executor, groups, layer_bytes)
     owners: list[int] = []
     for index, op in enumerate(graph.ops):
         lowering.add(op)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pronk.errors import CheckpointError, RequestError
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
+from pronk.graph.kv import KvGroup, KvPool, blocks_of, kv_groups
 from pronk.graph.memory import Layout, plan_layout
-from pronk.graph.pack import GROUP, GROUPED, KV_BLOCK, kv_block_bytes, runtime_dtype
+from pronk.graph.pack import GROUP, GROUPED, kv_block_bytes, runtime_dtype
 from pronk.graph.passes import CPU_PASSES, Pass, run_passes
 from pronk.spec import Budget, MemoryPlan, ModelSpec
 
@@ -19,6 +20,7 @@ __all__ = [
     "Program",
     "choose_context",
     "compile_program",
+    "kv_pools",
     "stored_dtypes",
 ]
 
@@ -44,7 +46,8 @@ class Limits:
     max_sequences : int
         Most sequences in a step.
     kv_tokens : int or None
-        Tokens the KV pool holds over all sequences; None means one full context.
+        Tokens the KV pools hold over all sequences; None means one full context. Layers that
+        see a part of a sequence hold that part of as many full sequences.
     kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache.
     """
@@ -59,12 +62,16 @@ class Limits:
     @property
     def max_blocks(self) -> int:
         """Blocks of one full sequence."""
-        return -(-self.context // KV_BLOCK)
+        return blocks_of(self.context)
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks in the pool."""
-        return -(-(self.kv_tokens or self.context) // KV_BLOCK)
+    def blocks(self, group: KvGroup) -> int:
+        """Blocks in the pool of a group of layers."""
+        held = self.kv_tokens or self.context
+        sequences = min(self.max_sequences, -(-held // self.context))
+        bound = group.bound(min(held, self.context), self.max_tokens)
+        if group.attention == "global":
+            return blocks_of(held)
+        return min(blocks_of(held), bound * sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +84,32 @@ class Program:
     layout: Layout
 
     @property
-    def kv_block_bytes(self) -> int:
-        """Bytes of one KV block over all layers."""
-        s = self.spec
-        return kv_block_bytes(s.num_layers, s.num_kv_heads, s.head_dim, self.limits.kv_dtype)
+    def kv_layer_bytes(self) -> int:
+        """Bytes of one layer's part of a KV block."""
+        return kv_block_bytes(1, self.spec.num_kv_heads, self.spec.head_dim, self.limits.kv_dtype)
+
+    @property
+    def kv_pools(self) -> tuple[KvPool, ...]:
+        """The KV pool of each group of layers."""
+        return kv_pools(self.spec, self.limits)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV pool."""
-        return self.limits.num_blocks * self.kv_block_bytes
+        """Bytes of the KV pools."""
+        return sum(pool.nbytes for pool in self.kv_pools)
 
     def memory(self, overhead: int) -> MemoryPlan:
         """The plan, given the bytes that the process takes before weights."""
         layout = self.layout
         return MemoryPlan(layout.weight_bytes, self.kv_bytes, layout.arena_bytes, overhead)
+
+
+def kv_pools(spec: ModelSpec, limits: Limits) -> tuple[KvPool, ...]:
+    """The KV pool of each group of a model's layers."""
+    layer = kv_block_bytes(1, spec.num_kv_heads, spec.head_dim, limits.kv_dtype)
+    return tuple(
+        KvPool(group, layer * len(group.layers), limits.blocks(group)) for group in kv_groups(spec)
+    )
 
 
 def choose_context(spec: ModelSpec, context: int | None, budget: Budget | None = None) -> int:
