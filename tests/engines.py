@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pronk.graph.ir import Graph
 from pronk.graph.program import Limits
 from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
-from pronk.spec import ModelSpec
+from pronk.spec import LayerSpec, ModelSpec
 
 
 def isas() -> list[str]:
@@ -32,10 +33,18 @@ def isas() -> list[str]:
     return found
 
 
-def make_runner(path: Path, *, threads: int = 2, isa: str = "", **limits: object) -> Runner:
-    """A runner with the weights of a checkpoint."""
+def make_runner(
+    path: Path,
+    *,
+    threads: int = 2,
+    isa: str = "",
+    layers: tuple[LayerSpec, ...] | None = None,
+    **limits: object,
+) -> Runner:
+    """A runner with the weights of a checkpoint, perhaps with other kinds of layers."""
     with open_checkpoint(path) as checkpoint:
-        program = compile_checkpoint(checkpoint, Limits(**{"context": 256, **limits}))
+        spec = replace(checkpoint.spec, layers=layers) if layers else checkpoint.spec
+        program = compile_checkpoint(checkpoint, Limits(**{"context": 256, **limits}), spec)
         runner = Runner(program, threads, isa)
         load_weights(checkpoint, runner)
     return runner

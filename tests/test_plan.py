@@ -19,6 +19,9 @@ from pronk.device.plan import (
     refusal,
     variants,
 )
+from pronk.graph.attention import apply_policy, parse_policy
+from pronk.graph.kv import kv_groups, place
+from pronk.graph.program import Limits, kv_pools
 from pronk.spec import LayerSpec, ModelSpec
 
 SPEC = ModelSpec(
@@ -144,14 +147,82 @@ def test_pareto_is_not_dominated() -> None:
 def test_refusal_names_the_nearest() -> None:
     found = candidates(SMOL, 2048, overhead=50 * 10**6)
     smallest = min(found, key=lambda one: one.plan.total)
-    refused = str(refusal(found, 20 * 10**6, 2048))
+    refused = str(refusal(SMOL, found, 20 * 10**6, 2048))
     assert f"--memory {smallest.plan.total} " in refused
     assert "head q4_0, attention q4_0, gate_up q4_0, down q4_0" in refused
     assert "no context would" in refused
 
     budget = smallest.plan.total - 5 * 10**6
-    context = largest_context(smallest.plan, 2048, budget)
-    assert f"--context {context}" in str(refusal(found, budget, 2048))
+    context = largest_context(SMOL, smallest.plan, 2048, budget)
+    assert f"--context {context}" in str(refusal(SMOL, found, budget, 2048))
     formats = smallest.variant.formats
     assert planned(SMOL, formats, context).memory(50 * 10**6).total <= budget
     assert planned(SMOL, formats, context + 1).memory(50 * 10**6).total > budget
+
+
+HYBRID = apply_policy(
+    dataclasses.replace(SMOL, context_length=1 << 15),
+    parse_policy("window=512,global-every=4,sinks=4"),
+)
+LAYER_BLOCK = 2 * 3 * 32 * 64 * 2  # keys and values of 3 heads of 64, bf16
+BOUND = (512 + 128) // 32 + 1 + 1  # window and step, where they begin, sinks
+
+
+def test_layers_of_one_kind_share_blocks() -> None:
+    everything, windows = kv_groups(HYBRID)[::-1]
+    assert (everything.attention, everything.layers) == ("global", (3, 7, 11, 15, 19, 23, 27))
+    assert (windows.window, windows.sinks, len(windows.layers)) == (512, 4, 23)
+    assert place(kv_groups(HYBRID), 4) == (0, 3)
+    assert place(kv_groups(HYBRID), 27) == (1, 6)
+    mixed = (LayerSpec("chunked", 64), LayerSpec("window", 64), LayerSpec("chunked", 64))
+    kinds = [g.attention for g in kv_groups(dataclasses.replace(SPEC, layers=mixed))]
+    assert kinds == ["chunked", "window"]
+
+
+def test_the_cache_of_a_window_is_bounded() -> None:
+    def cache(spec: ModelSpec, context: int) -> int:
+        return planned(spec, everywhere("q8_0"), context).memory(0).kv
+
+    for context in (1024, 8192, 32768):
+        blocks = context // 32
+        assert cache(HYBRID, context) == (7 * blocks + 23 * BOUND) * LAYER_BLOCK
+        assert cache(SMOL, context) == 30 * blocks * LAYER_BLOCK
+    assert cache(HYBRID, 512) == cache(SMOL, 512)  # shorter than the bound
+    assert cache(HYBRID, 8192) < 0.6 * cache(SMOL, 8192)
+
+
+def test_pools_hold_as_many_sequences() -> None:
+    def blocks(**limits: int) -> list[int]:
+        return [pool.blocks for pool in kv_pools(HYBRID, Limits(4096, **limits))]
+
+    assert blocks() == [BOUND, 128]
+    assert blocks(kv_tokens=3 * 4096) == [3 * BOUND, 3 * 128]
+    assert blocks(kv_tokens=2 * 4096 + 1) == [3 * BOUND, 2 * 128 + 1]
+    assert blocks(kv_tokens=32 * 4096, max_sequences=4) == [4 * BOUND, 32 * 128]
+    assert blocks(kv_tokens=64) == [2, 2]
+    assert blocks(max_tokens=32) == [BOUND - 3, 128]
+
+
+@pytest.mark.parametrize(
+    "layer", [LayerSpec("window", 100, 40), LayerSpec("window", 1), LayerSpec("chunked", 50)]
+)
+def test_a_bound_holds_whatever_a_step_begins_with(layer: LayerSpec) -> None:
+    (group,) = kv_groups(dataclasses.replace(SPEC, layers=(layer,)))
+    sinks = -(-group.sinks // 32)
+    for at_once in (1, 7, 64):
+        bound = group.bound(1 << 20, at_once)
+        for start in range(900):
+            first = group.first_seen(start) // 32
+            held = {*range(sinks), *range(first, (start + at_once - 1) // 32 + 1)}
+            assert len(held) <= bound
+
+
+def test_the_largest_context_knows_windows() -> None:
+    formats = everywhere("q4_0")
+    plan = planned(HYBRID, formats, 8192).memory(0)
+    budget = plan.total - 1
+    context = largest_context(HYBRID, plan, 8192, budget)
+    assert context == 8192 - 32
+    assert planned(HYBRID, formats, context).memory(0).total <= budget
+    assert largest_context(HYBRID, plan, 8192, plan.total) == 8192
+    assert largest_context(HYBRID, plan, 8192, plan.total - plan.kv) == 0

@@ -16,7 +16,7 @@ constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads =
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
 constexpr Limits kLimits{kTokens, 4, 2, 3, kVocab};
-const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, 0, 0, false}}};
+const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, {0, false, 0}}}};
 
 class Model {
   public:
@@ -312,12 +312,12 @@ void test_refusals(const Kernels& kernels) {
         });
     };
     pool("no KV group", {});
-    pool("blocks that overflow", {{kLayer, big, 0, 0, false}});
-    pool("a negative window", {{kLayer, 6, -1, 0, false}});
-    pool("negative sinks", {{kLayer, 6, 8, -1, false}});
-    pool("chunks of no size", {{kLayer, 6, 0, 0, true}});
+    pool("blocks that overflow", {{kLayer, big, {0, false, 0}}});
+    pool("a negative window", {{kLayer, 6, {-1, false, 0}}});
+    pool("negative sinks", {{kLayer, 6, {8, false, -1}}});
+    pool("chunks of no size", {{kLayer, 6, {0, true, 0}}});
     pool("a sum of pools that overflows",
-         std::vector<KvGroup>(8, {kMaxSide - kMaxSide % 64, kMaxSide, 0, 0, false}));
+         std::vector<KvGroup>(8, {kMaxSide - kMaxSide % 64, kMaxSide, {}}));
     throws(kernels, "an unknown ISA", [&] { Executor(1, "x87", 64, 64, kLimits, kKv); });
 }
 
@@ -329,9 +329,9 @@ void test_tables(const Kernels& kernels) {
     const KvShape shape{kKvHeads,
                         kDim,
                         KvType::bf16,
-                        {{kLayer, 2 * blocks, 0, 0, false},
-                         {kLayer, small, 40, 5, false},
-                         {kLayer, small, 48, 0, true}}};
+                        {{kLayer, 2 * blocks, {0, false, 0}},
+                         {kLayer, small, {40, false, 5}},
+                         {kLayer, small, {48, true, 0}}}};
     Executor e(1, kernels.name, 1 << 16, 1 << 16, limits, shape);
     check(e.kv_bytes() == (2 * blocks + 2 * small) * kLayer, "%s executor: the sum of pools",
           kernels.name);

@@ -16,8 +16,8 @@ namespace pronk::test {
 namespace {
 
 constexpr int64_t kBytes = 5 << 20;  // of weights: several parts, the last one shorter
-constexpr Limits kLimits{1, 1, 1, 0, 0, 1};
-constexpr KvShape kKv{1, 16, KvType::f32, 0};
+constexpr Limits kLimits{1, 1, 1, 0, 1};
+const KvShape kKv{1, 16, KvType::f32, {{0, 0, 0, 0, false}}};
 
 class File {
   public:

@@ -24,6 +24,12 @@ from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
+from pronk.graph.attention import (
+    AttentionPolicy,
+    apply_policy,
+    apply_rope_scaling,
+    parse_policy,
+)
 from pronk.graph.program import (
     Limits,
     Program,
@@ -38,6 +44,7 @@ __all__ = [
     "Model",
     "Piece",
     "Speculation",
+    "adapted",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -101,10 +108,30 @@ def choose_threads(threads: int | None) -> int:
     return threads
 
 
-def compile_checkpoint(checkpoint: Checkpoint, limits: Limits) -> Program:
-    """The program a checkpoint runs as, from its header alone."""
+def compile_checkpoint(
+    checkpoint: Checkpoint, limits: Limits, spec: ModelSpec | None = None
+) -> Program:
+    """The program a checkpoint runs as, from its header alone; `spec` may change its layers."""
     stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
-    return compile_program(checkpoint.spec, stored_dtypes(stored), limits)
+    return compile_program(spec or checkpoint.spec, stored_dtypes(stored), limits)
+
+
+def adapted(
+    spec: ModelSpec, attention: str | AttentionPolicy | None, rope_scaling: str | None
+) -> ModelSpec:
+    """A model as the user wants it: see `load`.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be so.
+    """
+    if rope_scaling is not None:
+        spec = apply_rope_scaling(spec, rope_scaling)
+    if attention is None:
+        return spec
+    policy = parse_policy(attention) if isinstance(attention, str) else attention
+    return apply_policy(spec, policy)
 
 
 class Model:
@@ -123,7 +150,7 @@ class Model:
         speculate: bool = True,
     ) -> None:
         self.path: Path = checkpoint.path
-        self.spec: ModelSpec = checkpoint.spec
+        self.spec: ModelSpec = runner.program.spec
         self.tokenizer = tokenizer
         self.conversions = weights.conversions
         self._weights = weights
@@ -364,6 +391,8 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    attention: str | AttentionPolicy | None = None,
+    rope_scaling: str | None = None,
     packed_cache: bool = True,
     speculate: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -381,6 +410,12 @@ def load(
     kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache. ``"int8"`` halves it, which makes long contexts faster and
         the logits less exact (``pronk eval --kv int8`` says by how much).
+    attention : str or AttentionPolicy, optional
+        Full attention on some layers alone: ``"window=512,global-every=4,sinks=4"`` gives all but
+        every fourth a window of 512 positions and 4 attention sinks. Long contexts take less
+        memory and time, and the model forgets some of what it has read.
+    rope_scaling : str, optional
+        ``"yarn:4"``, ``"linear:2"`` or ``"dynamic:2"`` multiplies the model's context.
     packed_cache : bool
         Whether weights that take long to pack are kept packed on disk, and read from there.
     speculate : bool
@@ -406,9 +441,10 @@ def load(
     path = resolve(os.fspath(model))
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
-        context = choose_context(checkpoint.spec, context, checkpoint.budget)
+        spec = adapted(checkpoint.spec, attention, rope_scaling)
+        context = choose_context(spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
-        program = compile_checkpoint(checkpoint, limits)
+        program = compile_checkpoint(checkpoint, limits, spec)
         budget = checkpoint.budget
         regions = program.memory(0).total
         overhead = 0

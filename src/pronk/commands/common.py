@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pronk.spec import SamplingParams
 
 __all__ = [
+    "add_attention",
     "add_context",
     "add_json",
     "add_kv",
@@ -41,6 +42,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """``--attention`` and ``--rope-scaling``."""
+    parser.add_argument(
+        "--attention", metavar="POLICY",
+        help="window=512,global-every=4,sinks=4: all but every 4th layer see the last 512 "
+        "positions and the first 4; global=0:4:8 lists the layers that see all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rope-scaling", metavar="KIND:FACTOR",
+        help="yarn:4, linear:2 or dynamic:2: a longer context than the model was made for",
+    )  # fmt: skip
+
+
 def add_kv(parser: argparse.ArgumentParser) -> None:
     """``--kv``."""
     parser.add_argument(
@@ -50,9 +64,10 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads``, ``--kv`` and ``--no-packed-cache``."""
+    """``--threads``, ``--kv``, ``--no-packed-cache`` and what `add_attention` has."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
     add_kv(parser)
+    add_attention(parser)
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
@@ -131,6 +146,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     model = load(
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
+        attention=args.attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
     )  # fmt: skip
     seconds = time.perf_counter() - start

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pronk.commands import common
 from pronk.units import format_bytes
+
+if TYPE_CHECKING:
+    from pronk.graph.kv import KvPool
 
 __all__ = ["configure", "run"]
 
@@ -17,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("--context", type=int, metavar="N", help="plan memory for so many tokens")
     common.add_kv(parser)
+    common.add_attention(parser)
     parser.add_argument("--graph", action="store_true", help="print the graph that would run")
     parser.add_argument("--tensors", action="store_true", help="print every tensor")
     common.add_json(parser)
@@ -28,14 +33,15 @@ def run(args: argparse.Namespace) -> None:
     from pronk.checkpoint.sources import resolve
     from pronk.device.footprint import measure
     from pronk.graph.program import Limits, choose_context
-    from pronk.model import compile_checkpoint
+    from pronk.model import adapted, compile_checkpoint
 
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
-        context = choose_context(checkpoint.spec, args.context, checkpoint.budget)
-        program = compile_checkpoint(checkpoint, Limits(context, kv_dtype=args.kv))
+        spec = adapted(checkpoint.spec, args.attention, args.rope_scaling)
+        context = choose_context(spec, args.context, checkpoint.budget)
+        program = compile_checkpoint(checkpoint, Limits(context, kv_dtype=args.kv), spec)
         tensors = list(checkpoint.tensors.values())
-        spec, kind = checkpoint.spec, checkpoint.format
+        kind = checkpoint.format
     memory = program.memory(measure(path))
     stored = sum(t.nbytes for t in tensors)
     parameters = sum(t.rows * t.cols for t in tensors)
@@ -49,6 +55,16 @@ def run(args: argparse.Namespace) -> None:
             "stored_bytes": stored,
             "context": context,
             "memory": memory.to_dict(),
+            "kv": [
+                {
+                    **asdict(pool.group),
+                    "layers": list(pool.group.layers),
+                    "blocks": pool.blocks,
+                    "block_bytes": pool.block_bytes,
+                    "bytes": pool.nbytes,
+                }
+                for pool in program.kv_pools
+            ],
             "runtime_formats": dict(runtime),
             "tensors": [
                 {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
@@ -73,8 +89,22 @@ def run(args: argparse.Namespace) -> None:
     print(f"memory at a context of {context}:")
     for part, size in memory.to_dict().items():
         print(f"  {part:<9} {format_bytes(size):>10}")
+        if part == "kv":
+            for pool in program.kv_pools:
+                print(f"    {format_bytes(pool.nbytes):>17}  {_kind(pool)}")
     if args.tensors:
         for t in tensors:
             print(f"  {t.name:<48} {t.dtype:<6} {list(t.shape)!s:<16} {format_bytes(t.nbytes)}")
     if args.graph:
         print(program.graph.format())
+
+
+def _kind(pool: KvPool) -> str:
+    """What the layers of a pool see, for people."""
+    group, count = pool.group, len(pool.group.layers)
+    layers = f"{count} layer{'s' if count > 1 else ''}"
+    if group.attention == "global":
+        return f"{layers}, all positions"
+    seen = "the last" if group.attention == "window" else "chunks of"
+    sinks = f" and the first {group.sinks}" if group.sinks else ""
+    return f"{layers}, {seen} {group.window} positions{sinks}"

@@ -213,7 +213,7 @@ def _attempt(
     """Write and measure variants until one holds the budget; it is left in `writer`."""
     within = fits(found, work.budget)
     if not within:
-        raise refusal(found, work.budget, work.context)
+        raise refusal(work.ckpt.spec, found, work.budget, work.context)
     rejected: list[tuple[Candidate, int]] = []
     while within and len(rejected) < _ATTEMPTS:
         candidate = within[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from types import MappingProxyType
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE, KINDS, tensor_kind
 from pronk.errors import BudgetError
 from pronk.graph.pack import KV_BLOCK
-from pronk.graph.program import Limits, Program, compile_program
+from pronk.graph.program import Limits, Program, compile_program, kv_pools
 from pronk.spec import MemoryPlan, ModelSpec
 from pronk.units import format_bytes
 
@@ -145,14 +146,18 @@ def fits(found: Sequence[Candidate], budget: int) -> list[Candidate]:
     return sorted(within, key=lambda c: (c.variant.predicted_error, c.plan.total))
 
 
-def largest_context(smallest: MemoryPlan, context: int, budget: int) -> int:
-    """The longest context, in whole blocks, that a plan for `context` would fit at; 0 if none."""
+def largest_context(spec: ModelSpec, smallest: MemoryPlan, context: int, budget: int) -> int:
+    """The longest context up to `context`, in whole blocks, that a plan would fit at; 0 if none."""
     room = budget - (smallest.total - smallest.kv)
-    block = smallest.kv // -(-context // KV_BLOCK)
-    return max(0, room // block) * KV_BLOCK
+
+    def kv(blocks: int) -> int:
+        return sum(pool.nbytes for pool in kv_pools(spec, Limits(blocks * KV_BLOCK)))
+
+    # The pools grow with the context, or stay as they are.
+    return bisect.bisect_right(range(1, context // KV_BLOCK + 1), room, key=kv) * KV_BLOCK
 
 
-def refusal(found: Sequence[Candidate], budget: int, context: int) -> BudgetError:
+def refusal(spec: ModelSpec, found: Sequence[Candidate], budget: int, context: int) -> BudgetError:
     """The error that names the smallest candidate and the context that would fit."""
     small = min(found, key=lambda c: (c.plan.total, c.variant.predicted_error))
     need = small.plan
@@ -163,7 +168,7 @@ def refusal(found: Sequence[Candidate], budget: int, context: int) -> BudgetErro
         f"KV {format_bytes(need.kv)}, arena {format_bytes(need.arena)}, overhead "
         f"{format_bytes(need.overhead)}), with {small.variant}; "
     )
-    length = largest_context(need, context, budget)
+    length = largest_context(spec, need, context, budget)
     if length >= 2 and length < context:
         return BudgetError(f"{text}give --memory {need.total} or more, or --context {length}")
     return BudgetError(f"{text}give --memory {need.total} or more: no context would make it fit")

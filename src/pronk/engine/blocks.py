@@ -83,6 +83,7 @@ class WindowBlocks(GlobalBlocks):
 
     def move(self, blocks: list[int], start: int, stop: int) -> None:
         """Give back what no token from `start` on sees, and hold what the step needs."""
+        self.cut(blocks, stop)  # drafts that did not stand reached further
         first = self.group.first_seen(max(0, min(start, stop - self.at_once)))
         sinks, behind = blocks_of(self.group.sinks), first // KV_BLOCK
         for i in range(min(behind, len(blocks)) - 1, sinks - 1, -1):
