@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -357,6 +357,33 @@ class Model:
             out[done : done + len(part)] = part
             done += len(part)
         return out
+
+    def logit_parts(
+        self,
+        ids: Sequence[int],
+        first: int = 0,
+        endings: Iterable[Sequence[int]] = (),
+    ) -> Iterator[NDArray[np.float32]]:
+        """Next-token logits in parts, so that those of a long text need not be held at once.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            At most the context's length.
+        first : int
+            The first position whose logits are wanted.
+        endings : iterable of sequence of int
+            What else may follow the ids, each taken when the one before it is done; short, and
+            the ids are run once for all of them.
+
+        Yields
+        ------
+        ndarray, float32 [tokens, vocabulary]
+            Rows of the positions from `first` on, in their order; then one array an ending, its
+            row i being the prediction after the ids and ``ending[: i + 1]``.
+        """
+        self._open()
+        return self._engine.logits(self.encode(ids), first, endings)
 
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""

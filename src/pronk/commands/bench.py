@@ -30,6 +30,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with --profile: draw its shares (.svg, .png or .html; needs matplotlib)",
     )  # fmt: skip
     common.add_context(parser)
+    parser.add_argument(
+        "--depth", action=argparse.BooleanOptionalAction, default=True,
+        help="with --context: also fill it, and measure there (default: on)",
+    )  # fmt: skip
     common.add_runtime(parser)
     common.add_speculation(parser, default=False)
     common.add_json(parser)
@@ -91,6 +95,10 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         "fraction_of_bandwidth": figures.decode * streamed / limits.bandwidth,
         "fraction_of_int8_peaks": fractions,
     }
+    if args.context is not None and args.depth:
+        from pronk.commands.depth import measure
+
+        result["depth"] = measure(args, path)
     if args.json:
         common.print_json(result)
         return
@@ -111,6 +119,10 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
     if drafted:
         print(f"  drafts       {accepted / drafted:8.0%} of {drafted} tokens held, over all runs")
     print(f"  peak memory  {format_bytes(peak):>8}")
+    if "depth" in result:
+        from pronk.evaluate.depth import format_depth
+
+        print(*format_depth(result["depth"]), sep="\n")
 
 
 def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:

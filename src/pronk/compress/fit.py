@@ -33,7 +33,7 @@ _MOST_TOKENS = 4096  # enough to tell variants apart, in seconds
 def _bench(path: Path, context: int, threads: int | None) -> dict[str, Any]:
     extra = [] if threads is None else ["--threads", str(threads)]
     extra += ["--context", str(context), "--tokens", str(max(2, min(128, context // 2)))]
-    return run_json("pronk", ["bench", os.fspath(path), "--json", *extra])
+    return run_json("pronk", ["bench", os.fspath(path), "--no-depth", "--json", *extra])
 
 
 def _evaluate(path: Path, text: str | None, context: int, threads: int | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -248,27 +248,57 @@ class Engine:
         for session in list(self._sessions):
             self.drop_session(session)
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Logits of every token of one sequence, in chunks of [<= max_tokens, vocab].
+    def logits(
+        self,
+        tokens: Sequence[int],
+        first: int = 0,
+        endings: Iterable[Sequence[int]] = (),
+    ) -> Iterator[NDArray[np.float32]]:
+        """Logits of one sequence from a token on, in chunks of [<= max_tokens, vocab].
+
+        Parameters
+        ----------
+        tokens : sequence of int
+        first : int
+            The first token whose logits are wanted; those before only fill the cache.
+        endings : iterable of sequence of int
+            After the tokens: what else they may be followed by. Each is asked for when the one
+            before it is done, runs as if it came right behind the tokens, and gives one array
+            [its length, vocab].
 
         Raises
         ------
         RequestError
-            If there are no tokens, or more than the context holds.
+            If there are no tokens, or more than the context or a step holds.
         """
         self.check(tokens)
         if len(tokens) > self.context:
             raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
-        return self._logits(tokens)
+        return self._logits(tokens, first, endings)
 
-    def _logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def _logits(
+        self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]]
+    ) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
+<<<<<<< HEAD
         holding = self.kv.hold()
         if not self.kv.promise(holding, len(tokens)):
             raise RequestError("the KV pool is in use by running requests: wait for them to end")
+=======
+        blocks: list[int] = []
+        at_once = self.scheduler.max_tokens
+
+        def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
+            n = len(part)
+            rows = list(range(max(0, first - start), n))
+            positions = list(range(start, start + n))
+            return self.runner.step(list(part), positions, [0] * n, [blocks], rows)
+
+>>>>>>> long
         try:
-            at_once = self.scheduler.max_tokens
+            self._grow(blocks, len(tokens))
             for start in range(0, len(tokens), at_once):
+<<<<<<< HEAD
                 part = list(tokens[start : start + at_once])
                 n = len(part)
                 positions = list(range(start, start + n))
@@ -276,3 +306,25 @@ class Engine:
                 yield self.runner.step(part, positions, [0] * n, [holding.blocks], list(range(n)))
         finally:
             self.kv.release(holding)
+=======
+                logits = run(tokens[start : start + at_once], start)
+                if len(logits):
+                    yield logits
+            for ending in endings:
+                self.check(ending)
+                whole = len(tokens) + len(ending)
+                if len(ending) > at_once or whole > self.context:
+                    raise RequestError(
+                        f"{len(ending)} tokens after {len(tokens)} do not fit a step of {at_once} "
+                        f"or the context of {self.context}"
+                    )
+                self._grow(blocks, whole)
+                yield run(ending, len(tokens))  # over the keys and values of the ending before
+        finally:
+            self.manager.release(blocks)
+
+    def _grow(self, blocks: list[int], tokens: int) -> None:
+        if self.manager.needed(tokens) - len(blocks) > self.scheduler.available():
+            raise RequestError("the KV pool is in use by running requests: wait for them to end")
+        self.manager.grow(blocks, tokens)
+>>>>>>> long

@@ -10,7 +10,7 @@ from typing import Any
 
 from pronk.errors import RequestError
 
-__all__ = ["SUFFIXES", "check_plot", "format_phase", "plot"]
+__all__ = ["SUFFIXES", "check_plot", "format_phase", "plot", "write"]
 
 SUFFIXES = (".svg", ".png", ".html")
 """What `plot` writes."""
@@ -115,7 +115,7 @@ def plot(path: Path, title: str, phases: Mapping[str, Mapping[str, Any]]) -> Non
     axes.set_xlabel("share of the time")
     axes.set_title(title)
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _shares(phase: Mapping[str, Any]) -> dict[str, float]:
@@ -138,7 +138,8 @@ def _colours(labels: Sequence[str], palette: Any) -> list[Any]:
     return [greys.get(label) or palette(next(ops) % 20) for label in labels]
 
 
-def _write(figure: Any, path: Path) -> None:
+def write(figure: Any, path: Path) -> None:
+    """Write a figure as the kind of file that the path names, whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix.lower() == ".html":
