@@ -280,33 +280,26 @@ class Engine:
         self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]]
     ) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
-<<<<<<< HEAD
-        holding = self.kv.hold()
-        if not self.kv.promise(holding, len(tokens)):
-            raise RequestError("the KV pool is in use by running requests: wait for them to end")
-=======
-        blocks: list[int] = []
         at_once = self.scheduler.max_tokens
+        holding = self.kv.hold()
+
+        def promise(count: int) -> None:
+            self.kv.settle(holding)
+            if not self.kv.promise(holding, count):
+                raise RequestError(
+                    "the KV pool is in use by running requests: wait for them to end"
+                )
 
         def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
             n = len(part)
+            self.kv.move(holding, start, start + n)
             rows = list(range(max(0, first - start), n))
             positions = list(range(start, start + n))
-            return self.runner.step(list(part), positions, [0] * n, [blocks], rows)
+            return self.runner.step(list(part), positions, [0] * n, [holding.blocks], rows)
 
->>>>>>> long
         try:
-            self._grow(blocks, len(tokens))
+            promise(len(tokens))
             for start in range(0, len(tokens), at_once):
-<<<<<<< HEAD
-                part = list(tokens[start : start + at_once])
-                n = len(part)
-                positions = list(range(start, start + n))
-                self.kv.move(holding, start, start + n)
-                yield self.runner.step(part, positions, [0] * n, [holding.blocks], list(range(n)))
-        finally:
-            self.kv.release(holding)
-=======
                 logits = run(tokens[start : start + at_once], start)
                 if len(logits):
                     yield logits
@@ -318,13 +311,7 @@ class Engine:
                         f"{len(ending)} tokens after {len(tokens)} do not fit a step of {at_once} "
                         f"or the context of {self.context}"
                     )
-                self._grow(blocks, whole)
+                promise(whole)
                 yield run(ending, len(tokens))  # over the keys and values of the ending before
         finally:
-            self.manager.release(blocks)
-
-    def _grow(self, blocks: list[int], tokens: int) -> None:
-        if self.manager.needed(tokens) - len(blocks) > self.scheduler.available():
-            raise RequestError("the KV pool is in use by running requests: wait for them to end")
-        self.manager.grow(blocks, tokens)
->>>>>>> long
+            self.kv.release(holding)
