@@ -104,5 +104,6 @@ void test_rows(const Kernels& kernels);
 void test_attention(const Kernels& kernels);
 void test_executor(const Kernels& kernels);
 void test_load(const Kernels& kernels);
+void test_pieces();
 
 }  // namespace pronk::test
