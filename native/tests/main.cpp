@@ -47,6 +47,7 @@ int main() {
         std::printf("amx and avx512 are not both here to be compared\n");
     }
     check(passed > 0, "no ISA was tested");
+    test_pieces();
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
                 static_cast<long long>(failed));
     return failed != 0;

@@ -175,3 +175,32 @@ def skip_strings(window: bytes, at: int, count: int, end: int) -> tuple[int, int
     """
     Passes over strings of a GGUF array that begin in a window; gives where the next one begins and how many are left. `end` is the end of the file, counted from the window's.
     """
+
+class Pieces:
+    """The pieces of a SentencePiece model of the BPE kind."""
+
+    def __init__(self, raw: bytes, scores: bytes, kinds: bytes, prefix: bool, unknown: int, eat: Sequence[int]) -> None:
+        """
+        From the strings of a GGUF array, float32 scores and a byte per kind; `eat` are those that take the white space behind them.
+        """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def twice(self) -> int:
+        """A piece that is there before, or -1."""
+
+    def piece(self, id: int) -> str:
+        """The string of a piece."""
+
+    def kind(self, id: int) -> int:
+        """The kind of a piece, as GGUF counts them."""
+
+    def score(self, id: int) -> float:
+        """The score of a piece: the best are joined first."""
+
+    def find(self, text: str) -> int:
+        """The id of a piece, or -1."""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text; special pieces are read in it only if asked."""

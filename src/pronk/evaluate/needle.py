@@ -275,7 +275,7 @@ def _ask(model: _Asked, trial: Trial, eos: frozenset[int]) -> tuple[bool, float,
     parts = model.logit_parts(trial.prompt, len(trial.prompt) - 1, endings())
     first = next(parts)[-1:]
     said.append(int(first[0].argmax()))
-    scores = []
+    scores: list[float] = []
     for part in parts:
         if answered:
             scores.append(_logprob(first, part, trial, len(scores)))
