@@ -15,14 +15,16 @@ enum class OpKind {
     embed,
     rope_table,
     rms_norm,
+    layer_norm,
     quantize,
     matmul,
     rope_store,
     attention_parts,
     attention,
-    silu_mul,
+    activate,
     add,
-    gather
+    gather,
+    softcap
 };
 
 struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
@@ -35,13 +37,17 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;        // epsilon, or the attention scale
+    float scalar = 0;  // epsilon, the attention scale, or the cap
+    float scale = 1;   // of an embedding; a matmul's is in its parts
+    Activation fn = Activation::silu;
     bool quantized = false;  // a matmul's input, else the output
     int64_t layer = 0;       // offset of the layer within a KV block
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     std::vector<MatmulPart> parts;
     int64_t grain = 1;  // most items a thread takes at once
+    // Whoever has taken rows of the op before runs this one on them too, without a barrier.
+    bool chained = false;
 };
 
 // A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
@@ -94,6 +100,9 @@ class Executor {
     bool restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last);
 
     void add(Op op);  // checks every reference against the arena
+    // Chains the last op to the one before it. Both must go row by row, and nothing that the chain
+    // writes may lie where one of its ops reads another row.
+    void chain();
 
     struct Batch {
         const int32_t *ids, *positions, *sequences;
