@@ -6,6 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 namespace pronk {
 
@@ -135,7 +136,8 @@ void Executor::add(Op op) {
                          op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
     const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
-                        op.kind == OpKind::rms_norm || op.kind == OpKind::silu_mul;
+                        op.kind == OpKind::rms_norm || op.kind == OpKind::layer_norm ||
+                        op.kind == OpKind::activate;
     require(!op.quantized || planar, "an op that writes floats alone is asked to quantize");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
     const int64_t out_bytes = act_row_bytes(op.cols, op.quantized);
@@ -154,16 +156,27 @@ void Executor::add(Op op) {
             break;
         case OpKind::rope_table: check(op.out, count, op.cols * 4, "rope table"); break;
         case OpKind::rms_norm:
+            if (op.b.offset >= 0) {
+                require(!op.quantized, "a norm with a residual writes floats");
+                check(op.b, count, op.cols * 4, "norm residual");
+            }
+            [[fallthrough]];
+        case OpKind::layer_norm:
         case OpKind::quantize:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "input");
             check(op.out, act_count, out_bytes, "output");
             break;
-        case OpKind::silu_mul:
+        case OpKind::activate:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "gate");
-            check(op.b, count, op.cols * 4, "up");
-            check(op.out, act_count, out_bytes, "silu_mul output");
+            if (op.b.offset >= 0) check(op.b, count, op.cols * 4, "up");
+            check(op.out, act_count, out_bytes, "activation's output");
+            break;
+        case OpKind::softcap:
+            require(op.scalar > 0, "a cap must be positive");
+            check(op.a, count, round_up(op.cols, kPanel) * 4, "softcap input");
+            check(op.out, count, round_up(op.cols, kPanel) * 4, "softcap output");
             break;
         case OpKind::add:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
@@ -228,6 +241,27 @@ void Executor::add(Op op) {
     require(op.head || ops_.empty() || !ops_.back().head, "a body op follows a head op");
     ops_.push_back(std::move(op));
     times_.clear();  // one an op, or none
+}
+
+void Executor::chain() {
+    const auto by_row = [](const Op& op) {
+        switch (op.kind) {
+            case OpKind::embed:
+            case OpKind::rope_table:
+            case OpKind::rms_norm:
+            case OpKind::layer_norm:
+            case OpKind::quantize:
+            case OpKind::activate:
+            case OpKind::add:
+            case OpKind::gather: return true;
+            default: return false;
+        }
+    };
+    const size_t count = ops_.size();
+    require(count >= 2 && ops_[count - 1].head == ops_[count - 2].head && by_row(ops_[count - 1]) &&
+                by_row(ops_[count - 2]),
+            "an op is chained to one that it must wait for");
+    ops_.back().chained = true;
 }
 
 void Executor::run(const Batch& batch) {
@@ -295,6 +329,7 @@ int64_t Executor::items(const Op& op, const Step& step) const {
     if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
     if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
     if (op.kind >= OpKind::route) return expert_items(op, step);
+    if (op.kind == OpKind::softcap) return step.count * ((op.cols + kCapPiece - 1) / kCapPiece);
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -306,16 +341,25 @@ void Executor::walk(const Step& step) {
     const auto caller = std::this_thread::get_id();
     const std::function<void()> task = [&] {
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
-        Clock::time_point start, worked;
-        for (const Op& op : ops_) {
+        Clock::time_point then, worked;
+        const auto spend = [&](const Op& op, Clock::time_point now) {
+            times_[static_cast<size_t>(&op - ops_.data())].total_ns +=
+                std::chrono::nanoseconds(now - std::exchange(then, now)).count();
+        };
+        for (size_t begin = 0, end = 0; begin < ops_.size(); begin = end) {
+            const Op& op = ops_[begin];
+            for (end = begin + 1; end < ops_.size() && ops_[end].chained;) ++end;
             if (op.head != step.head) continue;
             const int64_t count = items(op, step);
             if (count == 0) continue;
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
-            if (timed) start = Clock::now();
+            if (timed) then = Clock::now();
             for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
-                apply(op, step, i, std::min(i + grain, count));
+                for (size_t at = begin; at < end; ++at) {
+                    apply(ops_[at], step, i, std::min(i + grain, count));
+                    if (timed) spend(ops_[at], Clock::now());
+                }
             if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
             team_.barrier([&] {
@@ -323,11 +367,9 @@ void Executor::walk(const Step& step) {
                 if (op.kind == OpKind::route) run_dispatch(op, step);
             });
             if (timed) {
-                const auto end = Clock::now();
-                Times& times = times_[static_cast<size_t>(&op - ops_.data())];
-                ++times.calls;
-                times.total_ns += std::chrono::nanoseconds(end - start).count();
-                times.wait_ns += std::chrono::nanoseconds(end - worked).count();
+                for (size_t at = begin; at < end; ++at) ++times_[at].calls;
+                spend(ops_[end - 1], Clock::now());
+                times_[end - 1].wait_ns += std::chrono::nanoseconds(then - worked).count();
             }
         }
     };
@@ -351,15 +393,19 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
-            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, step.tokens.ids, out,
-                           first, last);
+            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, op.scale,
+                           step.tokens.ids, out, first, last);
         case OpKind::rope_table:
             return k.rope_table(step.tokens.positions, op.vector, op.scalar, op.cols / 2, out,
                                 first, last);
         case OpKind::rms_norm:
-            return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
+            return k.rms_norm(a, op.vector, op.scalar, op.cols, b, out, op.quantized, first, last);
+        case OpKind::layer_norm:
+            return k.layer_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
         case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
-        case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.quantized, first, last);
+        case OpKind::activate:
+            return k.activate(op.fn, a, b, op.cols, out, op.quantized, first, last);
+        case OpKind::softcap: return k.softcap(a, op.scalar, op.cols, out, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store:
             return k.rope_store(a, b, op.heads, op.norm, kv, step.tokens, first, last);

@@ -16,14 +16,16 @@ enum class OpKind {
     embed,
     rope_table,
     rms_norm,
+    layer_norm,
     quantize,
     matmul,
     rope_store,
     attention_parts,
     attention,
-    silu_mul,
+    activate,
     add,
     gather,
+    softcap,
     route,  // and the table of rows for each expert
     expert_gather,
     expert_matmul,
@@ -41,7 +43,9 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;        // epsilon, or what the angles' table is multiplied by
+    float scalar = 0;  // epsilon, the cap, or what the angles' table is multiplied by
+    float scale = 1;   // of an embedding; a matmul's is in its parts
+    Activation fn = Activation::silu;
     bool quantized = false;  // a matmul's input, else the output
     int64_t group = 0;       // the layer's KV group
     int64_t layer = 0;       // offset of the layer within a block of its group
@@ -57,6 +61,8 @@ struct Op {
     int64_t experts = 0, choices = 0;
     bool scales_input = false;  // an expert's weight multiplies gate and up, not the output
     Routing routing{};
+    // Whoever has taken rows of the op before runs this one on them too, without a barrier.
+    bool chained = false;
 };
 
 // A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
@@ -117,6 +123,9 @@ class Executor {
     bool restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last);
 
     void add(Op op);  // checks every reference against the arena
+    // Chains the last op to the one before it. Both must go row by row, and nothing that the chain
+    // writes may lie where one of its ops reads another row.
+    void chain();
 
     struct Batch {
         const int32_t *ids, *positions, *sequences;

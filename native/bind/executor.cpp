@@ -127,13 +127,13 @@ void bind_executor(nb::module_& m) {
             "offset"_a, "values"_a)
         .def(
             "embed",
-            [](Executor& e, Part table, int64_t cols, Slot out, int64_t grain) {
+            [](Executor& e, Part table, int64_t cols, float scale, Slot out, int64_t grain) {
                 Op op{OpKind::embed};
                 op.parts = {make_part(e, table, cols)};
-                op.cols = cols, op.out = at(out), op.grain = grain;
+                op.cols = cols, op.scale = scale, op.out = at(out), op.grain = grain;
                 e.add(std::move(op));
             },
-            "table"_a, "cols"_a, "out"_a, "grain"_a)
+            "table"_a, "cols"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "rope_table",
             [](Executor& e, int64_t frequencies, int64_t head_dim, float scale, Slot out,
@@ -147,9 +147,21 @@ void bind_executor(nb::module_& m) {
             "frequencies"_a, "head_dim"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "rms_norm",
+            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot residual,
+               Slot out, bool quantized, bool head, int64_t grain) {
+                Op op{OpKind::rms_norm};
+                op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
+                op.b = at(residual), op.cols = cols, op.out = at(out), op.quantized = quantized;
+                op.head = head, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "residual"_a, "out"_a, "quantized"_a, "head"_a,
+            "grain"_a)
+        .def(
+            "layer_norm",
             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
                bool quantized, bool head, int64_t grain) {
-                Op op{OpKind::rms_norm};
+                Op op{OpKind::layer_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
                 op.cols = cols, op.out = at(out), op.quantized = quantized, op.head = head;
                 op.grain = grain;
@@ -169,14 +181,18 @@ void bind_executor(nb::module_& m) {
         .def(
             "matmul",
             [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, bool quantized,
-               Slot residual, Slot out, bool head, int64_t grain) {
+               float scale, Slot residual, Slot out, bool head, int64_t grain) {
                 Op op{OpKind::matmul};
                 op.a = at(x), op.b = at(residual), op.out = at(out);
                 op.cols = cols, op.quantized = quantized, op.head = head, op.grain = grain;
-                for (const Part& p : parts) op.parts.push_back(make_part(e, p, cols));
+                for (const Part& p : parts) {
+                    op.parts.push_back(make_part(e, p, cols));
+                    op.parts.back().scale = scale;
+                }
                 e.add(std::move(op));
             },
-            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
+            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
+            "grain"_a)
         .def(
             "rope_store",
             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
@@ -208,16 +224,26 @@ void bind_executor(nb::module_& m) {
             nb::kw_only(), "softcap"_a = 0.0f, "slopes"_a = std::vector<float>(), "growth"_a = 0.0f,
             "growth_span"_a = 1)
         .def(
-            "silu_mul",
-            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,
-               int64_t grain) {
-                Op op{OpKind::silu_mul};
-                op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out),
-                op.quantized = quantized;
+            "activate",
+            [](Executor& e, const std::string& fn, Slot gate, Slot up, int64_t cols, Slot out,
+               bool quantized, int64_t grain) {
+                Op op{OpKind::activate};
+                op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
+                op.out = at(out), op.quantized = quantized, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
+        .def(
+            "softcap",
+            [](Executor& e, Slot x, float cap, int64_t cols, Slot out, int64_t grain) {
+                Op op{OpKind::softcap};
+                op.a = at(x), op.scalar = cap, op.cols = cols, op.out = at(out), op.head = true;
                 op.grain = grain;
                 e.add(std::move(op));
             },
-            "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
+            "x"_a, "cap"_a, "cols"_a, "out"_a, "grain"_a)
+        .def("chain", &Executor::chain,
+             "Runs the last op on each row right after the one before it, without a barrier.")
         .def(
             "add",
             [](Executor& e, Slot a, Slot b, int64_t cols, Slot out, int64_t grain) {

@@ -62,15 +62,16 @@ void bind_experts(nb::class_<Executor>& executor) {
             "grain"_a, "Products of rows with their experts; `token`: where a lone token's row is.")
         .def(
             "expert_activate",
-            [](Executor& e, Slot gate, Slot up, Slot routes, Slot plan, Sizes sizes, int64_t cols,
-               bool scales_input, Slot out, bool quantized, int64_t grain) {
+            [](Executor& e, const std::string& fn, Slot gate, Slot up, Slot routes, Slot plan,
+               Sizes sizes, int64_t cols, bool scales_input, Slot out, bool quantized,
+               int64_t grain) {
                 Op op = make_op(OpKind::expert_activate, plan, sizes, out, grain);
-                op.a = at(gate), op.b = at(up), op.routes = at(routes), op.cols = cols;
-                op.scales_input = scales_input, op.quantized = quantized;
+                op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
+                op.routes = at(routes), op.scales_input = scales_input, op.quantized = quantized;
                 e.add(std::move(op));
             },
-            "gate"_a, "up"_a, "routes"_a, "plan"_a, "sizes"_a, "cols"_a, "scales_input"_a, "out"_a,
-            "quantized"_a, "grain"_a)
+            "fn"_a, "gate"_a, "up"_a, "routes"_a, "plan"_a, "sizes"_a, "cols"_a, "scales_input"_a,
+            "out"_a, "quantized"_a, "grain"_a)
         .def(
             "combine",
             [](Executor& e, Slot y, Slot residual, Slot routes, Slot plan, Sizes sizes,

@@ -15,6 +15,14 @@ using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
 
 inline Ref at(const Slot& s) { return {s.first, s.second}; }
 
+inline Activation parse_activation(const std::string& name) {
+    if (name == "silu") return Activation::silu;
+    if (name == "gelu") return Activation::gelu;
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    if (name == "relu") return Activation::relu;
+    throw std::invalid_argument("unknown activation: " + name);
+}
+
 inline MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
     const auto& [format_name, offset, rows, column, bias] = p;
     const Format format = parse_format(format_name);

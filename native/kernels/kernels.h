@@ -13,7 +13,12 @@ struct MatmulPart {
     int32_t rows;       // outputs
     int32_t column;     // first output column
     const float* bias;  // [rows] or null
+    float scale = 1;    // of the sums and the bias
 };
+
+enum class Activation : int { silu, gelu, gelu_tanh, relu };  // gelu: with erf
+
+constexpr int64_t kCapPiece = 4096;  // columns of a row that softcap takes as one item
 
 struct Rows {  // a matrix in the arena
     uint8_t* data;
@@ -119,15 +124,22 @@ struct Kernels {
     // Grouped weights want x quantized. Neither x nor residual may overlap out: sums wait there.
     void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last);
-    // Rows [first, last): out = x * weight / rms(x).
-    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, bool quantized,
-                     int64_t first, int64_t last);
+    // Rows [first, last): out = x * weight / rms(x), and a residual if there is one; then, floats.
+    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows residual, Rows out,
+                     bool quantized, int64_t first, int64_t last);
+    // The same of x less its mean, without a residual.
+    void (*layer_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
+                       bool quantized, int64_t first, int64_t last);
     void (*quantize)(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last);
-    void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, bool quantized, int64_t first,
-                     int64_t last);
+    // fn(gate) * up, or fn(gate) where `up` has no rows.
+    void (*activate)(Activation fn, Rows gate, Rows up, int64_t cols, Rows out, bool quantized,
+                     int64_t first, int64_t last);
+    // cap * tanh(x / cap). Items are row * pieces + piece, of kCapPiece columns. Rows must hold
+    // whole panels.
+    void (*softcap)(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last);
     void (*add)(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last);
-    void (*embed)(const uint8_t* weight, Format format, int64_t cols, const int32_t* ids, Rows out,
-                  int64_t first, int64_t last);
+    void (*embed)(const uint8_t* weight, Format format, int64_t cols, float scale,
+                  const int32_t* ids, Rows out, int64_t first, int64_t last);
     // cos | sin of position * frequency, `half` of each, times `scale`.
     void (*rope_table)(const int32_t* positions, const float* frequencies, float scale,
                        int64_t half, Rows out, int64_t first, int64_t last);

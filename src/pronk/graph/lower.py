@@ -49,6 +49,11 @@ class _Lowering:
         if lower is None:
             raise ValueError(f"the native executor has no op {op.kind!r}: a pass is missing")
         lower(op, self.slot(Ref(value.name)), int(op.attrs.get("grain", 1)))
+        if op.attrs.get("chained"):
+            self.executor.chain()
+
+    def _second(self, op: Op) -> tuple[int, int]:
+        return self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
 
     def _is_head(self, op: Op) -> bool:
         return self.graph.values[op.output].rows == "R"
@@ -62,7 +67,7 @@ class _Lowering:
 
     def _embed(self, op: Op, out: tuple[int, int], grain: int) -> None:
         cols = self.graph.weights[op.weights[0]].cols
-        self.executor.embed(self._part(op.weights[0], 0), cols, out, grain)
+        self.executor.embed(self._part(op.weights[0], 0), cols, _scale(op), out, grain)
 
     def _rope_table(self, op: Op, out: tuple[int, int], grain: int) -> None:
         head_dim = 2 * self.graph.weights[op.weights[0]].cols
@@ -71,6 +76,12 @@ class _Lowering:
 
     def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.rms_norm(
+            self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
+            self.graph.values[op.output].width, self._second(op), out, self._quantized(op),
+            self._is_head(op), grain)  # fmt: skip
+
+    def _layer_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        self.executor.layer_norm(
             self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
             self.graph.values[op.output].width, out, self._quantized(op), self._is_head(op),
             grain)  # fmt: skip
@@ -91,11 +102,10 @@ class _Lowering:
             else:
                 parts.append(self._part(name, column))
                 column += weight.rows
-        residual = self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
         self.executor.matmul(
             self.slot(op.inputs[0]), parts, op.integer("cols"),
-            self.graph.values[op.inputs[0].value].quantized, residual, out, self._is_head(op),
-            grain)  # fmt: skip
+            self.graph.values[op.inputs[0].value].quantized, _scale(op), self._second(op), out,
+            self._is_head(op), grain)  # fmt: skip
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, *table = (self.slot(ref) for ref in op.inputs)
@@ -121,11 +131,14 @@ class _Lowering:
         """Memory that the next op uses: nothing to run."""
 
     def _activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        gate, up = op.inputs
+        self.executor.activate(
+            str(op.attrs["fn"]), self.slot(op.inputs[0]), self._second(op),
+            self.graph.values[op.output].width, out, self._quantized(op), grain)  # fmt: skip
+
+    def _softcap(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
-        self.executor.silu_mul(
-            self.slot(gate), self.slot(up), width, out, self._quantized(op), grain
-        )
+        cap = float(op.attrs["cap"])
+        self.executor.softcap(self.slot(op.inputs[0]), cap, width, out, grain)
 
     def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
         a, b = (self.slot(ref) for ref in op.inputs)
@@ -167,8 +180,8 @@ class _Lowering:
     def _expert_activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up, routes, plan = (self.slot(ref) for ref in op.inputs)
         self.executor.expert_activate(
-            gate, up, routes, plan, self._sizes(op), self.graph.values[op.output].width,
-            bool(op.attrs["scales_input"]), out, self._quantized(op), grain)  # fmt: skip
+            str(op.attrs["fn"]), gate, up, routes, plan, self._sizes(op),
+            self.graph.values[op.output].width, bool(op.attrs["scales_input"]), out, self._quantized(op), grain)  # fmt: skip
 
     def _combine(self, op: Op, out: tuple[int, int], grain: int) -> None:
         y, routes, plan, *residual = (self.slot(ref) for ref in op.inputs)
@@ -180,6 +193,10 @@ class _Lowering:
     def _gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
         self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
+
+
+def _scale(op: Op) -> float:
+    return float(op.attrs.get("scale", 1))
 
 
 def lower(

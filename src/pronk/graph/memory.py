@@ -33,7 +33,8 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     """Assign every weight and value its offset.
 
     Values whose lifetimes do not overlap share bytes (first fit over the ops in order). The
-    output of an op marked ``inplace`` is its first input's memory.
+    output of an op marked ``inplace`` is its first input's memory. Ops that are chained work on
+    different rows at once, so their values live as if they were one op.
 
     Parameters
     ----------
@@ -50,7 +51,9 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     root: dict[str, str] = {}
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for i, op in enumerate(graph.ops):
+    i = -1
+    for op in graph.ops:
+        i += not op.attrs.get("chained")
         source = op.inputs[0].value if op.attrs.get("inplace") else None
         root[op.output] = root[source] if source else op.output
         first.setdefault(root[op.output], i)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value
@@ -17,6 +18,7 @@ from pronk.graph.pack import PART_TAIL
 __all__ = [
     "CPU_PASSES",
     "Pass",
+    "chain_rows",
     "fuse_quantize",
     "fuse_residual",
     "fuse_rope",
@@ -211,6 +213,27 @@ def split_threads(graph: Graph) -> Graph:
     return graph.with_ops(ops, graph.values)
 
 
+# Ops whose rows depend on the same rows of what the ops before them made.
+_BY_ROW = frozenset(
+    ("embed", "rope_table", "rms_norm", "layer_norm", "quantize", "activate", "add", "gather")
+)
+
+
+def chain_rows(graph: Graph) -> Graph:
+    """Ops that go row by row, one after the other, become a chain: ``chained`` to the one before.
+
+    Who has taken rows of the first runs them through the chain, while they are in its cache, and
+    no thread waits for another in between: a norm after attention or MLP (`post_norms`) then costs
+    a layer no barrier.
+    """
+    ops = list(graph.ops[:1])
+    for before, op in pairwise(graph.ops):
+        together = graph.values[before.output].rows == graph.values[op.output].rows
+        by_row = before.kind in _BY_ROW and op.kind in _BY_ROW
+        ops.append(op.with_attrs(chained=True) if together and by_row else op)
+    return graph.with_ops(ops, graph.values)
+
+
 # What the native executor needs, in order.
 CPU_PASSES: tuple[Pass, ...] = (
     fuse_siblings,
@@ -220,6 +243,7 @@ CPU_PASSES: tuple[Pass, ...] = (
     fuse_quantize,
     split_experts,
     split_threads,
+    chain_rows,
 )
 
 
