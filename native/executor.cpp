@@ -250,13 +250,30 @@ int64_t Executor::items(const Op& op, const Step& step) const {
 void Executor::walk(const Step& step) {
     using Clock = std::chrono::steady_clock;
     const auto caller = std::this_thread::get_id();
+    const size_t end = ops_.size();
+    // An op of one item is run by whoever is last in the barrier before it, while the others wait
+    // there anyway. To be timed, ops run by themselves.
+    const auto run_lone = [&](size_t i) {
+        for (; i < end; ++i) {
+            const Op& op = ops_[i];
+            const int64_t count = op.head == step.head ? items(op, step) : 0;
+            if (count > 1 || (count == 1 && !times_.empty())) break;
+            if (count == 0) continue;
+            apply(op, step, 0, 1);
+            if (op.kind == OpKind::route) run_dispatch(op, step);
+        }
+        resume_ = i;
+    };
     const std::function<void()> task = [&] {
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
         Clock::time_point start, worked;
-        for (const Op& op : ops_) {
-            if (op.head != step.head) continue;
-            const int64_t count = items(op, step);
-            if (count == 0) continue;
+        for (size_t at = 0; at < end;) {
+            const Op& op = ops_[at];
+            const int64_t count = op.head == step.head ? items(op, step) : 0;
+            if (count == 0) {
+                ++at;
+                continue;
+            }
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
             if (timed) start = Clock::now();
@@ -267,14 +284,16 @@ void Executor::walk(const Step& step) {
             team_.barrier([&] {
                 next_.store(0, std::memory_order_relaxed);
                 if (op.kind == OpKind::route) run_dispatch(op, step);
+                run_lone(at + 1);
             });
             if (timed) {
-                const auto end = Clock::now();
-                Times& times = times_[static_cast<size_t>(&op - ops_.data())];
+                const auto now = Clock::now();
+                Times& times = times_[at];
                 ++times.calls;
-                times.total_ns += std::chrono::nanoseconds(end - start).count();
-                times.wait_ns += std::chrono::nanoseconds(end - worked).count();
+                times.total_ns += std::chrono::nanoseconds(now - start).count();
+                times.wait_ns += std::chrono::nanoseconds(now - worked).count();
             }
+            at = resume_;
         }
     };
     team_.run(task);
