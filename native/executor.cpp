@@ -339,38 +339,57 @@ int64_t Executor::items(const Op& op, const Step& step) const {
 void Executor::walk(const Step& step) {
     using Clock = std::chrono::steady_clock;
     const auto caller = std::this_thread::get_id();
+    const size_t count_of_ops = ops_.size();
+    const auto count_of = [&](const Op& op) { return op.head == step.head ? items(op, step) : 0; };
+    // An op of one item is run by whoever is last in the barrier before it, while the others wait
+    // there anyway. To be timed, ops run by themselves.
+    const auto run_lone = [&](size_t i) {
+        for (; i < count_of_ops; ++i) {
+            const Op& op = ops_[i];
+            const int64_t count = count_of(op);
+            if (count > 1 || (count == 1 && !times_.empty())) break;
+            if (count == 0) continue;
+            apply(op, step, 0, 1);
+            if (op.kind == OpKind::route) run_dispatch(op, step);
+        }
+        resume_ = i;
+    };
     const std::function<void()> task = [&] {
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
         Clock::time_point then, worked;
-        const auto spend = [&](const Op& op, Clock::time_point now) {
-            times_[static_cast<size_t>(&op - ops_.data())].total_ns +=
-                std::chrono::nanoseconds(now - std::exchange(then, now)).count();
+        const auto spend = [&](size_t at, Clock::time_point now) {
+            times_[at].total_ns += std::chrono::nanoseconds(now - std::exchange(then, now)).count();
         };
-        for (size_t begin = 0, end = 0; begin < ops_.size(); begin = end) {
+        for (size_t begin = 0; begin < count_of_ops;) {
             const Op& op = ops_[begin];
-            for (end = begin + 1; end < ops_.size() && ops_[end].chained;) ++end;
-            if (op.head != step.head) continue;
-            const int64_t count = items(op, step);
-            if (count == 0) continue;
+            size_t end = begin + 1;  // of the chain
+            while (end < count_of_ops && ops_[end].chained) ++end;
+            const int64_t count = count_of(op);
+            if (count == 0) {
+                begin = end;
+                continue;
+            }
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
             if (timed) then = Clock::now();
             for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
                 for (size_t at = begin; at < end; ++at) {
                     apply(ops_[at], step, i, std::min(i + grain, count));
-                    if (timed) spend(ops_[at], Clock::now());
+                    if (timed) spend(at, Clock::now());
                 }
             if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
             team_.barrier([&] {
                 next_.store(0, std::memory_order_relaxed);
                 if (op.kind == OpKind::route) run_dispatch(op, step);
+                run_lone(end);
             });
             if (timed) {
                 for (size_t at = begin; at < end; ++at) ++times_[at].calls;
-                spend(ops_[end - 1], Clock::now());
+                spend(end - 1, Clock::now());
                 times_[end - 1].wait_ns += std::chrono::nanoseconds(then - worked).count();
             }
+            begin = resume_;
         }
     };
     team_.run(task);

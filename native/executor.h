@@ -191,6 +191,7 @@ class Executor {
     std::vector<int32_t> scratch_;
     std::vector<uint64_t> expert_counts_;
     uint64_t routed_tokens_ = 0;
+    size_t resume_ = 0;                         // the op to go on with; written in a barrier
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;
 };

@@ -181,7 +181,8 @@ class _Lowering:
         gate, up, routes, plan = (self.slot(ref) for ref in op.inputs)
         self.executor.expert_activate(
             str(op.attrs["fn"]), gate, up, routes, plan, self._sizes(op),
-            self.graph.values[op.output].width, bool(op.attrs["scales_input"]), out, self._quantized(op), grain)  # fmt: skip
+            self.graph.values[op.output].width, bool(op.attrs["scales_input"]), out,
+            self._quantized(op), grain)  # fmt: skip
 
     def _combine(self, op: Op, out: tuple[int, int], grain: int) -> None:
         y, routes, plan, *residual = (self.slot(ref) for ref in op.inputs)
