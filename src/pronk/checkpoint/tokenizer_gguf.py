@@ -27,9 +27,21 @@ __all__ = ["from_gguf"]
 
 _NORMAL = 1
 # Ends of a turn in files that name none, as llama.cpp finds them.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<end_of_turn>")
-# Families whose generation configs name these ends besides the end of a turn.
-_TEXT_ENDS = {"qwen2": ("<|endoftext|>",)}
+_TURN_ENDS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eot|>",
+)
+# Kinds whose generation configs name these ends besides the end of a turn.
+_TEXT_ENDS = {
+    "qwen2": ("<|endoftext|>",),
+    "llama-bpe": ("<|end_of_text|>", "<|eom_id|>"),
+    "llama4": ("<|end_of_text|>", "<|eom|>"),
+    "phi3": ("<|endoftext|>",),
+}
 
 
 def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
@@ -77,7 +89,8 @@ def from_gguf(header: GgufHeader, limit: int) -> Tokenizer:
             if sentencepiece
             else _byte_level(header, kinds, before, after)
         )
-    named = [*_TURN_ENDS, *_TEXT_ENDS.get(pre, ())]
+    kind = str(meta.get("general.architecture")) if sentencepiece else pre
+    named = [*_TURN_ENDS, *_TEXT_ENDS.get(kind, ())]
     found = (backend.find(token) for token in named)
     ends.update(id for id in found if id is not None and kinds[id] == CONTROL)
     template = meta.get("tokenizer.chat_template")
