@@ -362,7 +362,7 @@ class Model:
         self,
         ids: Sequence[int],
         first: int = 0,
-        endings: Iterable[Sequence[int]] = (),
+        endings: Iterable[Sequence[int]] | None = None,
     ) -> Iterator[NDArray[np.float32]]:
         """Next-token logits in parts, so that those of a long text need not be held at once.
 

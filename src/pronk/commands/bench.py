@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronk.commands import common
@@ -25,10 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to generate")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians over so many")
     parser.add_argument("--profile", action="store_true", help="show where the time goes, op by op")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE",
-        help="with --profile: draw its shares (.svg, .png or .html; needs matplotlib)",
-    )  # fmt: skip
+    common.add_plot(parser, "with --profile: draw its shares")
     common.add_context(parser)
     parser.add_argument(
         "--depth", action=argparse.BooleanOptionalAction, default=True,

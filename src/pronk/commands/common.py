@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pronk.errors import RequestError
@@ -20,6 +21,7 @@ __all__ = [
     "add_json",
     "add_kv",
     "add_model",
+    "add_plot",
     "add_runtime",
     "add_sampling",
     "add_speculation",
@@ -80,6 +82,14 @@ def add_speculation(parser: argparse.ArgumentParser, default: bool) -> None:
         "--speculate", action=argparse.BooleanOptionalAction, default=default,
         help="draft what repeats earlier text while that is faster; the tokens are the same "
         f"(default: {'on' if default else 'off'})",
+    )  # fmt: skip
+
+
+def add_plot(parser: argparse._ActionsContainer, what: str) -> None:
+    """``--plot``."""
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE",
+        help=f"{what} (.svg, .png or .html; needs matplotlib)",
     )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""``pronk eval``: perplexity on a text, and divergence from a reference."""
+"""``pronk eval``: perplexity on a text, divergence from a reference, and long contexts."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from pronk.commands import common
+from pronk.commands import common, long
 from pronk.errors import RequestError
 
 __all__ = ["configure", "run"]
@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=int, metavar="N",
         help="use the first N (default: all of FILE, or 4096 of Python's topics)",
     )  # fmt: skip
+    long.configure(parser)
     common.add_runtime(parser)
     common.add_json(parser)
 
@@ -39,9 +40,19 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.corpus import encode, load_corpus
     from pronk.evaluate.divergence import divergence
     from pronk.evaluate.perplexity import perplexity
+    from pronk.evaluate.profile_view import check_plot
 
     if args.max_tokens is not None and args.max_tokens < 2:
         raise RequestError(f"--max-tokens must be 2 or more, not {args.max_tokens}")
+    if args.positions or args.long:
+        if args.reference:
+            raise RequestError("--reference compares windows: leave --positions and --long out")
+        if args.plot is not None:
+            check_plot(args.plot)
+        long.run(args)
+        return
+    if args.context is not None or args.plot is not None:
+        raise RequestError("--context and --plot are for long contexts: give --positions or --long")
     corpus = load_corpus(args.text)
     most = args.max_tokens or (_MOST_OF_TOPICS if args.text is None else None)
     model, _ = common.open_model(args.model, args, args.window)

@@ -252,7 +252,7 @@ class Engine:
         self,
         tokens: Sequence[int],
         first: int = 0,
-        endings: Iterable[Sequence[int]] = (),
+        endings: Iterable[Sequence[int]] | None = None,
     ) -> Iterator[NDArray[np.float32]]:
         """Logits of one sequence from a token on, in chunks of [<= max_tokens, vocab].
 
@@ -277,9 +277,10 @@ class Engine:
         return self._logits(tokens, first, endings)
 
     def _logits(
-        self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]]
+        self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]] | None
     ) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
+<<<<<<< HEAD
         at_once = self.scheduler.max_tokens
         holding = self.kv.hold()
 
@@ -299,19 +300,37 @@ class Engine:
 
         try:
             promise(len(tokens))
+=======
+        holding = self.kv.hold()
+        at_once = self.scheduler.max_tokens
+        most = len(tokens) if endings is None else min(len(tokens) + at_once, self.context)
+        if not self.kv.promise(holding, most):
+            raise RequestError("the KV pool is in use by running requests: wait for them to end")
+
+        def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
+            n = len(part)
+            positions = list(range(start, start + n))
+            rows = list(range(max(0, first - start), n))
+            self.kv.move(holding, start, start + n)
+            return self.runner.step(list(part), positions, [0] * n, [holding.blocks], rows)
+
+        try:
+>>>>>>> long
             for start in range(0, len(tokens), at_once):
                 logits = run(tokens[start : start + at_once], start)
                 if len(logits):
                     yield logits
-            for ending in endings:
+            for ending in endings or ():
                 self.check(ending)
-                whole = len(tokens) + len(ending)
-                if len(ending) > at_once or whole > self.context:
+                if len(ending) > most - len(tokens):
                     raise RequestError(
                         f"{len(ending)} tokens after {len(tokens)} do not fit a step of {at_once} "
                         f"or the context of {self.context}"
                     )
+<<<<<<< HEAD
                 promise(whole)
+=======
+>>>>>>> long
                 yield run(ending, len(tokens))  # over the keys and values of the ending before
         finally:
             self.kv.release(holding)

@@ -20,7 +20,7 @@ class PartsModel(Protocol):
     """A model that gives the logits of a long text in parts."""
 
     def logit_parts(
-        self, ids: Sequence[int], first: int = 0, endings: Iterable[Sequence[int]] = (), /
+        self, ids: Sequence[int], first: int = 0, endings: Iterable[Sequence[int]] | None = None, /
     ) -> Iterator[NDArray[Any]]:
         """Rows of the positions from `first` on; see `pronk.model.Model.logit_parts`."""
 
