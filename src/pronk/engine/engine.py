@@ -280,27 +280,6 @@ class Engine:
         self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]] | None
     ) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
-<<<<<<< HEAD
-        at_once = self.scheduler.max_tokens
-        holding = self.kv.hold()
-
-        def promise(count: int) -> None:
-            self.kv.settle(holding)
-            if not self.kv.promise(holding, count):
-                raise RequestError(
-                    "the KV pool is in use by running requests: wait for them to end"
-                )
-
-        def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
-            n = len(part)
-            self.kv.move(holding, start, start + n)
-            rows = list(range(max(0, first - start), n))
-            positions = list(range(start, start + n))
-            return self.runner.step(list(part), positions, [0] * n, [holding.blocks], rows)
-
-        try:
-            promise(len(tokens))
-=======
         holding = self.kv.hold()
         at_once = self.scheduler.max_tokens
         most = len(tokens) if endings is None else min(len(tokens) + at_once, self.context)
@@ -315,7 +294,6 @@ class Engine:
             return self.runner.step(list(part), positions, [0] * n, [holding.blocks], rows)
 
         try:
->>>>>>> long
             for start in range(0, len(tokens), at_once):
                 logits = run(tokens[start : start + at_once], start)
                 if len(logits):
@@ -327,10 +305,6 @@ class Engine:
                         f"{len(ending)} tokens after {len(tokens)} do not fit a step of {at_once} "
                         f"or the context of {self.context}"
                     )
-<<<<<<< HEAD
-                promise(whole)
-=======
->>>>>>> long
                 yield run(ending, len(tokens))  # over the keys and values of the ending before
         finally:
             self.kv.release(holding)
