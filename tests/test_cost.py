@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pronk.graph.cost import Cost, Step, label, program_costs
@@ -25,9 +27,42 @@ def costs(dtype, *steps, **limits):
 
 
 def test_a_step_counts_its_tokens_and_their_pasts():
-    assert Step.of([0, 1, 2], [0, 0, 0], [1]) == Step(3, 1 + 2 + 3, 3, (1,))
+    step = Step.of([0, 1, 2], [0, 0, 0], [1])
+    assert step == Step(((0, 0, 3),), (1,))
+    assert (step.tokens, *step.seen()) == (3, 1 + 2 + 3, 3)
     # Two sequences; the second one's tokens share what they read.
-    assert Step.of([9, 3, 4], [0, 1, 1]) == Step(3, 10 + 4 + 5, 10 + 5, ())
+    step = Step.of([9, 3, 4], [0, 1, 1])
+    assert (step.tokens, *step.seen()) == (3, 10 + 4 + 5, 10 + 5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 5, 8, 100])
+@pytest.mark.parametrize("sinks", [0, 1, 3, 20])
+def test_a_step_counts_what_a_window_shows(window, chunked, sinks):
+    positions = [*range(17, 29), 3, 90, 91, 50, 51]
+    sequences = [0] * 12 + [1] + [2] * 4
+    found = Step.of(positions, sequences).seen(window, chunked, sinks)
+
+    def sees(query, key):
+        if not window or key < sinks:
+            return True
+        return query // window == key // window if chunked else query - key < window
+
+    pairs = [(s, q, k) for s, q in zip(sequences, positions, strict=True) for k in range(q + 1)]
+    seen = [(s, k) for s, q, k in pairs if sees(q, k)]
+    assert found == (len(seen), len(set(seen)))
+
+
+def test_layers_are_counted_by_what_they_see():
+    narrow = LayerSpec("window", 8, 2)
+    spec = replace(SPEC, layers=(LayerSpec(), narrow, LayerSpec("chunked", 16)))
+    program = compile_program(spec, lambda name: "f32", Limits(512))
+    step = Step.of([100], [0])
+    found = zip(program.graph.ops, program_costs(program, [step]), strict=True)
+    attends = [cost for op, cost in found if op.kind == "attend"]
+    position = 2 * 2 * 16 * 2
+    assert [cost.kv for cost in attends] == [101 * position, 10 * position, 5 * position]
+    assert [cost.macs for cost in attends] == [2 * 64 * n for n in (101, 10, 5)]
 
 
 def test_a_prompt_in_float():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pronk.graph.ir import Graph, Op, Ref
 from pronk.graph.memory import weight_bytes
@@ -24,30 +25,71 @@ class Step:
 
     Attributes
     ----------
-    tokens : int
-    attended : int
-        Positions a token attends to, summed over the tokens.
-    past : int
-        Positions whose keys and values are read, summed over the sequences.
+    runs : tuple of (int, int, int)
+        Sequence, first position and number of tokens that follow each other.
     heads : tuple of int
         Logit rows of each call of the head.
     """
 
-    tokens: int
-    attended: int
-    past: int
-    heads: tuple[int, ...]
+    runs: tuple[tuple[int, int, int], ...]
+    heads: tuple[int, ...] = ()
 
     @classmethod
     def of(
         cls, positions: Sequence[int], sequences: Sequence[int], heads: Iterable[int] = ()
     ) -> Step:
         """The step that runs tokens at `positions` (from 0) of `sequences`."""
-        longest: dict[int, int] = {}
+        runs: list[tuple[int, int, int]] = []
         for position, sequence in zip(positions, sequences, strict=True):
-            longest[sequence] = max(longest.get(sequence, 0), position + 1)
-        attended = sum(positions) + len(positions)
-        return cls(len(positions), attended, sum(longest.values()), tuple(heads))
+            last, first, count = runs[-1] if runs else (-1, 0, 0)
+            if (last, first + count) == (sequence, position):
+                runs[-1] = (sequence, first, count + 1)
+            else:
+                runs.append((sequence, position, 1))
+        return cls(tuple(runs), tuple(heads))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(count for _, _, count in self.runs)
+
+    def seen(self, window: int = 0, chunked: bool = False, sinks: int = 0) -> tuple[int, int]:
+        """Positions that attention reads, as an op's attributes narrow it.
+
+        Returns
+        -------
+        attended, past : int
+            What a token attends to, summed over the tokens; and what is read of keys and values,
+            where a sequence's tokens share it, summed over the sequences.
+        """
+        return _seen(self.runs, window, chunked, sinks)
+
+
+@lru_cache(maxsize=4096)
+def _seen(
+    runs: tuple[tuple[int, int, int], ...], window: int, chunked: bool, sinks: int
+) -> tuple[int, int]:
+    attended, spans = 0, []
+    for sequence, start, count in runs:
+        for position in range(start, start + count):
+            first = _first(position, window, chunked)
+            before = min(sinks, first)
+            attended += before + position + 1 - first
+        # Tokens that follow each other see positions that do, besides the sinks.
+        spans += [(sequence, 0, before), (sequence, _first(start, window, chunked), start + count)]
+    past, at = 0, (-1, 0)
+    for sequence, start, end in sorted(spans):
+        start = max(start, at[1]) if sequence == at[0] else start
+        past += max(0, end - start)
+        at = (sequence, max(end, start))
+    return attended, past
+
+
+def _first(position: int, window: int, chunked: bool) -> int:
+    """From where on a token sees all up to itself."""
+    if not window:
+        return 0
+    return position // window * window if chunked else max(0, position - window + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +166,9 @@ def _attention(program: Program, op: Op, step: Step) -> Cost:
         return Cost(0, step.tokens * position, step.tokens * matrix)
     width = op.integer("heads") * spec.head_dim
     queries = step.tokens * 2 * width * 4  # read, and written as the output
-    return Cost(0, step.past * position, queries, 2 * width * step.attended)
+    sinks, chunked = int(op.attrs.get("sinks", 0)), bool(op.attrs.get("chunked", False))
+    attended, past = step.seen(int(op.attrs.get("window", 0)), chunked, sinks)
+    return Cost(0, past * position, queries, 2 * width * attended)
 
 
 def _output_bytes(graph: Graph, op: Op) -> int:
