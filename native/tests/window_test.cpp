@@ -51,6 +51,12 @@ class Sequence {
             table_.push_back(static_cast<int32_t>(blocks_ + 2 - b));
         kernels.rope_store({qkv_.data(), width_ * 4}, {nullptr, 0}, shape.heads, {},
                            view(pool_, table_), tokens(0), 0, length);
+        for (int64_t t = 0; t < length; ++t)
+            for (int h = 0; h < 2 * shape.kv_heads; ++h)
+                for (int d = 0; d < shape.dim; ++d)
+                    kept_.push_back(kept(kv, shape.dim,
+                                         qkv_.floats() + t * width_ + (shape.heads + h) * shape.dim,
+                                         d));
         for (int h = 0; h < shape.heads; ++h) slopes_.push_back(0.7f / static_cast<float>(1 + h));
     }
 
@@ -148,6 +154,11 @@ class Sequence {
                                 count * shape_.heads);
     }
 
+    // What the cache keeps of the keys of a head at a position, or behind all heads the values.
+    const double* row(int64_t position, int64_t head) const {
+        return kept_.data() + (position * 2 * shape_.kv_heads + head) * shape_.dim;
+    }
+
     // As a share of what float scores allow.
     double error(int64_t t, int h, const How& how, const float* got) const {
         const int64_t kv = h / (shape_.heads / shape_.kv_heads);
@@ -159,10 +170,10 @@ class Sequence {
         double top = -INFINITY, total = 0, largest = double(how.softcap);
         for (int64_t p = 0; p <= t; ++p) {
             if (!sees(how.window, t, p)) continue;
-            const float* k = qkv_.floats() + p * width_ + (shape_.heads + kv) * shape_.dim;
+            const double* k = row(p, kv);
             double score = 0, magnitude = 0, bias = 0;
             for (int d = 0; d < shape_.dim; ++d) {
-                const double product = q[d] * kept(kv_, shape_.dim, k, d);
+                const double product = q[d] * k[d];
                 score += product;
                 magnitude += std::fabs(product);
             }
@@ -175,14 +186,12 @@ class Sequence {
             largest = std::max(largest, magnitude * double(scale()) * factor + std::fabs(bias));
         }
         for (const auto& [p, score] : scores) {
-            const float* v =
-                qkv_.floats() + p * width_ + (shape_.heads + shape_.kv_heads + kv) * shape_.dim;
+            const double* v = row(p, shape_.kv_heads + kv);
             const double weight = std::exp(score - top);
             total += weight;
             for (int d = 0; d < shape_.dim; ++d) {
-                const double value = kept(kv_, shape_.dim, v, d);
-                sum[size_t(d)] += weight * value;
-                size[size_t(d)] += weight * std::fabs(value);
+                sum[size_t(d)] += weight * v[d];
+                size[size_t(d)] += weight * std::fabs(v[d]);
             }
         }
         const double rounding = rounds_weights(kernels_, kv_, shape_.dim) ? std::ldexp(1, -8) : 0;
@@ -202,6 +211,7 @@ class Sequence {
     Buffer qkv_, pool_;
     std::vector<int32_t> table_, positions_, sequences_;
     std::vector<float> slopes_;
+    std::vector<double> kept_;
 };
 
 void test_type(const Kernels& kernels, KvType kv) {
