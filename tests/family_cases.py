@@ -176,9 +176,8 @@ def page() -> str:
         seen = {f for case in CASES.values() if case.family == row.name for f in case.formats}
         tested = ", ".join(name.replace("-", " ") for name in FORMATS if name in seen)
         fits = "yes" if row.bundles else "not yet"
-        lines.append(
-            f"| {row.name} | `{row.architecture}` | `{row.gguf}` | {row.about} | {tested} | {fits} |"
-        )
+        names = f"{row.name} | `{row.architecture}` | `{row.gguf}`"
+        lines.append(f"| {names} | {row.about} | {tested} | {fits} |")
     return "\n".join(lines) + "\n\n" + _REST
 
 

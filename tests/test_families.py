@@ -20,6 +20,7 @@ from pronk.graph.build import build_decoder
 from pronk.graph.passes import CPU_PASSES, run_passes
 from pronk.graph.program import stored_dtypes
 from pronk.graph.reference import Reference
+from pronk.graph.rope import rope_frequencies
 
 RNG = np.random.default_rng(0)
 PROMPTS = [[int(i) for i in RNG.integers(0, 320, n)] for n in (40, 36)]
@@ -159,6 +160,12 @@ def test_both_formats_say_the_same(made, name, form):
     ):
         ours, theirs = gguf.spec, hf.spec
         assert ours.layers == theirs.layers and ours.moe == theirs.moe
+        for rope, other in zip(ours.ropes, theirs.ropes, strict=True):
+            np.testing.assert_allclose(
+                rope_frequencies(rope, ours.head_dim, 256),
+                rope_frequencies(other, theirs.head_dim, 256),
+                rtol=1e-6,
+            )
         assert set(gguf.tensors) == set(hf.tensors)
         for tensor, info in hf.tensors.items():
             assert gguf.tensors[tensor].shape == info.shape
