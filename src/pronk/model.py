@@ -24,6 +24,7 @@ from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
+from pronk.graph.experts import apply_experts
 from pronk.graph.program import (
     Limits,
     Program,
@@ -331,6 +332,14 @@ class Model:
             done += len(part)
         return out
 
+    def expert_counts(self) -> NDArray[np.uint64]:
+        """How often each expert was chosen since loading, uint64 [layers with experts, experts]."""
+        return self._open().expert_counts()
+
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token went to in a layer; 0 where there are none."""
+        return self._open().experts_per_token()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -366,6 +375,7 @@ def load(
     kv_dtype: str = "bf16",
     packed_cache: bool = True,
     speculate: bool = True,
+    experts: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -386,6 +396,9 @@ def load(
     speculate : bool
         Draft tokens from repetitions in the text and verify several in one step, while that
         pays. The tokens are the same either way.
+    experts : str
+        How many experts a token of a mixture goes to, where not as many as the model was trained
+        with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -406,6 +419,8 @@ def load(
     path = resolve(os.fspath(model))
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
+        if experts:
+            checkpoint.spec = apply_experts(checkpoint.spec, experts)
         context = choose_context(checkpoint.spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_context",
+    "add_experts",
     "add_json",
     "add_kv",
     "add_model",
@@ -56,6 +57,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
+    )  # fmt: skip
+
+
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """``--dynamic-experts``."""
+    parser.add_argument(
+        "--dynamic-experts", default="", metavar="P[:N]",
+        help="experts of a token: the likeliest that make up the share P, at least N (1); or "
+        "top-p=P,min=N,max=N",
     )  # fmt: skip
 
 
@@ -132,6 +142,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
         speculate=getattr(args, "speculate", False),
+        experts=getattr(args, "dynamic_experts", ""),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:

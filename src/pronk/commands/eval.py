@@ -19,7 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's topics)")
     parser.add_argument(
-        "--reference", metavar="MODEL", help="also report KL from this model, its KV in bf16"
+        "--reference",
+        metavar="MODEL",
+        help="also report KL from this model, its KV in bf16 and all its experts",
     )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
     parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
@@ -28,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="use the first N (default: all of FILE, or 4096 of Python's topics)",
     )  # fmt: skip
     common.add_runtime(parser)
+    common.add_experts(parser)
     common.add_json(parser)
 
 
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
             **perplexity(model, ids, progress=progress, **options).to_dict(),
         }
     if args.reference:
-        exact = argparse.Namespace(**{**vars(args), "kv": "bf16"})
+        exact = argparse.Namespace(**{**vars(args), "kv": "bf16", "dynamic_experts": ""})
         reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:
             compared = divergence(reference, model, ids, progress=progress, **options)
