@@ -256,6 +256,8 @@ def test_parameters_out_of_range(tiny_q4, arguments, match):
         ("bench", "--tokens", 0, "2 tokens"),
         ("bench", "--prompt-tokens", -1, "--prompt-tokens"),
         ("inspect", "--context", 0, "the context"),
+        ("bench", "--experts", "--json", "this model has none"),
+        ("bench", "--dynamic-experts", "0.8", "no experts"),
     ],
 )
 def test_figures_out_of_range(tiny_q4, verb, option, value, match):

@@ -9,9 +9,11 @@ import pytest
 from engines import fill_runner, isas, random_weights, run_whole
 
 from pronk.engine.runner import Runner
-from pronk.errors import CheckpointError
+from pronk.errors import CheckpointError, RequestError
+from pronk.evaluate.experts import expert_load, format_load
 from pronk.graph import passes
 from pronk.graph.build import build_decoder
+from pronk.graph.experts import apply_experts
 from pronk.graph.moe import expert_rows
 from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference
@@ -197,3 +199,38 @@ def test_the_arena_holds_the_rows_of_experts(tokens):
     with pytest.raises(ValueError, match="outside the arena"):
         Runner(short, 1)
     assert runner.executor.arena_bytes >= end
+
+
+@pytest.mark.parametrize(
+    ("text", "threshold", "least", "top_k"),
+    [("top-p=0.8", 0.8, 1, 2), ("0.8", 0.8, 1, 2), ("0.25:2", 0.25, 2, 2),
+     ("top-p=0.5, min=2,max=3", 0.5, 2, 3), ("max=1", 1, 1, 1)])  # fmt: skip
+def test_how_many_experts_may_be_asked_for(text, threshold, least, top_k):
+    wanted = replace(MOE, threshold=threshold, least=least, top_k=top_k)
+    assert apply_experts(SPEC, text) == replace(SPEC, moe=wanted)
+
+
+@pytest.mark.parametrize("text", [
+    "many", "top-p=much", "top-p=0", "top-p=1.5", "top-p=nan", "min=0", "min=3", "max=9", "max=0",
+    "top-p=0.5,top-p=0.6", "0.8:", "0.8:x", "best=2", "top-p=0.8;min=1", ","])  # fmt: skip
+def test_what_cannot_be_asked_for_is_refused_in_a_sentence(text):
+    with pytest.raises(RequestError) as caught:
+        apply_experts(SPEC, text)
+    assert "\n" not in str(caught.value)
+    assert "experts" in str(caught.value)
+
+
+def test_a_dense_model_has_no_experts_to_choose():
+    with pytest.raises(RequestError, match="no experts"):
+        apply_experts(replace(SPEC, moe=None, layers=(LayerSpec(),)), "0.8")
+
+
+def test_the_load_of_experts():
+    load = expert_load(np.array([[4, 4, 4, 4], [0, 16, 0, 0]], np.uint64), 2.0)
+    data = load.to_dict()
+    assert (data["entropy"], data["most_entropy"], data["experts"]) == (1.0, 2.0, 4)
+    assert [layer["entropy"] for layer in data["layers"]] == [2.0, 0.0]
+    assert data["layers"][1]["load"] == [0, 1, 0, 0]
+    lines = format_load(load, shown=1)
+    assert lines[0] == "experts: 2.00 of 4 a token; entropy 1.00 of 2.00 bits"
+    assert lines[2].split() == ["layer", "1", "0.00", "bits", "1:", "100.0%", "..."]

@@ -30,6 +30,7 @@ from pronk.graph.attention import (
     apply_rope_scaling,
     parse_policy,
 )
+from pronk.graph.experts import apply_experts
 from pronk.graph.program import (
     Limits,
     Program,
@@ -385,6 +386,14 @@ class Model:
         self._open()
         return self._engine.logits(self.encode(ids), first, endings)
 
+    def expert_counts(self) -> NDArray[np.uint64]:
+        """How often each expert was chosen since loading, uint64 [layers with experts, experts]."""
+        return self._open().expert_counts()
+
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token went to in a layer; 0 where there are none."""
+        return self._open().experts_per_token()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -422,6 +431,7 @@ def load(
     rope_scaling: str | None = None,
     packed_cache: bool = True,
     speculate: bool = True,
+    experts: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -448,6 +458,9 @@ def load(
     speculate : bool
         Draft tokens from repetitions in the text and verify several in one step, while that
         pays. The tokens are the same either way.
+    experts : str
+        How many experts a token of a mixture goes to, where not as many as the model was trained
+        with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -469,6 +482,8 @@ def load(
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
         spec = adapted(checkpoint.spec, attention, rope_scaling)
+        if experts:
+            spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits, spec)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_attention",
     "add_context",
+    "add_experts",
     "add_json",
     "add_kv",
     "add_model",
@@ -73,6 +74,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
+    )  # fmt: skip
+
+
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """``--dynamic-experts``."""
+    parser.add_argument(
+        "--dynamic-experts", default="", metavar="P[:N]",
+        help="experts of a token: the likeliest that make up the share P, at least N (1); or "
+        "top-p=P,min=N,max=N",
     )  # fmt: skip
 
 
@@ -158,6 +168,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
         kv_dtype=args.kv, packed_cache=args.packed_cache,
         attention=args.attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
+        experts=getattr(args, "dynamic_experts", ""),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:
