@@ -12,7 +12,7 @@ from typing import Any
 
 from pronk.checkpoint.families import FAMILIES
 
-__all__ = ["CASES", "FORMATS", "NATIVE", "Case", "page"]
+__all__ = ["CASES", "FORMATS", "Case", "page"]
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
@@ -151,9 +151,6 @@ CASES: dict[str, Case] = {
         },
     ),
 }
-
-NATIVE = frozenset({"llama", "mistral-full", "qwen2"})
-"""Cases that the native engine runs too."""
 
 
 def page() -> str:
