@@ -20,7 +20,7 @@ from pronk.graph.memory import plan_layout, weight_bytes
 from pronk.graph.passes import CPU_PASSES, fuse_siblings, run_passes
 from pronk.graph.program import Limits, Program, compile_program
 from pronk.graph.rope import model_frequencies
-from pronk.spec import LayerSpec, ModelSpec, RopeSpec
+from pronk.spec import LayerSpec, ModelSpec
 
 VOCAB = 256
 _STREAMED = 160 << 20  # bytes of weights in a program: more than caches keep between two steps
@@ -174,7 +174,7 @@ class Bench:
     def attention(self, shape: Shape, context: int, layers: int, tokens: int) -> Runner:
         """A decoder whose other parts are tiny."""
         spec = ModelSpec("llama", "", VOCAB, 64, 32, shape.heads, shape.kv_heads, shape.head_dim,
-                         1e-5, context, True, (LayerSpec(),) * layers, RopeSpec())  # fmt: skip
+                         1e-5, context, True, (LayerSpec(),) * layers)  # fmt: skip
         limits = Limits(context, max_tokens=tokens, max_rows=1)
         return self.load(compile_program(spec, lambda _: "q8_0", limits))
 
