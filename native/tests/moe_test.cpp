@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "../executor.h"
-#include "check.h"
+#include "blocks.h"
 
 namespace pronk::test {
 
@@ -235,6 +235,96 @@ void test_expert_refusals(const Kernels& kernels) {
     check(e.expert_counts().size() == experts, "%s executor: counts of a refused op", kernels.name);
 }
 
+// Embeddings through one layer of experts; gives the rows of all tokens, run `chunk` at a time.
+std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens, int64_t chunk) {
+    constexpr int64_t hidden = 64, width = 32, experts = 8, choices = 3, vocab = 40;
+    const KvShape kv{1, 16, KvType::bf16, 4096};
+    Executor e(threads, kernels.name, 1 << 18, 1 << 19, {chunk, chunk, 1, 2, 2, vocab}, kv);
+    Random random(9);
+    int64_t weights = 0, arena = 0;
+    const auto space = [&](int64_t floats, int64_t rows) {
+        const Ref ref{arena, round_up(floats * 4, 64)};
+        arena += ref.stride * round_up(rows, kActRows);
+        return ref;
+    };
+    const auto part = [&](Format format, int64_t rows, int64_t cols, int32_t column) {
+        const Weights w(kernels, format, rows, cols, Fill::random, random);
+        e.pack(format, weights, rows, cols, 0, rows, w.source.data(),
+               rows * row_bytes(format, cols));
+        const uint8_t* at = e.weight(weights, packed_bytes(format, rows, cols));
+        weights += round_up(packed_bytes(format, rows, cols), 64);
+        return MatmulPart{at, format, static_cast<int32_t>(rows), column, nullptr};
+    };
+    const auto of_experts = [&](MatmulPart all) {
+        all.rows /= static_cast<int32_t>(experts);
+        return all;
+    };
+    const int64_t most = expert_rows(chunk, choices, experts);
+    const Ref h = space(hidden, chunk), logits = space(16, chunk), routes = space(16, chunk),
+              a12 = space(hidden, chunk), x = space(hidden, most), both = space(2 * width, most),
+              act = space(width, most), y = space(hidden, most), out = space(hidden, chunk),
+              last = space(hidden, chunk), plan = space(16, most);
+    const auto add = [&](OpKind kind, Ref a, Ref b, Ref to, int64_t cols, bool quantized,
+                         std::vector<MatmulPart> parts = {}, bool head = false) {
+        Op op{};
+        op.kind = kind, op.a = a, op.b = b, op.out = to, op.cols = cols, op.quantized = quantized;
+        op.parts = std::move(parts), op.head = head, op.grain = 2, op.scalar = 1;
+        op.plan = plan, op.routes = routes, op.experts = experts, op.choices = choices;
+        op.routing = {experts, choices, true, true, 0.9, 1};
+        e.add(std::move(op));
+    };
+    add(OpKind::embed, {}, {}, h, hidden, false, {part(Format::f32, vocab, hidden, 0)});
+    add(OpKind::matmul, h, {}, logits, hidden, false, {part(Format::f32, experts, hidden, 0)});
+    add(OpKind::route, logits, {}, routes, 0, false);
+    add(OpKind::quantize, h, {}, a12, hidden, true);
+    add(OpKind::expert_gather, a12, {}, x, hidden, true);
+    add(OpKind::expert_matmul, x, a12, both, hidden, true,
+        {of_experts(part(Format::q4_0, experts * width, hidden, 0)),
+         of_experts(part(Format::q5_1, experts * width, hidden, width))});
+    const Ref up{both.offset + width * 4, both.stride};
+    add(OpKind::expert_activate, both, up, act, width, true);
+    add(OpKind::expert_matmul, act, {}, y, width, true,
+        {of_experts(part(Format::q8_0, experts * hidden, width, 0))});
+    add(OpKind::combine, y, h, out, hidden, false);
+    add(OpKind::gather, out, {}, last, hidden, false, {}, true);
+    std::vector<float> rows;
+    const int32_t tables[] = {0, 1};
+    for (int64_t first = 0; first < tokens; first += chunk) {
+        std::vector<int32_t> ids, places;
+        for (int64_t t = first; t < std::min(first + chunk, tokens); ++t) {
+            ids.push_back(static_cast<int32_t>(t * 7 % vocab));
+            places.push_back(static_cast<int32_t>(t - first));
+        }
+        const std::vector<int32_t> sequences(ids.size(), 0);
+        e.run({ids.data(), places.data(), sequences.data(), static_cast<int64_t>(ids.size()),
+               tables, 1, 2});
+        e.head(places.data(), static_cast<int64_t>(places.size()));
+        for (size_t t = 0; t < ids.size(); ++t) {
+            const float* row =
+                reinterpret_cast<const float*>(e.arena() + last.offset + int64_t(t) * last.stride);
+            rows.insert(rows.end(), row, row + hidden);
+        }
+    }
+    uint64_t chosen = 0;
+    for (const uint64_t count : e.expert_counts()) chosen += count;
+    check(e.routed_tokens() == uint64_t(tokens) && chosen >= uint64_t(tokens) &&
+              chosen <= uint64_t(tokens * choices),
+          "%s experts: counts are wrong", kernels.name);
+    return rows;
+}
+
+void test_layer(const Kernels& kernels) {
+    const std::vector<float> want = run_layer(kernels, 1, 37, 37);
+    bool finite = true;
+    for (const float value : want) finite &= std::isfinite(value);
+    check(finite, "%s experts: results are not finite", kernels.name);
+    for (const int threads : {1, 2, 3})
+        for (const int64_t chunk : {1, 2, 19, 37})
+            check(run_layer(kernels, threads, 37, chunk) == want,
+                  "%s experts: chunks of %lld on %d threads differ", kernels.name,
+                  static_cast<long long>(chunk), threads);
+}
+
 }  // namespace
 
 void test_moe(const Kernels& kernels) {
@@ -243,6 +333,7 @@ void test_moe(const Kernels& kernels) {
     test_copies(kernels);
     test_sums(kernels);
     test_expert_refusals(kernels);
+    test_layer(kernels);
 }
 
 }  // namespace pronk::test
