@@ -17,7 +17,6 @@ __all__ = ["configure", "run"]
 
 _LONGEST = 8192  # tokens of a run unless the user says otherwise
 _RUNS = 4  # contexts of text that are read unless the user says otherwise
-_POLICIES = ("attention", "rope_scaling")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -55,28 +54,26 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.corpus import load_corpus
     from pronk.evaluate.long_view import format_long, plot
     from pronk.evaluate.positions import default_bucket
+    from pronk.model import adapted
 
     if args.needles < 1:
         raise RequestError(f"--needles must be at least 1, not {args.needles}")
     corpus = load_corpus(args.text)
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
-        own, name = checkpoint.spec.context_length, checkpoint.spec.name
-    context = min(own, _LONGEST) if args.context is None else args.context
+        spec = adapted(checkpoint.spec, None, args.rope_scaling)
+    context = min(spec.context_length, _LONGEST) if args.context is None else args.context
     if context < 2:
         raise RequestError(f"the context must be at least 2 tokens, not {context}")
     bucket = min(default_bucket(context), context) if args.bucket is None else args.bucket
     work = _Work(args, str(path), corpus, context, bucket)
-    # A model that is not changed reads no more than its own context; the others start over.
-    variants = [work.measure({}, min(context, own))]
-    changed = {key: getattr(args, key, None) for key in _POLICIES}
-    if any(changed.values()):
-        variants.append(work.measure(changed, context))
-    elif context > own:
-        raise RequestError(
-            f"the context must be in [2, {own}] for this model, not {context}: --rope-scaling "
-            "extends it"
-        )
+    plain = None
+    if args.rope_scaling:  # past its context, as it is
+        plain = f"none:{args.rope_scaling.partition(':')[2]}"
+    variants = [work.measure("as it is", None, plain)]
+    changes = [text for text in (args.attention, args.rope_scaling) if text]
+    if changes:
+        variants.append(work.measure(", ".join(changes), args.attention, args.rope_scaling))
     result: dict[str, Any] = {
         "model": str(path),
         "text": corpus.name,
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "variants": variants,
     }
     if args.plot is not None:
-        plot(args.plot, name or path.name, result)
+        plot(args.plot, spec.name or path.name, result)
     if args.json:
         common.print_json(result)
     else:
@@ -103,36 +100,30 @@ class _Work:
         self.context, self.bucket = context, bucket
         self._trials: list[Trial] | None = None
 
-    def measure(self, changed: dict[str, str | None], context: int) -> dict[str, Any]:
-        """The figures of a model loaded with policies, at a context of its own."""
+    def measure(self, name: str, attention: str | None, rope_scaling: str | None) -> dict[str, Any]:
+        """The figures of the model loaded in one way."""
         from pronk.commands.progress import Progress
         from pronk.evaluate.corpus import encode
         from pronk.evaluate.needle import find_needles
         from pronk.evaluate.positions import by_position
 
-        changes = {key: changed.get(key) for key in _POLICIES}
-        label = ", ".join(text for text in changes.values() if text) or "as it is"
+        changes = {"attention": attention, "rope_scaling": rope_scaling}
         args = argparse.Namespace(**{**vars(self.args), **changes})
-        model, _ = common.open_model(self.path, args, context)
+        model, _ = common.open_model(self.path, args, self.context)
         with model:
-            most = args.max_tokens or _RUNS * self.context
-            ids = encode(self.corpus, model.tokenizer, most)
-            with Progress(f"positions, {label}") as progress:
-                buckets = by_position(
-                    model, ids, self.context, self.bucket,
-                    model.tokenizer.bos_id, context, progress,
-                )  # fmt: skip
+            words = model.tokenizer
+            ids = encode(self.corpus, words, args.max_tokens or _RUNS * self.context)
+            with Progress(f"positions, {name}") as progress:
+                buckets = by_position(model, ids, self.context, self.bucket, words.bos_id, progress)
             result: dict[str, Any] = {
-                "name": label,
+                "name": name,
                 **changes,
-                "context": context,
                 "kv": model.memory.kv,
                 "positions": [one.to_dict() for one in buckets],
             }
             if args.long:
-                trials = [t for t in self._asked(model) if t.length < context]
-                with Progress(f"hidden sentences, {label}") as progress:
-                    cells = find_needles(model, trials, model.tokenizer.eos_ids, progress)
+                with Progress(f"hidden sentences, {name}") as progress:
+                    cells = find_needles(model, self._asked(model), words.eos_ids, progress)
                 result["needles"] = [cell.to_dict() for cell in cells]
         return result
 

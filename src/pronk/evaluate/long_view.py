@@ -18,10 +18,7 @@ def format_long(result: Mapping[str, Any]) -> list[str]:
     variants = result["variants"]
     tokens = sum(row["tokens"] for row in variants[-1]["positions"])
     lines = [f"{result['text']}: {tokens} tokens, read {result['context']} at a time"]
-    lines += [
-        f"  {one['name']}: context {one['context']}, KV cache {format_bytes(one['kv'])}"
-        for one in variants
-    ]
+    lines += [f"  {one['name']}: KV cache {format_bytes(one['kv'])}" for one in variants]
     lines += ["", "perplexity by position", *_positions(variants)]
     for one in variants:
         if one.get("needles"):
@@ -34,37 +31,25 @@ def _positions(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     ratio = len(variants) == 2
     head = f"  {'tokens before':<16}" + "".join(f" {one['name']:>{width}}" for one in variants)
     lines = [head + ("    ratio" if ratio else "")]
-    rows: dict[tuple[int, int], list[float | None]] = {}
-    for i, one in enumerate(variants):
-        for row in one["positions"]:
-            key = (row["start"], row["stop"])
-            rows.setdefault(key, [None] * len(variants))[i] = row["nll"]
 
-    def line(label: str, losses: Sequence[float | None]) -> str:
-        cells = "".join(f" {_perplexity(loss):>{width}}" for loss in losses)
-        known = [loss for loss in losses if loss is not None]
-        tail = f" {_power(known[1] - known[0]):8.3f}" if ratio and len(known) == 2 else ""
-        return f"  {label:<16}{cells}{tail}"
+    def line(label: str, losses: Sequence[float]) -> str:
+        cells = "".join(f" {_power(loss):>{width}.3f}" for loss in losses)
+        return f"  {label:<16}{cells}" + (f" {_power(losses[1] - losses[0]):8.3f}" if ratio else "")
 
-    lines += [line(f"{a} to {b - 1}", rows[a, b]) for a, b in sorted(rows)]
-    # What all of them have scored.
-    shared = [key for key, losses in rows.items() if None not in losses]
-    if len(shared) > 1:
-        means = []
-        for one in variants:
-            both = [r for r in one["positions"] if (r["start"], r["stop"]) in shared]
-            total = sum(row["nll"] * row["tokens"] for row in both)
-            means.append(total / sum(row["tokens"] for row in both))
-        lines.append(line("all" if len(shared) == len(rows) else "all of these", means))
+    # The same text was read by all, so they have the same rows.
+    for rows in zip(*(one["positions"] for one in variants), strict=True):
+        lines.append(line(f"{rows[0]['start']} to {rows[0]['stop'] - 1}", [r["nll"] for r in rows]))
+    lines.append(line("all", [_mean(one["positions"]) for one in variants]))
     return lines
+
+
+def _mean(rows: Sequence[Mapping[str, Any]]) -> float:
+    total: float = sum(row["nll"] * row["tokens"] for row in rows)
+    return total / sum(int(row["tokens"]) for row in rows)
 
 
 def _power(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _perplexity(loss: float | None) -> str:
-    return "-" if loss is None else f"{_power(loss):.3f}"
 
 
 def _needles(one: Mapping[str, Any]) -> list[str]:
@@ -146,10 +131,13 @@ def _heat(axes: Any, one: Mapping[str, Any], key: str, title: str) -> None:
     lengths = sorted({length for length, _ in cells})
     depths = sorted({depth for _, depth in cells})
     values = [[cells[length, depth] for length in lengths] for depth in depths]
-    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center")
+            axes.text(
+                x, y, f"{value:.0%}", ha="center", va="center",
+                color="white" if value > 0.6 else "black",
+            )  # fmt: skip
     axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("tokens")

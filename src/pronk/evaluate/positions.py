@@ -126,7 +126,6 @@ def by_position(
     context: int,
     bucket: int | None = None,
     bos: int | None = None,
-    most: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Bucket]:
     """Perplexity of a text by how much of it was read before, up to a whole context.
@@ -145,8 +144,6 @@ def by_position(
         Positions that are scored together; `default_bucket` unless given.
     bos : int, optional
         The tokenizer's beginning-of-sequence id.
-    most : int, optional
-        Tokens of a run that this model can read; the rest of each run is left out.
     progress : callable, optional
         Called with the tokens read and the tokens to read.
 
@@ -162,7 +159,7 @@ def by_position(
         raise RequestError(f"a bucket must be of 1 to {context} positions, not {bucket}")
     if len(ids) < 2:
         raise RequestError(f"the text is too short: {len(ids)} token(s), and 2 are needed")
-    runs = [run[:most] for run in runs_of(ids, context, bos)]
+    runs = runs_of(ids, context, bos)
     sums = np.zeros(-(-context // bucket))
     counts = np.zeros(len(sums), np.int64)
     before, total = 0, sum(map(len, runs))

@@ -17,7 +17,7 @@ __all__ = [
 
 _MOST_POSITIONS = 1 << 24
 _MOST_FACTOR = 1024.0
-_SCALINGS = ("yarn", "linear", "dynamic")
+_SCALINGS = ("yarn", "linear", "dynamic", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,8 @@ def apply_rope_scaling(spec: ModelSpec, text: str) -> ModelSpec:
     ----------
     spec : ModelSpec
     text : str
-        ``yarn``, ``linear`` or ``dynamic``, a colon, and the factor.
+        ``yarn``, ``linear`` or ``dynamic``, a colon, and the factor; ``none`` lets a model go
+        past its context as it is, to see what the others mend.
 
     Raises
     ------
@@ -165,7 +166,7 @@ def apply_rope_scaling(spec: ModelSpec, text: str) -> ModelSpec:
     if not turned:
         raise RequestError("this model has no rope to scale")
     ropes = list(spec.ropes)
-    for index in reaching or turned:
+    for index in (reaching or turned) if kind != "none" else ():
         if ropes[index].kind != "default":
             raise RequestError(
                 f"this model's rope is scaled already ({ropes[index].kind}): it cannot be scaled "
