@@ -129,7 +129,7 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict
     arch = next(
         a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == ARCHITECTURES.get(family, family)
     )
-    names = gguf.get_tensor_name_map(arch, 32)
+    names = gguf.get_tensor_name_map(arch, 64)
     out = {}
     for name, weight in _parted(tensors).items():
         for at, part in enumerate(("q_proj", "k_proj")):

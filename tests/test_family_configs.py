@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import tiny_dir, tiny_gguf
+from checkpoints import hf_tensors, tiny_dir, tiny_gguf
 
 from pronk.checkpoint.bundle import write_bundle
 from pronk.checkpoint.open import open_checkpoint
@@ -236,6 +236,20 @@ def test_parts_of_one_matrix_lie_where_they_say(tmp_path: Path) -> None:
                 assert info.rows * info.cols > 0 and len(raw) == info.nbytes
 
 
+def test_transposed_experts_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_dir(tmp_path / "hf", "llama4_text", **MADE["llama4_text"])
+    stored = hf_tensors(path)["model.layers.0.feed_forward.experts.gate_up_proj"]
+    width = stored.shape[2] // 2
+    gate, up = stored[:, :, :width].swapaxes(1, 2), stored[:, :, width:].swapaxes(1, 2)
+    monkeypatch.setattr("pronk.checkpoint.rows._STRIP", 7 * 4 * stored.shape[1])  # 7 rows
+    with open_checkpoint(path) as checkpoint:
+        for start, stop in [(0, 2 * width), (3, 5), (width - 2, width + 9), (6, 8), (4, 4)]:
+            for name, whole in (("gate", gate), ("up", up)):
+                tensor = f"model.layers.0.mlp.experts.{name}_proj.weight"
+                want = whole.reshape(-1, stored.shape[1])[start:stop]
+                np.testing.assert_array_equal(checkpoint.read_float(tensor, start, stop), want)
+
+
 def test_experts_one_by_one_in_files_of_old(tmp_path: Path) -> None:
     import gguf
 
@@ -273,3 +287,13 @@ def test_bundles_of_other_families_are_refused(tmp_path: Path) -> None:
     with open_checkpoint(window) as checkpoint, pytest.raises(RequestError, match="windows"):
         write_bundle(checkpoint, {}, tmp_path / "out", quantize=lambda *_: iter(()), meta={})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_gemma_scales_scores_by_its_hidden_size(tmp_path: Path) -> None:
+    for layers, scale in ((46, 64 / 4), (45, None)):  # as llama.cpp tells it from the others
+        path = tiny_dir(
+            tmp_path / f"{layers}", "gemma2", num_hidden_layers=layers, head_dim=32,
+            query_pre_attn_scalar=32,
+        )  # fmt: skip
+        with open_checkpoint(tiny_gguf(tmp_path / "m.gguf", path)) as checkpoint:
+            assert checkpoint.spec.attention_scale == (scale and pytest.approx(scale**-0.5))
