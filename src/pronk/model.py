@@ -335,23 +335,34 @@ class Model:
         finally:
             self._end(request)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position.
+    def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+        """Next-token logits at every position, or at the last ones.
 
         Parameters
         ----------
         ids : sequence of int
             At most the context's length.
+        last : int, optional
+            How many positions; all unless given.
 
         Returns
         -------
         ndarray, float32 [tokens, vocabulary]
-            Row i is the prediction after ``ids[: i + 1]``.
+            Row i is the prediction after ``ids[: i + 1]``, if all are asked for.
+
+        Raises
+        ------
+        RequestError
+            If there are no tokens, more than the context holds, or fewer than `last`.
         """
         self._open()
         tokens = self.encode(ids)
-        parts = self._engine.logits(tokens)  # checked before anything of their size is allocated
-        out = np.empty((len(tokens), self.spec.vocab_size), np.float32)
+        count = len(tokens) if last is None else last
+        # Checked before anything of their size is allocated.
+        parts = self._engine.logits(tokens, len(tokens) - count)
+        if not 1 <= count <= len(tokens):
+            raise RequestError(f"last must be in [1, {len(tokens)}], not {last}")
+        out = np.empty((count, self.spec.vocab_size), np.float32)
         done = 0
         for part in parts:
             out[done : done + len(part)] = part

@@ -248,8 +248,8 @@ class Engine:
         for session in list(self._sessions):
             self.drop_session(session)
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Logits of every token of one sequence, in chunks of [<= max_tokens, vocab].
+    def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Logits of a sequence's tokens from `first` on, in chunks of [<= max_tokens, vocab].
 
         Raises
         ------
@@ -259,9 +259,9 @@ class Engine:
         self.check(tokens)
         if len(tokens) > self.context:
             raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
-        return self._logits(tokens)
+        return self._logits(tokens, first)
 
-    def _logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def _logits(self, tokens: Sequence[int], first: int) -> Iterator[NDArray[np.float32]]:
         self.drop_sessions()
         holding = self.kv.hold()
         if not self.kv.promise(holding, len(tokens)):
@@ -272,7 +272,8 @@ class Engine:
                 part = list(tokens[start : start + at_once])
                 n = len(part)
                 positions = list(range(start, start + n))
+                rows = list(range(max(0, first - start), n))
                 self.kv.move(holding, start, start + n)
-                yield self.runner.step(part, positions, [0] * n, [holding.blocks], list(range(n)))
+                yield self.runner.step(part, positions, [0] * n, [holding.blocks], rows)
         finally:
             self.kv.release(holding)

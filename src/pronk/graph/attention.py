@@ -115,7 +115,10 @@ def apply_policy(spec: ModelSpec, policy: AttentionPolicy) -> ModelSpec:
             f"{spec.num_layers - 1}"
         )
     if policy.auto:
-        raise RequestError("the attention policy's global layers have not been chosen yet")
+        raise RequestError(
+            "the attention policy's global layers have not been chosen: list them, as "
+            "global=0:4:8 (the command line measures which do most)"
+        )
     layers = tuple(
         layer if policy.keeps(i) else _windowed(layer, policy)
         for i, layer in enumerate(spec.layers)
