@@ -24,12 +24,7 @@ from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
-from pronk.graph.attention import (
-    AttentionPolicy,
-    apply_policy,
-    apply_rope_scaling,
-    parse_policy,
-)
+from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.program import (
     Limits,
     Program,
@@ -44,7 +39,6 @@ __all__ = [
     "Model",
     "Piece",
     "Speculation",
-    "adapted",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -114,24 +108,6 @@ def compile_checkpoint(
     """The program a checkpoint runs as, from its header alone; `spec` may change its layers."""
     stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
     return compile_program(spec or checkpoint.spec, stored_dtypes(stored), limits)
-
-
-def adapted(
-    spec: ModelSpec, attention: str | AttentionPolicy | None, rope_scaling: str | None
-) -> ModelSpec:
-    """A model as the user wants it: see `load`.
-
-    Raises
-    ------
-    RequestError
-        If it cannot be so.
-    """
-    if rope_scaling is not None:
-        spec = apply_rope_scaling(spec, rope_scaling)
-    if attention is None:
-        return spec
-    policy = parse_policy(attention) if isinstance(attention, str) else attention
-    return apply_policy(spec, policy)
 
 
 class Model:

@@ -69,8 +69,8 @@ def _measure(path: Path, args: argparse.Namespace, policy: AttentionPolicy) -> d
     from pronk.commands.progress import Progress
     from pronk.evaluate.attention import window_divergence
     from pronk.evaluate.corpus import default_corpus, encode
-    from pronk.graph.attention import apply_policy
-    from pronk.model import adapted, load
+    from pronk.graph.attention import adapted, apply_policy
+    from pronk.model import load
 
     with open_checkpoint(path) as checkpoint:
         spec = adapted(checkpoint.spec, None, args.rope_scaling)

@@ -33,8 +33,9 @@ def run(args: argparse.Namespace) -> None:
     from pronk.checkpoint.sources import resolve
     from pronk.commands.choice import choose
     from pronk.device.footprint import measure
+    from pronk.graph.attention import adapted
     from pronk.graph.program import Limits, choose_context
-    from pronk.model import adapted, compile_checkpoint
+    from pronk.model import compile_checkpoint
 
     path = resolve(args.model)
     attention = choose(path, args)
