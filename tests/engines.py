@@ -78,6 +78,22 @@ def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.nd
     return np.concatenate(parts)
 
 
+class Held:
+    """The KV blocks of some sequences that share a runner."""
+
+    def __init__(self, runner: Runner, sequences: int) -> None:
+        self.kv = KvBlocks(runner.program.kv_pools, runner.program.limits.max_tokens)
+        self.of = [self.kv.hold() for _ in range(sequences)]
+
+    def tables(self, positions: list[int], sequences: list[int]) -> list[list[list[int]]]:
+        """What `Runner.step` wants, for a step that runs these tokens."""
+        for i, holding in enumerate(self.of):
+            own = [p for p, s in zip(positions, sequences, strict=True) if s == i]
+            if own:
+                self.kv.move(holding, own[0], own[-1] + 1)
+        return [holding.blocks for holding in self.of]
+
+
 def random_weights(
     graph: Graph, spec: ModelSpec, context: int = 256, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -180,7 +180,9 @@ def test_what_is_no_policy_is_refused(tiny_q4, verb):
     prompt = ("hi",) if verb == "run" else ()
     error = sentence(verb, tiny_q4, *prompt, "--attention", "window=0")
     assert "window of the attention policy" in error
-    assert "yarn, linear or dynamic" in sentence(verb, tiny_q4, *prompt, "--rope-scaling", "ntk")
+    assert "yarn, linear, dynamic or none" in sentence(
+        verb, tiny_q4, *prompt, "--rope-scaling", "ntk"
+    )
 
 
 def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):

@@ -11,12 +11,11 @@ import family_cases
 import numpy as np
 import pytest
 from checkpoints import tiny_dir, tiny_gguf
-from engines import make_runner, reference_weights
+from engines import Held, make_runner, reference_weights
 from family_cases import CASES
 
 from pronk.checkpoint.families import FAMILIES
 from pronk.checkpoint.open import open_checkpoint
-from pronk.engine.blocks import KvBlocks
 from pronk.graph.build import build_decoder
 from pronk.graph.passes import CPU_PASSES, run_passes
 from pronk.graph.program import stored_dtypes
@@ -109,15 +108,11 @@ def engine_step(engine: str, path: Path):
     """``step(ids, positions, sequences, rows)`` of an engine with a checkpoint's weights."""
     if engine == "native":
         runner = make_runner(path, kv_dtype="f32", kv_tokens=512)
-        kv = KvBlocks(runner.program.kv_pools, runner.program.limits.max_tokens)
-        held = [kv.hold(), kv.hold()]
+        held = Held(runner, 2)
 
         def native(ids, positions, sequences, rows):
-            for i, holding in enumerate(held):
-                own = [p for p, s in zip(positions, sequences, strict=True) if s == i]
-                if own:
-                    kv.move(holding, own[0], own[-1] + 1)
-            return runner.step(ids, positions, sequences, [h.blocks for h in held], rows)
+            tables = held.tables(positions, sequences)
+            return runner.step(ids, positions, sequences, tables, rows)
 
         return native
     with open_checkpoint(path) as checkpoint:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engines import isas, random_runner, run_whole
+from engines import Held, isas, random_runner, run_whole
 
 from pronk.graph.reference import Reference
 from pronk.spec import LayerSpec, ModelSpec, RopeSpec
@@ -67,10 +67,12 @@ def test_chunks_threads_and_parts_do_not_matter(name, isa, kv_dtype):
         runner = random_runner(SPECS[name], threads=threads, **limits)[0]
         np.testing.assert_array_equal(run_whole(runner, IDS, chunk), whole)
     # A few tokens at a time: pasts of more than one chunk are cut over threads.
-    blocks = [list(range(20))]
+    held = Held(runner, 1)
+    held.tables(list(range(508)), [0] * 508)
     for start, stop in ((508, 509), (509, 516), (520, 521), (540, 542), (599, 600)):
         positions, count = list(range(start, stop)), stop - start
-        got = runner.step(IDS[start:stop], positions, [0] * count, blocks, list(range(count)))
+        tables = held.tables(positions, [0] * count)
+        got = runner.step(IDS[start:stop], positions, [0] * count, tables, list(range(count)))
         np.testing.assert_array_equal(got, whole[start:stop])
 
 
@@ -80,7 +82,7 @@ def test_company_does_not_matter(name):
     prompts = [IDS[:150], IDS[200:233], IDS[300:301], IDS[400:520]]
     alone = [run_whole(random_runner(SPECS[name], **limits)[0], prompt) for prompt in prompts]
     runner = random_runner(SPECS[name], **limits)[0]
-    blocks = [[4 * j + i for j in range(6)] for i in range(4)]
+    held = Held(runner, 4)
     done = [0] * 4
     got = [[] for _ in prompts]
     for turn in range(1000):
@@ -93,27 +95,9 @@ def test_company_does_not_matter(name):
             done[i] += n
         if not ids:
             break
-        logits = runner.step(ids, positions, sequences, blocks, list(range(len(ids))))
+        tables = held.tables(positions, sequences)
+        logits = runner.step(ids, positions, sequences, tables, list(range(len(ids))))
         for i, row in zip(sequences, logits, strict=True):
             got[i].append(row)
     for rows, expected in zip(got, alone, strict=True):
         np.testing.assert_array_equal(np.stack(rows), expected)
-
-
-@pytest.mark.parametrize("layer", [LayerSpec("window", 64), LayerSpec("window", 50, 3)])
-def test_blocks_behind_a_window_are_not_asked_for(layer):
-    spec = layers(layer, layer)
-    runner, _ = random_runner(spec, context=640)
-    full = list(range(20))
-    whole = run_whole(runner, IDS)
-    kept = {0} if layer.sinks else set()
-    for position in (300, 575, 599):
-        first = (position - layer.window + 1) // 32
-        bare = [b if b >= first or b in kept else -1 for b in full]
-        run_whole(runner, IDS[: position + 1])
-        got = runner.step([IDS[position]], [position], [0], [bare], [0])
-        np.testing.assert_array_equal(got[0], whole[position])
-        if first > 0:
-            with pytest.raises(ValueError, match="KV block"):
-                bare[first] = -1
-                runner.run([IDS[position]], [position], [0], [bare])

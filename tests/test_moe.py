@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engines import fill_runner, isas, random_weights, run_whole
+from engines import Held, fill_runner, isas, random_weights, run_whole
 
 from pronk.engine.runner import Runner
 from pronk.errors import CheckpointError, RequestError
@@ -113,7 +113,7 @@ def test_company_does_not_matter(dtype):
     runner, _ = make(SPEC, dtype, kv_tokens=512)
     prompts = [IDS[:40], IDS[20:60], IDS[60:]]
     alone = [run_whole(runner, prompt) for prompt in prompts]
-    blocks = [[2 * i, 2 * i + 1] for i in range(3)]
+    held = Held(runner, 3)
     got = [[] for _ in prompts]
     for start in range(0, 40, 9):
         ids, positions, sequences = [], [], []
@@ -122,7 +122,8 @@ def test_company_does_not_matter(dtype):
             ids += part
             positions += range(start, start + len(part))
             sequences += [i] * len(part)
-        logits = runner.step(ids, positions, sequences, blocks, list(range(len(ids))))
+        tables = held.tables(positions, sequences)
+        logits = runner.step(ids, positions, sequences, tables, list(range(len(ids))))
         for i, row in zip(sequences, logits, strict=True):
             got[i].append(row)
     for rows, expected in zip(got, alone, strict=True):

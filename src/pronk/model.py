@@ -24,12 +24,7 @@ from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
-from pronk.graph.attention import (
-    AttentionPolicy,
-    apply_policy,
-    apply_rope_scaling,
-    parse_policy,
-)
+from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
 from pronk.graph.program import (
     Limits,
@@ -45,7 +40,6 @@ __all__ = [
     "Model",
     "Piece",
     "Speculation",
-    "adapted",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -115,24 +109,6 @@ def compile_checkpoint(
     """The program a checkpoint runs as, from its header alone; `spec` may change its layers."""
     stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
     return compile_program(spec or checkpoint.spec, stored_dtypes(stored), limits)
-
-
-def adapted(
-    spec: ModelSpec, attention: str | AttentionPolicy | None, rope_scaling: str | None
-) -> ModelSpec:
-    """A model as the user wants it: see `load`.
-
-    Raises
-    ------
-    RequestError
-        If it cannot be so.
-    """
-    if rope_scaling is not None:
-        spec = apply_rope_scaling(spec, rope_scaling)
-    if attention is None:
-        return spec
-    policy = parse_policy(attention) if isinstance(attention, str) else attention
-    return apply_policy(spec, policy)
 
 
 class Model:
@@ -336,23 +312,34 @@ class Model:
         finally:
             self._end(request)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position.
+    def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+        """Next-token logits at every position, or at the last ones.
 
         Parameters
         ----------
         ids : sequence of int
             At most the context's length.
+        last : int, optional
+            How many positions; all unless given.
 
         Returns
         -------
         ndarray, float32 [tokens, vocabulary]
-            Row i is the prediction after ``ids[: i + 1]``.
+            Row i is the prediction after ``ids[: i + 1]``, if all are asked for.
+
+        Raises
+        ------
+        RequestError
+            If there are no tokens, more than the context holds, or fewer than `last`.
         """
         self._open()
         tokens = self.encode(ids)
-        parts = self._engine.logits(tokens)  # checked before anything of their size is allocated
-        out = np.empty((len(tokens), self.spec.vocab_size), np.float32)
+        count = len(tokens) if last is None else last
+        # Checked before anything of their size is allocated.
+        parts = self._engine.logits(tokens, len(tokens) - count)
+        if not 1 <= count <= len(tokens):
+            raise RequestError(f"last must be in [1, {len(tokens)}], not {last}")
+        out = np.empty((count, self.spec.vocab_size), np.float32)
         done = 0
         for part in parts:
             out[done : done + len(part)] = part

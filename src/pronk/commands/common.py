@@ -50,7 +50,8 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="POLICY",
         help="window=512,global-every=4,sinks=4: all but every 4th layer see the last 512 "
-        "positions and the first 4; global=0:4:8 lists the layers that see all",
+        "positions and the first 4; global=0:4:8 lists the layers that see all, global=auto:8 "
+        "measures which should",
     )  # fmt: skip
     parser.add_argument(
         "--rope-scaling", metavar="KIND:FACTOR",
@@ -159,14 +160,16 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     ``args`` holds what `add_runtime` declares.
     """
     from pronk.checkpoint.sources import resolve
+    from pronk.commands.choice import choose
     from pronk.model import load
 
     path = resolve(name)  # a download is not part of the load time
+    attention = choose(path, args)
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
-        attention=args.attention, rope_scaling=args.rope_scaling,
+        attention=attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
         experts=getattr(args, "dynamic_experts", ""),
     )  # fmt: skip
