@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -68,8 +69,8 @@ def test_chunks_threads_and_parts_do_not_matter(name, isa, kv_dtype):
         np.testing.assert_array_equal(run_whole(runner, IDS, chunk), whole)
     # A few tokens at a time: pasts of more than one chunk are cut over threads.
     held = Held(runner, 1)
-    held.tables(list(range(508)), [0] * 508)
-    for start, stop in ((508, 509), (509, 516), (520, 521), (540, 542), (599, 600)):
+    cuts = [*range(0, 508, 100), 508, 509, 516, 520, 521, 540, 542, 599, 600]
+    for start, stop in itertools.pairwise(cuts):
         positions, count = list(range(start, stop)), stop - start
         tables = held.tables(positions, [0] * count)
         got = runner.step(IDS[start:stop], positions, [0] * count, tables, list(range(count)))
