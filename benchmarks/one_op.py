@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pronk.engine.runner import Runner
 from pronk.graph.ir import Graph, Op, Ref, Value, Weight
 from pronk.graph.memory import plan_layout, weight_bytes
-from pronk.graph.passes import CPU_PASSES, fuse_siblings, run_passes
+from pronk.graph.passes import CPU_PASSES, chain_rows, fuse_siblings, run_passes
 from pronk.graph.program import Limits, Program, compile_program
 from pronk.graph.rope import model_frequencies
 from pronk.spec import LayerSpec, ModelSpec
@@ -77,13 +77,15 @@ def native_formats() -> list[str]:
     return [name for name in BLOCKS if name in GROUPED]
 
 
-def random_rows(rng: np.random.Generator, dtype: str, rows: int, cols: int) -> NDArray[np.uint8]:
-    """Rows of random blocks of a format with small scales, as they lie in a file."""
+def random_rows(
+    rng: np.random.Generator, dtype: str, rows: int, cols: int, scale: float = 0.01
+) -> NDArray[np.uint8]:
+    """Rows of random blocks of a format with one scale, as they lie in a file."""
     elements, size, scales = BLOCKS[dtype]
     blocks = rng.integers(0, 256, (rows, cols // elements, size), np.uint8)
-    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    bytes_of_scale = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
     for at in scales:
-        blocks[..., at : at + 2] = scale
+        blocks[..., at : at + 2] = bytes_of_scale
     return blocks.reshape(rows, -1)
 
 
@@ -96,7 +98,8 @@ class Bench:
 
     def program(self, graph: Graph, cols: int, tokens: int) -> Program:
         """A graph without attention as a program that the executor takes."""
-        passes = tuple(p for p in CPU_PASSES if p is not fuse_siblings)  # one op each
+        joining = (fuse_siblings, chain_rows)
+        passes = tuple(p for p in CPU_PASSES if p not in joining)  # one op each
         graph = run_passes(graph, passes)
         spec = ModelSpec("llama", "", VOCAB, cols, cols, 1, 1, 32, 1e-5, 64, True, (LayerSpec(),))
         limits = Limits(64, max_tokens=tokens, max_rows=1)
@@ -165,7 +168,8 @@ class Bench:
             if kind == "rms_norm":
                 ops.append(Op(kind, (Ref("x"),), out, ("norm",), {"eps": 1e-5}))
             else:
-                ops.append(Op(kind, (Ref("x"), Ref("x")), out))
+                attrs = {"fn": "silu"} if kind == "activate" else {}
+                ops.append(Op(kind, (Ref("x"), Ref("x")), out, attrs=attrs))
             values.append(Value(out, "T", width))
         return self.load(self.program(self.graph(width, ops, values, weights), width, tokens))
 

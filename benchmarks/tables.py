@@ -333,9 +333,22 @@ def _hidden(variants: Sequence[Result]) -> str:
     return markdown(head, rows)
 
 
+def moe(result: Result) -> str:
+    """The table of a `moe.py` result."""
+    head = [f"random weights, {result['format']}", "parameters, M", "weights, MB",
+            "read a token, MB", "decode"]  # fmt: skip
+    rows = []
+    for name, model in result["models"].items():
+        values = [r["values"][name] for r in good_rounds(result, result["limits"])]
+        sizes = [f"{model[key] / 1e6:,.0f}" for key in ("parameters", "weights", "read")]
+        rows.append([name, *sizes, f"{statistics.median(values):.1f}"])
+    text = f"The mixture decodes at {result['ratio']:.0%} of the dense model's speed."
+    return "\n\n".join([markdown(head, rows), text, _limits(result["limits"])])
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
-              "fitting": fitting, "speculation": speculation,
+              "fitting": fitting, "speculation": speculation, "moe": moe,
               "long_context": long_context}  # fmt: skip
     return makers[result["benchmark"]](result)

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 namespace pronk {
 
@@ -34,8 +36,9 @@ int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     int64_t total = 0;
     for (const KvGroup& group : kv.groups) {
         require(within(group.num_blocks, 0, kMaxSide) && within(group.block_bytes, 0, kMaxSide) &&
-                    group.block_bytes % 64 == 0 && within(group.window, 0, kMaxSide) &&
-                    within(group.sinks, 0, kMaxSide) && (group.window || !group.chunked),
+                    group.block_bytes % 64 == 0 && within(group.window.size, 0, kMaxSide) &&
+                    within(group.window.sinks, 0, kMaxSide) &&
+                    (group.window.size || !group.window.chunked),
                 "a KV group is out of range");
         const int64_t bytes = group.num_blocks * group.block_bytes;
         require(bytes <= INT64_MAX - total, "KV groups are too large");
@@ -58,6 +61,7 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
     int64_t at = 0;
     for (const KvGroup& group : kv_shape_.groups) {
         pools_.push_back(at);
+        chunks_.push_back(0);
         at += group.num_blocks * group.block_bytes;
     }
 }
@@ -118,17 +122,29 @@ void Executor::write(int64_t offset, const float* values, int64_t count) {
 }
 
 void Executor::add(Op op) {
+    if (op.kind >= OpKind::route) {
+        require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
+        require(ops_.empty() || !ops_.back().head, "a body op follows a head op");
+        check_experts(op);
+        if (op.kind == OpKind::route)
+            op.layer = static_cast<int64_t>(expert_counts_.size()) / op.experts - 1;
+        ops_.push_back(std::move(op));
+        times_.clear();
+        return;
+    }
     const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention_parts ||
                          op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
     const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
-                        op.kind == OpKind::rms_norm || op.kind == OpKind::silu_mul;
+                        op.kind == OpKind::rms_norm || op.kind == OpKind::layer_norm ||
+                        op.kind == OpKind::activate;
     require(!op.quantized || planar, "an op that writes floats alone is asked to quantize");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
     const int64_t out_bytes = act_row_bytes(op.cols, op.quantized);
     // Quantized rows come in blocks.
     const int64_t act_count = op.quantized ? round_up(count, kActRows) : count;
     const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
+    const Attend& attend = op.attend;
     require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
     require(!op.head || !(attends || op.kind == OpKind::embed || op.kind == OpKind::rope_table),
             "an op that needs positions or ids belongs to the body");
@@ -140,16 +156,27 @@ void Executor::add(Op op) {
             break;
         case OpKind::rope_table: check(op.out, count, op.cols * 4, "rope table"); break;
         case OpKind::rms_norm:
+            if (op.b.offset >= 0) {
+                require(!op.quantized, "a norm with a residual writes floats");
+                check(op.b, count, op.cols * 4, "norm residual");
+            }
+            [[fallthrough]];
+        case OpKind::layer_norm:
         case OpKind::quantize:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "input");
             check(op.out, act_count, out_bytes, "output");
             break;
-        case OpKind::silu_mul:
+        case OpKind::activate:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
             check(op.a, count, op.cols * 4, "gate");
-            check(op.b, count, op.cols * 4, "up");
-            check(op.out, act_count, out_bytes, "silu_mul output");
+            if (op.b.offset >= 0) check(op.b, count, op.cols * 4, "up");
+            check(op.out, act_count, out_bytes, "activation's output");
+            break;
+        case OpKind::softcap:
+            require(op.scalar > 0, "a cap must be positive");
+            check(op.a, count, round_up(op.cols, kPanel) * 4, "softcap input");
+            check(op.out, count, round_up(op.cols, kPanel) * 4, "softcap output");
             break;
         case OpKind::add:
             require(op.cols % kGroup == 0, "row length must be a multiple of 32");
@@ -191,18 +218,50 @@ void Executor::add(Op op) {
                                         2 * kv_heads * kv_head_bytes(kv_shape_.type, dim),
                     "attention shape does not fit its KV block");
             check(op.a, count, (op.heads + 2 * kv_heads) * dim * 4, "qkv");
-            if (op.kind == OpKind::rope_store)
-                check(op.b, count, dim * 4, "rope table");
-            else
-                check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
+            if (op.kind == OpKind::rope_store) {
+                if (op.b.offset >= 0) check(op.b, count, dim * 4, "rope table");
+                require(op.norm.kind == HeadNorm::none || op.norm.kind == HeadNorm::l2 ||
+                            (op.norm.q && op.norm.k),
+                        "a norm of queries and keys has no weights");
+                break;
+            }
+            check(op.b, count, op.heads * (dim + kPartTail) * 4, "attention parts");
             if (op.kind == OpKind::attention)
                 check(op.out, count, op.heads * dim * 4, "attention output");
+            require(attend.growth_span >= 1 && attend.softcap >= 0 &&
+                        std::isfinite(attend.softcap) && std::isfinite(attend.growth),
+                    "what attention sees is out of range");
+            require(op.slopes.empty() || static_cast<int64_t>(op.slopes.size()) == op.heads,
+                    "linear biases are not one a head");
+            op.attend.window = kv_shape_.groups[static_cast<size_t>(op.group)].window;
             break;
+        default: break;  // experts were checked above
     }
     // The head follows the body: run() walks the one, head() the other.
     require(op.head || ops_.empty() || !ops_.back().head, "a body op follows a head op");
     ops_.push_back(std::move(op));
     times_.clear();  // one an op, or none
+}
+
+void Executor::chain() {
+    const auto by_row = [](const Op& op) {
+        switch (op.kind) {
+            case OpKind::embed:
+            case OpKind::rope_table:
+            case OpKind::rms_norm:
+            case OpKind::layer_norm:
+            case OpKind::quantize:
+            case OpKind::activate:
+            case OpKind::add:
+            case OpKind::gather: return true;
+            default: return false;
+        }
+    };
+    const size_t count = ops_.size();
+    require(count >= 2 && ops_[count - 1].head == ops_[count - 2].head && by_row(ops_[count - 1]) &&
+                by_row(ops_[count - 2]),
+            "an op is chained to one that it must wait for");
+    ops_.back().chained = true;
 }
 
 void Executor::run(const Batch& batch) {
@@ -216,13 +275,14 @@ void Executor::run(const Batch& batch) {
     require_range(batch.positions, batch.tokens, limits_.max_blocks * kBlock, "position");
     require_range(batch.sequences, batch.tokens, batch.sequence_count, "sequence index");
     check_tables(batch);
+    for (size_t i = 0; i < chunks_.size(); ++i)
+        chunks_[i] = chunks(batch, kv_shape_.groups[i].window);
     last_tokens_ = batch.tokens;
     walk({{batch.ids, batch.positions, batch.sequences},
           batch.tables,
           nullptr,
           batch.tokens,
           false,
-          chunks(batch),
           batch.sequence_count * limits_.max_blocks});
 }
 
@@ -237,8 +297,8 @@ void Executor::check_tables(const Batch& batch) const {
                               positions[end] > positions[end - 1];)
                 ++end;
             const int32_t* blocks = tables + sequences[t] * limits_.max_blocks;
-            const int64_t first = group.first_seen(positions[t]), from = first / kBlock;
-            const int64_t sinks = round_up(std::min(group.sinks, first), kBlock) / kBlock;
+            const int64_t from = group.window.first(positions[t]) / kBlock;
+            const int64_t sinks = round_up(group.window.before(positions[t]), kBlock) / kBlock;
             require_range(blocks, sinks, group.num_blocks, "KV block");
             require_range(blocks + from, positions[end - 1] / kBlock + 1 - from, group.num_blocks,
                           "KV block");
@@ -248,25 +308,28 @@ void Executor::check_tables(const Batch& batch) const {
 }
 
 // Few sequences with long pasts leave threads idle unless a past is cut too.
-int64_t Executor::chunks(const Batch& batch) const {
+int64_t Executor::chunks(const Batch& batch, const Window& window) const {
     int64_t runs = 1;  // of tokens that go through a past together
     for (int64_t t = 1; t < batch.tokens; ++t) runs += batch.sequences[t] != batch.sequences[t - 1];
     if (runs * kv_shape_.heads >= 4 * team_.size()) return 0;
-    const int64_t longest = *std::max_element(batch.positions, batch.positions + batch.tokens);
-    const int64_t count = longest / kChunk + 1;
+    int64_t count = 0;
+    for (int64_t t = 0; t < batch.tokens; ++t)
+        count = std::max(count, window.chunks(batch.positions[t]));
     return count > 1 && batch.tokens * count <= limits_.max_tokens ? count : 0;
 }
 
 void Executor::head(const int32_t* rows, int64_t count) {
     require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
     require_range(rows, count, last_tokens_, "logit row");
-    walk({{}, nullptr, rows, count, true, 0, 0});
+    walk({{}, nullptr, rows, count, true, 0});
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
-    if (op.kind == OpKind::attention_parts) return step.chunks * kv_shape_.heads;
-    if (op.kind == OpKind::attention)
-        return step.count * (step.chunks ? op.heads : kv_shape_.heads);
+    const auto chunks = [&] { return chunks_[static_cast<size_t>(op.group)]; };
+    if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
+    if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
+    if (op.kind >= OpKind::route) return expert_items(op, step);
+    if (op.kind == OpKind::softcap) return step.count * ((op.cols + kCapPiece - 1) / kCapPiece);
     if (op.kind != OpKind::matmul) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
@@ -276,28 +339,57 @@ int64_t Executor::items(const Op& op, const Step& step) const {
 void Executor::walk(const Step& step) {
     using Clock = std::chrono::steady_clock;
     const auto caller = std::this_thread::get_id();
+    const size_t count_of_ops = ops_.size();
+    const auto count_of = [&](const Op& op) { return op.head == step.head ? items(op, step) : 0; };
+    // An op of one item is run by whoever is last in the barrier before it, while the others wait
+    // there anyway. To be timed, ops run by themselves.
+    const auto run_lone = [&](size_t i) {
+        for (; i < count_of_ops; ++i) {
+            const Op& op = ops_[i];
+            const int64_t count = count_of(op);
+            if (count > 1 || (count == 1 && !times_.empty())) break;
+            if (count == 0) continue;
+            apply(op, step, 0, 1);
+            if (op.kind == OpKind::route) run_dispatch(op, step);
+        }
+        resume_ = i;
+    };
     const std::function<void()> task = [&] {
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
-        Clock::time_point start, worked;
-        for (const Op& op : ops_) {
-            if (op.head != step.head) continue;
-            const int64_t count = items(op, step);
-            if (count == 0) continue;
+        Clock::time_point then, worked;
+        const auto spend = [&](size_t at, Clock::time_point now) {
+            times_[at].total_ns += std::chrono::nanoseconds(now - std::exchange(then, now)).count();
+        };
+        for (size_t begin = 0; begin < count_of_ops;) {
+            const Op& op = ops_[begin];
+            size_t end = begin + 1;  // of the chain
+            while (end < count_of_ops && ops_[end].chained) ++end;
+            const int64_t count = count_of(op);
+            if (count == 0) {
+                begin = end;
+                continue;
+            }
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
-            if (timed) start = Clock::now();
+            if (timed) then = Clock::now();
             for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
-                apply(op, step, i, std::min(i + grain, count));
+                for (size_t at = begin; at < end; ++at) {
+                    apply(ops_[at], step, i, std::min(i + grain, count));
+                    if (timed) spend(at, Clock::now());
+                }
             if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
-            team_.barrier([&] { next_.store(0, std::memory_order_relaxed); });
+            team_.barrier([&] {
+                next_.store(0, std::memory_order_relaxed);
+                if (op.kind == OpKind::route) run_dispatch(op, step);
+                run_lone(end);
+            });
             if (timed) {
-                const auto end = Clock::now();
-                Times& times = times_[static_cast<size_t>(&op - ops_.data())];
-                ++times.calls;
-                times.total_ns += std::chrono::nanoseconds(end - start).count();
-                times.wait_ns += std::chrono::nanoseconds(end - worked).count();
+                for (size_t at = begin; at < end; ++at) ++times_[at].calls;
+                spend(end - 1, Clock::now());
+                times_[end - 1].wait_ns += std::chrono::nanoseconds(then - worked).count();
             }
+            begin = resume_;
         }
     };
     team_.run(task);
@@ -320,25 +412,35 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
-            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, step.tokens.ids, out,
-                           first, last);
+            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, op.scale,
+                           step.tokens.ids, out, first, last);
         case OpKind::rope_table:
-            return k.rope_table(step.tokens.positions, op.vector, op.cols / 2, out, first, last);
+            return k.rope_table(step.tokens.positions, op.vector, op.scalar, op.cols / 2, out,
+                                first, last);
         case OpKind::rms_norm:
-            return k.rms_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
+            return k.rms_norm(a, op.vector, op.scalar, op.cols, b, out, op.quantized, first, last);
+        case OpKind::layer_norm:
+            return k.layer_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
         case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
-        case OpKind::silu_mul: return k.silu_mul(a, b, op.cols, out, op.quantized, first, last);
+        case OpKind::activate:
+            return k.activate(op.fn, a, b, op.cols, out, op.quantized, first, last);
+        case OpKind::softcap: return k.softcap(a, op.scalar, op.cols, out, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
-        case OpKind::rope_store: return k.rope_store(a, b, op.heads, kv, step.tokens, first, last);
+        case OpKind::rope_store:
+            return k.rope_store(a, b, op.heads, op.norm, kv, step.tokens, first, last);
         case OpKind::attention_parts:
-            return k.attention_parts(a, op.heads, op.scalar, kv, step.tokens, b, step.count,
-                                     step.chunks, first, last);
-        case OpKind::attention:
-            if (step.chunks)
-                return k.attention_join(b, op.heads, kv.head_dim, step.tokens, step.chunks, out,
-                                        first, last);
-            return k.attention(a, op.heads, op.scalar, kv, step.tokens, out, step.count, first,
-                               last);
+        case OpKind::attention: {
+            Attend attend = op.attend;
+            attend.slopes = op.slopes.empty() ? nullptr : op.slopes.data();
+            const int64_t chunks = chunks_[static_cast<size_t>(op.group)];
+            if (op.kind == OpKind::attention_parts)
+                return k.attention_parts(a, op.heads, attend, kv, step.tokens, b, step.count,
+                                         chunks, first, last);
+            if (chunks)
+                return k.attention_join(b, op.heads, kv.head_dim, attend.window, step.tokens,
+                                        chunks, out, first, last);
+            return k.attention(a, op.heads, attend, kv, step.tokens, out, step.count, first, last);
+        }
         case OpKind::gather:
             for (int64_t i = first; i < last; ++i)
                 std::memcpy(out.row<uint8_t>(i), a.row<uint8_t>(step.rows[i]),
@@ -354,6 +456,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
                 last -= panels;
             }
             return;
+        default: return apply_experts(op, step, first, last);
     }
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "experts.h"
 #include "kernels/kernels.h"
 #include "region.h"
 #include "team.h"
@@ -15,14 +16,21 @@ enum class OpKind {
     embed,
     rope_table,
     rms_norm,
+    layer_norm,
     quantize,
     matmul,
     rope_store,
     attention_parts,
     attention,
-    silu_mul,
+    activate,
     add,
-    gather
+    gather,
+    softcap,
+    route,  // and the table of rows for each expert
+    expert_gather,
+    expert_matmul,
+    expert_activate,
+    combine
 };
 
 struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
@@ -35,14 +43,26 @@ struct Op {
     bool head = false;  // runs on the rows whose logits are asked for, not on every token
     Ref a, b, out;
     int64_t cols = 0;
-    float scalar = 0;        // epsilon, or the attention scale
+    float scalar = 0;  // epsilon, the cap, or what the angles' table is multiplied by
+    float scale = 1;   // of an embedding; a matmul's is in its parts
+    Activation fn = Activation::silu;
     bool quantized = false;  // a matmul's input, else the output
     int64_t group = 0;       // the layer's KV group
     int64_t layer = 0;       // offset of the layer within a block of its group
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
+    Attend attend = {};             // of attention; its slopes are those below
+    std::vector<float> slopes;      // [heads], or none
+    HeadNorm norm = {};             // of rope_store
     std::vector<MatmulPart> parts;
     int64_t grain = 1;  // most items a thread takes at once
+    // Experts: the table that `route` fills, what it wrote, and their sizes; `layer` counts them.
+    Ref plan, routes;
+    int64_t experts = 0, choices = 0;
+    bool scales_input = false;  // an expert's weight multiplies gate and up, not the output
+    Routing routing{};
+    // Whoever has taken rows of the op before runs this one on them too, without a barrier.
+    bool chained = false;
 };
 
 // A matrix as it lies in a file, in rows of its format; a single row of f32 is a vector.
@@ -63,16 +83,7 @@ struct Limits {
 struct KvGroup {
     int64_t block_bytes;  // of one block, all layers of the group
     int64_t num_blocks;
-    int64_t window;  // positions that a token sees, its own the last; 0: all
-    int64_t sinks;   // first positions of a sequence that it sees too
-    bool chunked;    // it sees those of its chunk of `window` positions instead
-
-    // First position that a token sees, but for sinks.
-    int64_t first_seen(int64_t position) const {
-        if (!window) return 0;
-        if (chunked) return position / window * window;
-        return position < window ? 0 : position - window + 1;
-    }
+    Window window;
 };
 
 struct KvShape {
@@ -91,6 +102,7 @@ class Executor {
     int64_t weight_bytes() const { return weights_.size(); }
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
+    const KvShape& kv_shape() const { return kv_shape_; }
 
     // Makes the KV pool and the arena resident; until then they are where they were used.
     void populate();
@@ -111,6 +123,9 @@ class Executor {
     bool restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last);
 
     void add(Op op);  // checks every reference against the arena
+    // Chains the last op to the one before it. Both must go row by row, and nothing that the chain
+    // writes may lie where one of its ops reads another row.
+    void chain();
 
     struct Batch {
         const int32_t *ids, *positions, *sequences;
@@ -132,6 +147,11 @@ class Executor {
     // From now on, times are kept from zero, or no longer.
     void profile(bool on) { times_.assign(on ? ops_.size() : 0, {}); }
     const std::vector<Times>& times() const { return times_; }
+    // How often each expert was chosen, [route ops, experts], and by how many tokens.
+    const std::vector<uint64_t>& expert_counts() const { return expert_counts_; }
+    int64_t experts() const { return moe_experts_; }
+    uint64_t routed_tokens() const { return routed_tokens_; }
+    void reset_experts();
     int64_t op_count() const { return static_cast<int64_t>(ops_.size()); }
 
   private:
@@ -141,13 +161,18 @@ class Executor {
         const int32_t* rows;
         int64_t count;
         bool head;
-        int64_t chunks;        // attention in parts of so many chunks a token; 0: in one go
         int64_t group_tables;  // entries of the tables of a group
     };
     void walk(const Step& step);
-    int64_t chunks(const Batch& batch) const;
+    int64_t chunks(const Batch& batch, const Window& window) const;
     int64_t items(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    // experts.cpp
+    void check_experts(const Op& op);
+    int64_t expert_items(const Op& op, const Step& step) const;
+    void apply_experts(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    void run_dispatch(const Op& op, const Step& step);
+    PlanEntry* plan(const Op& op) const;
     void check_tables(const Batch& batch) const;
     KvView view(const Op& op, const Step& step) const;
     Rows rows(const Ref& ref) const;
@@ -159,8 +184,14 @@ class Executor {
     std::vector<int64_t> pools_;  // where each group's pool begins
     Region weights_, arena_, kv_;
     std::vector<Op> ops_;
-    std::vector<Times> times_;  // one an op, or empty
+    std::vector<int64_t> chunks_;  // a token's past in parts of so many, by group; 0: in one go
+    std::vector<Times> times_;     // one an op, or empty
     int64_t last_tokens_ = 0;
+    int64_t moe_experts_ = 0;  // of each layer that has any
+    std::vector<int32_t> scratch_;
+    std::vector<uint64_t> expert_counts_;
+    uint64_t routed_tokens_ = 0;
+    size_t resume_ = 0;                         // the op to go on with; written in a barrier
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;
 };

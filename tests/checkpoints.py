@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf_layout import gguf_metadata, gguf_tensors
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and then the dog sleeps in the sun",
@@ -123,6 +124,17 @@ def tiny_tokenizer(path: Path, vocab_size: int = 320) -> None:
     )
 
 
+_MPT = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "max_position_embeddings": "max_seq_len",
+    "intermediate_size": "",
+    "num_key_value_heads": "",
+}
+"""MPT's names of the usual fields; it has none for the last."""
+
+
 def tiny_llama_dir(path: Path, **config: Any) -> Path:
     """`tiny_dir` of a Llama."""
     return tiny_dir(path, "llama", **config)
@@ -164,6 +176,9 @@ def tiny_dir(
     if family == "mistral":
         fields["sliding_window"] = None
     fields.update(config)
+    fields = {_MPT.get(key, key) if family == "mpt" else key: v for key, v in fields.items()}
+    fields = {key: value for key, value in fields.items() if key}
+    middle = 0.0 if family.startswith("gemma") else 1.0  # what its norms start at
     path = Path(path)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -172,7 +187,7 @@ def tiny_dir(
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim == 1:  # norms start at one and biases at zero: hide no mistake
-                    weight.normal_(1.0 if "norm" in name else 0.0, 0.2)
+                    weight.normal_(middle if "norm" in name else 0.0, 0.2)
     finally:
         torch.random.set_rng_state(state)
     extra = {} if shard is None else {"max_shard_size": shard}
@@ -192,60 +207,6 @@ def hf_tensors(hf_dir: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor."""
-    if not name.startswith("model.layers."):
-        return {
-            "model.embed_tokens.weight": "token_embd.weight",
-            "model.norm.weight": "output_norm.weight",
-            "lm_head.weight": "output.weight",
-        }[name]
-    layer, rest = name.removeprefix("model.layers.").split(".", 1)
-    part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_LAYER[part]}.{kind}"
-
-
-def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection in the order GGUF keeps: rotary pairs adjacent."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> np.ndarray:
-    """Llama 3.1's frequency divisors as llama.cpp's converter writes them."""
-    dim = config["head_dim"]
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    freqs = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    old = rope["original_max_position_embeddings"]
-    out = []
-    for length in 2 * np.pi / freqs:
-        if length < old / high:
-            out.append(1.0)
-        elif length > old / low:
-            out.append(factor)
-        else:
-            smooth = (old / length - low) / (high - low)
-            out.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(out, dtype=np.float32)
-
-
 def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> Path:
     """Write the weights and tokenizer of `hf_dir` as the GGUF file `path`, and return it.
 
@@ -256,46 +217,21 @@ def tiny_gguf(path: Path, hf_dir: Path, dtype: str = "f32", **metadata: Any) -> 
 
     path, hf_dir = Path(path), Path(hf_dir)
     config = json.loads((hf_dir / "config.json").read_text())
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    arch = "qwen2" if config["model_type"] == "qwen2" else "llama"
-    values: dict[str, Any] = {
-        "general.name": "tiny",
-        f"{arch}.block_count": config["num_hidden_layers"],
-        f"{arch}.context_length": config["max_position_embeddings"],
-        f"{arch}.embedding_length": config["hidden_size"],
-        f"{arch}.feed_forward_length": config["intermediate_size"],
-        f"{arch}.attention.head_count": heads,
-        f"{arch}.attention.head_count_kv": kv_heads,
-        f"{arch}.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        f"{arch}.rope.freq_base": float(rope.get("rope_theta", config.get("rope_theta", 1e4))),
-        **_tokenizer_metadata(hf_dir, config["vocab_size"]),
-    }
-    if arch == "llama":  # the converter writes these for no other
-        dim = config["head_dim"] or config["hidden_size"] // heads
-        values["llama.attention.key_length"] = dim
-        values["llama.attention.value_length"] = dim
-        values["llama.rope.dimension_count"] = dim
-        values["llama.vocab_size"] = config["vocab_size"]
-    if rope.get("rope_type") == "linear":
-        values[f"{arch}.rope.scaling.type"] = "linear"
-        values[f"{arch}.rope.scaling.factor"] = float(rope["factor"])
+    arch, values = gguf_metadata(config)
+    values = {"general.name": "tiny", **values}
+    values.update(_tokenizer_metadata(hf_dir, config["vocab_size"]))
     values.update({key.replace("__", "."): value for key, value in metadata.items()})
     writer = gguf.GGUFWriter(path, values.pop("general.architecture", arch))
     writer.data_alignment = values.get("general.alignment", 32)
     for key, value in values.items():
         _add(writer, key, value)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
-    for name, weight in hf_tensors(hf_dir).items():
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            weight = permute(weight, heads if "q_proj" in name else kv_heads)
-        if weight.ndim == 1 or dtype == "f32":
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(weight, dtype=np.float32))
+    for name, weight in gguf_tensors(config, hf_tensors(hf_dir)).items():
+        if weight.ndim == 1 or dtype == "f32" or "ffn_gate_inp" in name:
+            writer.add_tensor(name, np.ascontiguousarray(weight, dtype=np.float32))
         else:
             blocks = _blocks(np.ascontiguousarray(weight), kind)
-            writer.add_tensor(gguf_name(name), blocks, raw_dtype=kind)
-    if rope.get("rope_type") == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_factors(config, rope))
+            writer.add_tensor(name, blocks, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,6 +22,12 @@ def qwen() -> Path:
     return registered("qwen2.5-coder-0.5b")
 
 
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    """The path of Gemma 3 270M (253 MB): for slow tests."""
+    return registered("gemma3-270m")
+
+
 def registered(name: str) -> Path:
     """The path of a registered model, downloaded the first time; skips where it cannot be."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,16 @@ import numpy as np
 
 from pronk import _native
 from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.blocks import KvBlocks
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.graph.ir import Graph
-from pronk.graph.program import Limits
+from pronk.graph.program import Limits, compile_program
 from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
-from pronk.spec import LayerSpec
+from pronk.spec import LayerSpec, ModelSpec
 
 
 def isas() -> list[str]:
@@ -74,3 +76,74 @@ def run_whole(runner: Runner, ids: list[int], chunk: int | None = None) -> np.nd
         kv.move(holding, start, start + n)
         parts.append(runner.step(part, positions, [0] * n, [holding.blocks], list(range(n))))
     return np.concatenate(parts)
+
+
+class Held:
+    """The KV blocks of some sequences that share a runner."""
+
+    def __init__(self, runner: Runner, sequences: int) -> None:
+        self.kv = KvBlocks(runner.program.kv_pools, runner.program.limits.max_tokens)
+        self.of = [self.kv.hold() for _ in range(sequences)]
+
+    def tables(self, positions: list[int], sequences: list[int]) -> list[list[list[int]]]:
+        """What `Runner.step` wants, for a step that runs these tokens."""
+        for i, holding in enumerate(self.of):
+            own = [p for p, s in zip(positions, sequences, strict=True) if s == i]
+            if own:
+                self.kv.move(holding, own[0], own[-1] + 1)
+        return [holding.blocks for holding in self.of]
+
+
+def random_weights(
+    graph: Graph, spec: ModelSpec, context: int = 256, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Weights of a graph that no checkpoint holds: as float32, and rows as they are packed."""
+    rng = np.random.default_rng(seed)
+    exact, rows = {}, {}
+    for name, weight in graph.weights.items():
+        if weight.rows == 1:
+            computed = model_frequencies(spec, name, context)
+            exact[name] = 1 + 0.1 * rng.standard_normal(weight.cols).astype(np.float32)
+            if computed is not None:
+                exact[name] = computed.astype(np.float32)
+            continue
+        shape = (weight.rows, weight.cols)
+        values = rng.standard_normal(shape).astype(np.float32) / np.sqrt(weight.cols)
+        rows[name] = quantize(values.astype(np.float32), weight.dtype)
+        exact[name] = dequantize(rows[name], weight.dtype, weight.cols)
+    return exact, rows
+
+
+def fill_runner(
+    runner: Runner, exact: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]
+) -> Runner:
+    """Write the weights of `random_weights` into a runner."""
+    for name, weight in runner.program.graph.weights.items():
+        offset = runner.program.layout.weight_offsets[name]
+        if weight.rows == 1:
+            runner.executor.write(offset, exact[name])
+        else:
+            runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, 0, rows[name])
+    return runner
+
+
+def random_runner(
+    spec: ModelSpec, *, threads: int = 2, isa: str = "", seed: int = 0, **limits: object
+) -> tuple[Runner, dict[str, np.ndarray]]:
+    """A runner of a spec that has no checkpoint, with random float32 weights; and these."""
+    limits = {"context": 256, **limits}
+    runner = Runner(compile_program(spec, lambda name: "f32", Limits(**limits)), threads, isa)
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, weight in runner.program.graph.weights.items():
+        offset = runner.program.layout.weight_offsets[name]
+        values = model_frequencies(spec, name, limits["context"])
+        if weight.rows > 1:
+            values = rng.normal(0, 0.15, (weight.rows, weight.cols)).astype(np.float32)
+            runner.executor.pack("f32", offset, weight.rows, weight.cols, 0, values.view(np.uint8))
+        else:
+            if values is None:
+                values = rng.normal(1, 0.2, weight.cols).astype(np.float32)
+            runner.executor.write(offset, values)
+        weights[name] = values
+    return runner, weights

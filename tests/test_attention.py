@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
+from checkpoints import tiny_llama_dir
+from test_cli import pronk, sentence
 
+from pronk import load
 from pronk.errors import RequestError
+from pronk.evaluate.attention import choose_global, window_divergence
 from pronk.graph.attention import (
     AttentionPolicy,
     apply_policy,
@@ -119,7 +128,7 @@ def test_only_what_reaches_far_is_scaled() -> None:
 @pytest.mark.parametrize("text", ["", "yarn", "yarn:", "yarn:x", "yarn:1", "yarn:nan", "yarn:inf",
                                   "llama3:2", "linear:-2", "dynamic:1e9"])  # fmt: skip
 def test_what_is_no_scaling_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="rope scaling must be yarn, linear or dynamic"):
+    with pytest.raises(RequestError, match="rope scaling must be yarn, linear, dynamic or none"):
         apply_rope_scaling(SPEC, text)
 
 
@@ -128,3 +137,71 @@ def test_a_rope_is_scaled_once() -> None:
         apply_rope_scaling(apply_rope_scaling(SPEC, "yarn:4"), "linear:2")
     with pytest.raises(RequestError, match="no rope"):
         apply_rope_scaling(dataclasses.replace(SPEC, layers=(LayerSpec(rope=None),)), "yarn:4")
+
+
+class Tampered:
+    """Gives predictions that are off by an amount."""
+
+    def __init__(self, off: float) -> None:
+        self.off = off
+
+    def logits(self, ids: Sequence[int], /, *, last: int) -> np.ndarray:
+        rows = np.zeros((len(ids), 8), np.float32)
+        rows[:, 3] = self.off
+        return rows[-last:]
+
+
+def test_the_layers_that_matter_most_are_chosen() -> None:
+    offs = {0: 0.5, 2: 2.0, 3: 0.0, 7: 1.0}
+    told: list[tuple[int, int]] = []
+    found = window_divergence(
+        Tampered(0),
+        lambda layer: contextlib.nullcontext(Tampered(offs[layer])),
+        offs,
+        range(50),
+        rows=20,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # KL of the uniform distribution over 8 from one whose fourth logit is raised.
+    expected = math.log((7 + math.exp(2.0)) / 8) - 2.0 / 8
+    assert found[2] == pytest.approx(expected, rel=1e-6)
+    assert found[3] == 0
+    assert choose_global(found, 2) == (2, 7)
+    assert choose_global(found, 3) == (0, 2, 7)
+    with pytest.raises(RequestError, match="5 layers global, but only 4"):
+        choose_global(found, 5)
+
+
+def test_layers_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRONK_HOME", str(tmp_path / "home"))
+    model = tiny_llama_dir(tmp_path / "hf", num_hidden_layers=3)
+    policy = ("--attention", "window=64,sinks=2,global=auto:1", "--context", 512)
+    first = pronk("inspect", model, *policy, "--json")
+    (chosen,) = [p["layers"] for p in json.loads(first.stdout)["kv"] if p["window"] == 0]
+    assert f"layers {chosen[0]} stay global" in first.stderr
+    (kept,) = (tmp_path / "home" / "attention").iterdir()
+    divergence = {int(layer): value for layer, value in json.loads(kept.read_text()).items()}
+    assert sorted(divergence) == [0, 1, 2]
+    assert min(divergence.values()) > 0
+    assert chosen == [max(divergence, key=lambda layer: divergence[layer])]
+    # What is remembered is used: another choice follows from other figures.
+    kept.write_text(json.dumps(dict.fromkeys(range(3), 0.0) | {(chosen[0] + 1) % 3: 1.0}))
+    again = json.loads(pronk("inspect", model, *policy, "--json").stdout)
+    assert [(chosen[0] + 1) % 3] in [p["layers"] for p in again["kv"]]
+    kept.write_text("{damaged")
+    repaired = json.loads(pronk("inspect", model, *policy, "--json").stdout)
+    assert chosen in [p["layers"] for p in repaired["kv"]]
+    assert "only 3 could" in sentence("inspect", model, "--attention", "window=64,global=auto:4")
+    assert "no less than" in sentence("inspect", model, "--attention", "window=512,global=auto:1")
+
+
+def test_the_last_logits_alone(tmp_path: Path) -> None:
+    with load(tiny_llama_dir(tmp_path / "hf"), context=512) as model:
+        ids = list(range(3, 203))
+        whole = model.logits(ids)
+        for last in (1, 70, 130, 200):
+            np.testing.assert_array_equal(model.logits(ids, last=last), whole[-last:])
+        for last in (0, -1, 201):
+            with pytest.raises(RequestError, match="last must be in"):
+                model.logits(ids, last=last)

@@ -210,3 +210,24 @@ def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
     first = out.with_suffix(".svg").read_bytes()
     output.draw(result, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == first
+
+
+def test_a_mixture_is_compared_with_a_dense_model_that_reads_as_much():
+    import moe
+    import tables
+
+    sizes = {spec.name: moe.figures(moe.compiled(spec, "q4_0")) for spec in (moe.MOE, moe.DENSE)}
+    assert sizes["moe"]["read"] == pytest.approx(sizes["dense"]["read"], rel=0.01)
+    assert 0.8e9 < sizes["moe"]["parameters"] < 1.2e9
+    good, slow = {"bandwidth": 40e9}, {"bandwidth": 10e9}
+    rounds = [{"values": {"moe": 90.0, "dense": 100.0}, "probes": [good]},
+              {"values": {"moe": 50.0, "dense": 51.0}, "probes": [good, slow]}]  # fmt: skip
+    result = {"format": "q4_0", "models": sizes, "ratio": 0.9, "rounds": rounds,
+              "limits": {"bandwidth": 40e9, "int8": 1e12}}  # fmt: skip
+    for r in rounds:
+        for found in r["probes"]:
+            found["int8"] = 1e12
+    text = tables.moe(result)
+    assert "| 90.0 " in text
+    assert "| 100.0 " in text
+    assert "at 90% of the dense" in text

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from templates import FAMILIES
 
+from pronk.checkpoint.open import open_checkpoint
 from pronk.errors import RequestError
 from pronk.serve.chat import render
 
@@ -167,6 +170,116 @@ def test_renders_what_transformers_renders(
         tools=tools,
     )
     assert ours == expected
+
+
+PARTS = {
+    "role": "user",
+    "content": [{"type": "image"}, {"type": "text", "text": " What is <this>? \n"}],
+}
+CALL = {"name": "f", "arguments": {"é": "x'y", "n": 2.5, "deep": {"list": [1, None, True]}}}
+CALLS = [
+    *TURNS,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "abcdefghi", "type": "function", "function": CALL}],
+    },
+    {"role": "tool", "content": '{"temperature": 3}', "tool_call_id": "abcdefghi"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt is 3 degrees.\n"},
+    {"role": "user", "content": "Thanks."},
+]
+TYPED_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": 'Say "how" it is.',
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "place": {"type": "string", "description": "where"},
+                    "days": {"type": "array", "items": {"type": "integer"}, "nullable": True},
+                    "unit": {"enum": ["°C", "°F"], "default": "°C"},
+                    "more": {"type": "object", "properties": {"x": {"type": "blob"}}},
+                },
+                "required": ["place"],
+            },
+            "return": {"type": "string"},
+        },
+    },
+    *TOOLS,
+]
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "turns": (TURNS, {}),
+    "system": ([SYSTEM, *TURNS], {"add_generation_prompt": True}),
+    "one": ([TURNS[0]], {"add_generation_prompt": True}),
+    "parts": ([SYSTEM, PARTS], {"add_generation_prompt": True}),
+    "parts of the system": ([{"role": "system", "content": PARTS["content"][1:]}, PARTS], {}),
+    "calls": ([SYSTEM, *CALLS], {"tools": TYPED_TOOLS, "add_generation_prompt": True}),
+    "calls only": (CALLS[:-1], {"tools": TYPED_TOOLS}),
+    "tools": ([TURNS[0]], {"tools": TYPED_TOOLS, "add_generation_prompt": True}),
+    "switches": (
+        [{"role": "system", "content": "Short. /no_think"}, *TURNS],
+        {
+            "add_generation_prompt": True,
+            "enable_thinking": False,
+            "builtin_tools": ["search", "code_interpreter"],
+            "controls": {"length": "short"},
+            "documents": [{"title": "a", "text": "A <b>"}, {"title": "c", "text": "C"}],
+            "date_string": "1 May 2025",
+            "python_tools": ["print"],
+        },
+    ),
+    "out of turn": (TURNS[1:], {}),
+    "strange role": ([*TURNS[:2], {"role": "critic", "content": "no"}], {}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_render_as_with_transformers(name: str):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from jinja2.exceptions import TemplateError
+
+    rendered = 0
+    for which, (messages, options) in CONVERSATIONS.items():
+        day = time.strftime("%x")
+        try:
+            (expected,), _ = utils.render_jinja_template(
+                [copy.deepcopy(messages)],
+                chat_template=FAMILIES[name],
+                bos_token="<s>",
+                eos_token="</s>",
+                **options,
+            )
+        except (TemplateError, TypeError) as error:
+            # A refusal of the template's own, or words added to a list.
+            with pytest.raises(RequestError) as caught:
+                render_as_given(name, messages, options)
+            assert " ".join(str(error).split())[:100] in str(caught.value), which
+            continue
+        if day != time.strftime("%x"):  # midnight passed in between
+            continue
+        assert render_as_given(name, messages, options) == expected, which
+        rendered += 1
+    assert rendered >= (3 if name == "mixtral" else 5)  # which knows no system
+
+
+def test_the_real_templates_render_as_with_transformers(smollm2: Path):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    with open_checkpoint(smollm2) as checkpoint:
+        template = checkpoint.load_tokenizer().chat_template
+    assert template is not None
+    for prompt in (False, True):
+        for messages in ([SYSTEM, *TURNS], TURNS, TURNS[:1]):
+            (expected,), _ = utils.render_jinja_template(
+                [messages], chat_template=template, add_generation_prompt=prompt
+            )
+            assert render(template, messages, add_generation_prompt=prompt) == expected
+
+
+def render_as_given(name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    options = {"add_generation_prompt": False, **options}
+    return render(FAMILIES[name], messages, bos_token="<s>", eos_token="</s>", **options)
 
 
 def test_a_refusal_is_a_sentence():

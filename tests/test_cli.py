@@ -148,6 +148,43 @@ def test_inspect_counts_memory_without_weights(tiny_q4):
     assert "memory at a context of 512" in graph
 
 
+def test_inspect_shows_the_cache_by_kind(tiny_q4):
+    policy = ("--attention", "window=48,global=1,sinks=4", "--context", 512)
+    seen = json.loads(pronk("inspect", tiny_q4, *policy, "--json").stdout)
+    windows, everything = seen["kv"]
+    assert windows["attention"] == "window"
+    assert (windows["window"], windows["sinks"], windows["layers"]) == (48, 4, [0])
+    assert windows["blocks"] == -(-(48 + 128) // 32) + 1 + 1  # a window and a step, and sinks
+    assert (everything["attention"], everything["layers"]) == ("global", [1])
+    assert everything["blocks"] == 512 // 32
+    for pool in (windows, everything):
+        assert pool["bytes"] == pool["blocks"] * pool["block_bytes"]
+    assert seen["memory"]["kv"] == windows["bytes"] + everything["bytes"]
+    text = pronk("inspect", tiny_q4, *policy).stdout
+    assert "1 layer, the last 48 positions and the first 4" in text
+    assert "1 layer, all positions" in text
+    assert "2 layers, all positions" in pronk("inspect", tiny_q4).stdout
+
+
+def test_a_policy_and_a_longer_context(tiny_q4):
+    long = ("--rope-scaling", "yarn:2", "--context", 1024)
+    assert json.loads(pronk("inspect", tiny_q4, *long, "--json").stdout)["context"] == 1024
+    assert "[2, 512]" in sentence("inspect", tiny_q4, "--context", 1024)
+    options = ("--attention", "window=64,global-every=2", *long)
+    answer = pronk("run", tiny_q4, "hello " * 200, *options, "--max-tokens", 4, "--json").stdout
+    assert json.loads(answer)["tokens"]
+
+
+@pytest.mark.parametrize("verb", ["run", "chat", "bench", "eval", "inspect"])
+def test_what_is_no_policy_is_refused(tiny_q4, verb):
+    prompt = ("hi",) if verb == "run" else ()
+    error = sentence(verb, tiny_q4, *prompt, "--attention", "window=0")
+    assert "window of the attention policy" in error
+    assert "yarn, linear, dynamic or none" in sentence(
+        verb, tiny_q4, *prompt, "--rope-scaling", "ntk"
+    )
+
+
 def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)  # above 4,096 tokens
@@ -256,6 +293,8 @@ def test_parameters_out_of_range(tiny_q4, arguments, match):
         ("bench", "--tokens", 0, "2 tokens"),
         ("bench", "--prompt-tokens", -1, "--prompt-tokens"),
         ("inspect", "--context", 0, "the context"),
+        ("bench", "--experts", "--json", "this model has none"),
+        ("bench", "--dynamic-experts", "0.8", "no experts"),
     ],
 )
 def test_figures_out_of_range(tiny_q4, verb, option, value, match):

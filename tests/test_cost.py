@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pronk.graph.cost import Cost, Step, label, program_costs
 from pronk.graph.kv import KvGroup
 from pronk.graph.program import Limits, compile_program
-from pronk.spec import LayerSpec, ModelSpec
+from pronk.spec import LayerSpec, ModelSpec, MoeSpec
 
 SPEC = ModelSpec(
     family="llama", name="", vocab_size=320, hidden_size=64, intermediate_size=160, num_heads=4,
@@ -91,3 +93,27 @@ def test_a_token_multiplies_with_every_parameter(dtype):
     macs = sum(cost.macs for cost in costs(dtype, Step.of([0], [0], [1])).values())
     parameters = 320 * 64 + 2 * (128 * 64 + 64 * 64 + 320 * 64 + 64 * 160)
     assert macs == parameters + 2 * 2 * 64  # one position attended to, in two layers
+
+
+def test_a_step_reads_the_experts_it_can_choose():
+    moe = MoeSpec(experts=8, top_k=2, intermediate_size=96)
+    spec = replace(SPEC, layers=(LayerSpec(mlp="moe"),), moe=moe)
+    program = compile_program(spec, lambda name: "f32" if "router" in name else "q8_0", Limits(64))
+
+    def found(tokens):
+        step = Step.of(range(tokens), [0] * tokens)
+        costs = program_costs(program, [step])
+        return {label(program.graph, op): c for op, c in zip(program.graph.ops, costs, strict=True)}
+
+    # 12 panels of an expert: of 2 groups of 32 columns, 34 bytes each; 64 bytes of scales a panel.
+    panels = 2 * 96 // 16 * (16 * 2 * 32 + 64)
+    quantized = 192  # 2 groups of 64 bytes and 16 of scales, rounded up
+    for tokens, experts in ((1, 2), (3, 6), (40, 8)):
+        costs, rows = found(tokens), 2 * tokens
+        assert costs["expert_matmul gate|up q8_0"] == Cost(
+            experts * panels, 0, rows * (quantized + 192 * 4), rows * 192 * 64
+        )
+        assert costs["expert_matmul down q8_0"].macs == rows * 96 * 64
+        assert costs["combine"] == Cost(0, 0, (rows + 2 * tokens) * 64 * 4)
+        gathered = 2 * rows * quantized if tokens > 1 else 0
+        assert costs["expert_gather"] == Cost(0, 0, gathered)

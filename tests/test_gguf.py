@@ -140,8 +140,9 @@ def test_truncated_data_or_an_offset_past_the_end(tmp_path: Path, tied_dir: Path
 def test_an_unknown_architecture(tmp_path: Path, tied_dir: Path) -> None:
     path = tiny_gguf(tmp_path / "m.gguf", tied_dir, general__architecture="mamba")
     assert sentence(path) == (
-        "FILE has the unknown architecture 'mamba'; Pronk knows llama, qwen2 (Mistral's files "
-        "call themselves llama)"
+        "FILE has the unknown architecture 'mamba'; Pronk knows llama, llama4, smollm3, qwen2, "
+        "qwen3, qwen3moe, olmoe, gemma2, gemma3, phi3, mpt, granite (the files of Mistral and "
+        "Mixtral call themselves llama)"
     )
 
 
@@ -221,9 +222,10 @@ def test_sizes_must_agree_with_the_tensors(tmp_path: Path, tied_dir: Path) -> No
         ("llama__attention__value_length", 8, "value_length"),
         ("llama__rope__freq_base", float("nan"), "freq_base"),
         ("llama__vocab_size", 7, "claims 7 tokens"),
-        ("llama__expert_count", 8, "mixture of experts"),
-        ("llama__attention__sliding_window", 16, "sliding window"),
-        ("llama__rope__scaling__type", "yarn", "'yarn'"),
+        ("llama__expert_count", 8, "experts of a token"),
+        ("llama__attention__clamp_kqv", 1.0, "clamp_kqv"),
+        ("llama__attention__sliding_window", -1.0, "sliding_window"),
+        ("llama__rope__scaling__type", "su", "'su'; Pronk knows none, linear, yarn, longrope"),
     ]:
         with pytest.raises(CheckpointError, match=words):
             open_checkpoint(tiny_gguf(tmp_path / "m.gguf", tied_dir, **{key: value}))

@@ -8,7 +8,6 @@ from checkpoints import tiny_dir, tiny_gguf, tiny_llama_dir
 from engines import make_runner, run_whole
 
 from pronk import load
-from pronk.checkpoint.families import FAMILIES
 from pronk.checkpoint.open import open_checkpoint
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 150)]
@@ -58,7 +57,7 @@ FILES = ["hf-float32", "hf-bfloat16", "hf-sharded", "gguf-f32", "gguf-f16", "ggu
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_family_agrees_with_transformers(tmp_path, family, file, tied):
     kind, dtype = file.split("-")

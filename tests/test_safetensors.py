@@ -74,13 +74,14 @@ def test_config_layouts_old_and_new(hf_dir: Path) -> None:
         assert checkpoint.spec.head_dim == 16
 
 
-def test_mistral_without_a_window(hf_dir: Path) -> None:
+def test_the_window_of_mistral(hf_dir: Path) -> None:
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    for window in (None, 512, 4096):
+    for window in (None, 512, 4096, 128):
         with open_checkpoint(change(hf_dir, **mistral, sliding_window=window)) as checkpoint:
-            assert checkpoint.spec.family == "mistral"
-    with pytest.raises(CheckpointError, match="sliding window of 128"):
-        open_checkpoint(change(hf_dir, sliding_window=128))
+            spec = checkpoint.spec
+            assert spec.family == "mistral"
+            seen = ("window", 128) if window == 128 else ("global", 0)
+            assert {(layer.attention, layer.window) for layer in spec.layers} == {seen}
 
 
 def test_a_stray_head_of_a_tied_model_is_left_out(hf_dir: Path) -> None:
@@ -116,9 +117,8 @@ def test_a_tied_bundle_embeds_with_its_head(hf_dir: Path) -> None:
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["MambaForCausalLM"]}, "unknown architecture 'MambaForCausalLM'"),
-    ({"hidden_act": "gelu"}, "'gelu'"),
     ({"mlp_bias": True}, "mlp_bias"),
-    ({"num_hidden_layers": 10**9}, "num_layers"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ({"num_hidden_layers": 5000}, "no tensor 'model.layers.2"),
     ({"num_hidden_layers": 1}, "no part of"),
     ({"num_hidden_layers": True}, "whole number"),
@@ -131,7 +131,12 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": True}, "bias"),
     ({"attention_bias": 1}, "attention_bias"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
+    ({"rope_parameters": {"rope_type": "abf"}}, "'abf'; Pronk knows default, linear, dynamic"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": "four"}}, "factor"),
+    ({"hidden_act": "relu6"}, "'relu6'; Pronk knows silu"),
+    ({"layer_weights": [0, 2]}, "layer_weights"),
+    ({"layer_weights": [1, 0]}, "layer_weights|none of its own"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
     ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
     ({"rope_parameters": []}, "object"),
@@ -152,8 +157,10 @@ def test_a_window_that_is_off_or_wide_is_none(tmp_path: Path) -> None:
         (path / "config.json").write_text(json.dumps(config | kept))
         with open_checkpoint(path) as checkpoint:
             assert checkpoint.spec.family == "qwen2" and not checkpoint.spec.output_bias
-    with pytest.raises(CheckpointError, match="sliding window of 64"):
-        open_checkpoint(change(path, sliding_window=64, use_sliding_window=True))
+            assert {layer.attention for layer in checkpoint.spec.layers} == {"global"}
+    on = {"sliding_window": 64, "use_sliding_window": True, "layer_types": None}
+    with open_checkpoint(change(path, **on, max_window_layers=1)) as checkpoint:
+        assert [layer.window for layer in checkpoint.spec.layers] == [0, 64]
 
 
 def test_configs_that_are_refused(hf_dir: Path) -> None:

@@ -1,14 +1,10 @@
 // Executor: arrays in, arrays out; the GIL is released while a step runs.
-#include "../executor.h"
-
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
 
 #include <cstring>
+
+#include "slots.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,12 +17,8 @@ using Table = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
-using Slot = std::pair<int64_t, int64_t>;
 // Bytes of a block, blocks, window, sinks, chunked.
 using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
-using Part = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t>;
-
-Ref at(const Slot& s) { return {s.first, s.second}; }
 
 KvType parse_kv(const std::string& name) {
     if (name == "f32") return KvType::f32;
@@ -35,25 +27,22 @@ KvType parse_kv(const std::string& name) {
     throw std::invalid_argument("unknown KV type: " + name);
 }
 
-MatmulPart make_part(const Executor& e, const Part& p, int64_t cols) {
-    const auto& [format_name, offset, rows, column, bias] = p;
-    const Format format = parse_format(format_name);
-    if (rows <= 0 || cols <= 0 || column < 0 || column > kMaxSide || column % kPanel ||
-        (is_grouped(format) && cols % kGroup))
-        throw std::invalid_argument("matmul part has an impossible shape");
-    MatmulPart part;
-    part.weight = e.weight(offset, packed_bytes(format, rows, cols));
-    part.format = format;
-    part.rows = static_cast<int32_t>(rows);
-    part.column = static_cast<int32_t>(column);
-    part.bias = bias < 0
-                    ? nullptr
-                    : reinterpret_cast<const float*>(e.weight(bias, round_up(rows, kPanel) * 4));
-    return part;
-}
-
 const float* vector_at(const Executor& e, int64_t offset, int64_t count) {
     return reinterpret_cast<const float*>(e.weight(offset, count * 4));
+}
+
+HeadNorm head_norm(const Executor& e, const std::string& name, std::pair<int64_t, int64_t> weights,
+                   int64_t heads, float eps) {
+    if (name.empty()) return {};
+    if (name == "l2") return {HeadNorm::l2, nullptr, nullptr, eps};
+    if (name != "head" && name != "full")
+        throw std::invalid_argument("unknown norm of queries and keys: " + name);
+    if (heads < 1 || heads > kMaxSide) throw std::invalid_argument("heads are out of range");
+    const KvShape& kv = e.kv_shape();
+    const bool full = name == "full";
+    return {full ? HeadNorm::full : HeadNorm::head,
+            vector_at(e, weights.first, kv.head_dim * (full ? heads : 1)),
+            vector_at(e, weights.second, kv.head_dim * (full ? int64_t(kv.heads) : 1)), eps};
 }
 
 }  // namespace
@@ -72,7 +61,8 @@ void bind_executor(nb::module_& m) {
     m.def("act_row_bytes", &act_row_bytes, "cols"_a, "quantized"_a,
           "Bytes of a row of quantized activations.");
 
-    nb::class_<Executor>(m, "Executor", "Runs a program of ops over one arena.")
+    nb::class_<Executor> executor(m, "Executor", "Runs a program of ops over one arena.");
+    executor
         .def(
             "__init__",
             [](Executor* self, int threads, const std::string& isa, int64_t weight_bytes,
@@ -84,8 +74,14 @@ void bind_executor(nb::module_& m) {
                     throw std::invalid_argument("executor sizes must not be negative");
                 nb::gil_scoped_release release;
                 KvShape shape{kv_heads, head_dim, parse_kv(kv_dtype), {}};
-                for (const auto& [block_bytes, blocks, window, sinks, chunked] : kv_groups)
-                    shape.groups.push_back({block_bytes, blocks, window, sinks, chunked});
+                for (const auto& [block_bytes, blocks, window, sinks, chunked] : kv_groups) {
+                    if (window < 0 || window > kMaxSide || sinks < 0 || sinks > kMaxSide)
+                        throw std::invalid_argument("a window is out of range");
+                    shape.groups.push_back(
+                        {block_bytes,
+                         blocks,
+                         {static_cast<int32_t>(window), chunked, static_cast<int32_t>(sinks)}});
+                }
                 new (self)
                     Executor(threads, isa, weight_bytes, arena_bytes,
                              {max_tokens, max_rows, max_sequences, max_blocks, vocab}, shape);
@@ -131,27 +127,41 @@ void bind_executor(nb::module_& m) {
             "offset"_a, "values"_a)
         .def(
             "embed",
-            [](Executor& e, Part table, int64_t cols, Slot out, int64_t grain) {
+            [](Executor& e, Part table, int64_t cols, float scale, Slot out, int64_t grain) {
                 Op op{OpKind::embed};
                 op.parts = {make_part(e, table, cols)};
-                op.cols = cols, op.out = at(out), op.grain = grain;
+                op.cols = cols, op.scale = scale, op.out = at(out), op.grain = grain;
                 e.add(std::move(op));
             },
-            "table"_a, "cols"_a, "out"_a, "grain"_a)
+            "table"_a, "cols"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "rope_table",
-            [](Executor& e, int64_t frequencies, int64_t head_dim, Slot out, int64_t grain) {
+            [](Executor& e, int64_t frequencies, int64_t head_dim, float scale, Slot out,
+               int64_t grain) {
                 Op op{OpKind::rope_table};
+                op.scalar = scale;
                 op.vector = vector_at(e, frequencies, head_dim / 2);
                 op.cols = head_dim, op.out = at(out), op.grain = grain;
                 e.add(std::move(op));
             },
-            "frequencies"_a, "head_dim"_a, "out"_a, "grain"_a)
+            "frequencies"_a, "head_dim"_a, "scale"_a, "out"_a, "grain"_a)
         .def(
             "rms_norm",
+            [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot residual,
+               Slot out, bool quantized, bool head, int64_t grain) {
+                Op op{OpKind::rms_norm};
+                op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
+                op.b = at(residual), op.cols = cols, op.out = at(out), op.quantized = quantized;
+                op.head = head, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "residual"_a, "out"_a, "quantized"_a, "head"_a,
+            "grain"_a)
+        .def(
+            "layer_norm",
             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
                bool quantized, bool head, int64_t grain) {
-                Op op{OpKind::rms_norm};
+                Op op{OpKind::layer_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
                 op.cols = cols, op.out = at(out), op.quantized = quantized, op.head = head;
                 op.grain = grain;
@@ -171,48 +181,69 @@ void bind_executor(nb::module_& m) {
         .def(
             "matmul",
             [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, bool quantized,
-               Slot residual, Slot out, bool head, int64_t grain) {
+               float scale, Slot residual, Slot out, bool head, int64_t grain) {
                 Op op{OpKind::matmul};
                 op.a = at(x), op.b = at(residual), op.out = at(out);
                 op.cols = cols, op.quantized = quantized, op.head = head, op.grain = grain;
-                for (const Part& p : parts) op.parts.push_back(make_part(e, p, cols));
+                for (const Part& p : parts) {
+                    op.parts.push_back(make_part(e, p, cols));
+                    op.parts.back().scale = scale;
+                }
                 e.add(std::move(op));
             },
-            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "residual"_a, "out"_a, "head"_a, "grain"_a)
+            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
+            "grain"_a)
         .def(
             "rope_store",
             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
+               const std::string& norm, std::pair<int64_t, int64_t> weights, float eps,
                int64_t grain) {
                 Op op{OpKind::rope_store};
                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
-                op.group = group, op.grain = grain;
+                op.norm = head_norm(e, norm, weights, heads, eps), op.grain = grain;
+                op.group = group;
                 e.add(std::move(op));
             },
-            "qkv"_a, "table"_a, "heads"_a, "group"_a, "layer"_a, "grain"_a)
+            "qkv"_a, "table"_a, "heads"_a, "group"_a, "layer"_a, "norm"_a, "weights"_a, "eps"_a,
+            "grain"_a, "Without a table, where its offset is -1, nothing is turned.")
         .def(
             "attention",
             [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t group, int64_t layer,
-               float scale, Slot out, int64_t grain) {
+               float scale, Slot out, int64_t grain, float softcap, std::vector<float> slopes,
+               float growth, int32_t growth_span) {
                 Op op{OpKind::attention_parts};
                 op.a = at(qkv), op.b = at(parts), op.heads = heads, op.layer = layer;
                 op.group = group;
-                op.scalar = scale, op.out = at(out), op.grain = 1;
+                op.attend = {scale, {}, softcap, nullptr, growth, growth_span};
+                op.slopes = std::move(slopes), op.out = at(out), op.grain = 1;
                 e.add(op);
                 op.kind = OpKind::attention, op.grain = grain;
                 e.add(std::move(op));
             },
-            "qkv"_a, "parts"_a, "heads"_a, "group"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a)
+            "qkv"_a, "parts"_a, "heads"_a, "group"_a, "layer"_a, "scale"_a, "out"_a, "grain"_a,
+            nb::kw_only(), "softcap"_a = 0.0f, "slopes"_a = std::vector<float>(), "growth"_a = 0.0f,
+            "growth_span"_a = 1)
         .def(
-            "silu_mul",
-            [](Executor& e, Slot gate, Slot up, int64_t cols, Slot out, bool quantized,
-               int64_t grain) {
-                Op op{OpKind::silu_mul};
-                op.a = at(gate), op.b = at(up), op.cols = cols, op.out = at(out),
-                op.quantized = quantized;
+            "activate",
+            [](Executor& e, const std::string& fn, Slot gate, Slot up, int64_t cols, Slot out,
+               bool quantized, int64_t grain) {
+                Op op{OpKind::activate};
+                op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
+                op.out = at(out), op.quantized = quantized, op.grain = grain;
+                e.add(std::move(op));
+            },
+            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
+        .def(
+            "softcap",
+            [](Executor& e, Slot x, float cap, int64_t cols, Slot out, int64_t grain) {
+                Op op{OpKind::softcap};
+                op.a = at(x), op.scalar = cap, op.cols = cols, op.out = at(out), op.head = true;
                 op.grain = grain;
                 e.add(std::move(op));
             },
-            "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
+            "x"_a, "cap"_a, "cols"_a, "out"_a, "grain"_a)
+        .def("chain", &Executor::chain,
+             "Runs the last op on each row right after the one before it, without a barrier.")
         .def(
             "add",
             [](Executor& e, Slot a, Slot b, int64_t cols, Slot out, int64_t grain) {
@@ -264,4 +295,5 @@ void bind_executor(nb::module_& m) {
             },
             "source"_a, "rows"_a, "cols"_a,
             "Float rows of the arena as a read-only array; the next step overwrites them.");
+    bind_experts(executor);
 }

@@ -1,8 +1,12 @@
 // The sum of one chunk of a past for a tile of queries: scores, softmax, weighted values.
 //
 // A query's sum over a chunk depends on that query and the chunk alone: not on the other queries
-// of its tile, nor on their number.
+// of its tile, nor on their number. Where all queries of a tile see the chunk up to where they are,
+// that is all there is to it. Where a window ends within it for one of them, the blocks that any of
+// them sees are taken together, and what a query does not see of them weighs nothing for it: the
+// same sums in the same order, and zeros.
 #pragma once
+#include <bit>
 #include <cstring>
 #include <limits>
 
@@ -14,11 +18,51 @@ constexpr int kQueries = 16;  // rows of a tile
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;  // scores count in powers of two
 
+// Positions of a chunk that a query sees: those before `sinks`, and from `first` up to `end`.
+struct Seen {
+    int sinks, first, end;
+    bool any() const { return sinks > 0 || first < end; }
+    uint32_t blocks() const {  // a bit for each of which it sees some
+        const auto below = [](int n) { return (1u << ((n + kBlock - 1) / kBlock)) - 1; };
+        const uint32_t before = (1u << (first / kBlock)) - 1;
+        return below(sinks) | (first < end ? below(end) & ~before : 0);
+    }
+};
+
 // Queries of one sequence and KV head, in order of their lengths.
 struct Tile {
     int count;
-    int64_t length[kQueries];  // positions each attends to
+    int64_t length[kQueries];  // of the past that each could attend to
+    int64_t first[kQueries];   // from here on it does
+    int64_t sinks[kQueries];   // and up to here
+    float slope[kQueries];     // against the distance
+
     int64_t longest() const { return length[count - 1]; }
+    // From which chunk on query r has sums.
+    int64_t begin(int r) const { return sinks[r] ? 0 : first[r] / kChunk * kChunk; }
+    Seen seen(int r, int64_t from) const {
+        const auto within = [&](int64_t x) {
+            return static_cast<int>(x < from ? 0 : x - from < kChunk ? x - from : kChunk);
+        };
+        return {within(sinks[r]), within(first[r]), within(length[r])};
+    }
+    uint32_t blocks(int r, int end, int64_t from) const {  // of queries r..end
+        uint32_t all = 0;
+        for (; r < end; ++r) all |= seen(r, from).blocks();
+        return all;
+    }
+};
+
+// What becomes of scores before the softmax; they count in powers of two.
+struct Shape {
+    float softcap;
+    bool biased;
+    explicit Shape(const Attend& attend)
+        : softcap(attend.softcap * kLog2e), biased(attend.slopes != nullptr) {}
+    // Whether every query sees the chunk from `from` on up to where it is, and scores stay.
+    bool plain(const Tile& tile, int64_t from) const {
+        return tile.first[tile.count - 1] <= from && softcap == 0 && !biased;
+    }
 };
 
 // Where scores lie, one row of a chunk per query. The padding keeps rows out of each other's sets.
@@ -129,23 +173,113 @@ inline void weigh_rows(const Past& past, int64_t n, const float* weights, float*
     for (; d < dim; d += 16) weigh<bf16, R, 1>(past, n, d, weights, sums);
 }
 
+// The blocks of a chunk that some queries see, one behind the other, the last up to `count`.
+struct Picked {
+    Past past;
+    int count;
+    int32_t index[kChunkBlocks];   // of a block in the chunk
+    int32_t blocks[kChunkBlocks];  // as its past has it
+    Picked(const Past& chunk, uint32_t wanted, int end) : past(chunk), count(0) {
+        past.blocks = blocks;
+        int n = 0, last = 0;
+        for (; wanted; wanted &= wanted - 1) {
+            index[n] = last = std::countr_zero(wanted);
+            blocks[n++] = chunk.blocks[last];
+        }
+        if (n == 0) return;
+        const int left = end - last * kBlock;
+        count = (n - 1) * kBlock + (left < kBlock ? left : kBlock);
+    }
+    Picked(const Picked&) = delete;
+    Picked& operator=(const Picked&) = delete;
+    int padded() const { return (count + kBlock - 1) / kBlock * kBlock; }
+};
+
+// cap * tanh(x / cap): x times a quotient of polynomials in x^2, up to where tanh rounds to one
+// (Eigen's minimax fit; relative error under 5e-7).
+inline F cap_scores(F x, float cap) {
+    x = mul(x, set(1.0f / cap));
+    x = max(set(-7.90531110763549805f), min(set(7.90531110763549805f), x));  // a NaN stays one
+    const F y = mul(x, x);
+    F p = fma(set(-2.76076847742355e-16f), y, set(2.00018790482477e-13f));
+    p = fma(p, y, set(-8.60467152213735e-11f));
+    p = fma(p, y, set(5.12229709037114e-08f));
+    p = fma(p, y, set(1.48572235717979e-05f));
+    p = fma(p, y, set(6.37261928875436e-04f));
+    p = fma(p, y, set(4.89352455891786e-03f));
+    F q = fma(set(1.19825839466702e-06f), y, set(1.18534705686654e-04f));
+    q = fma(q, y, set(2.26843463243900e-03f));
+    q = fma(q, y, set(4.89352518554385e-03f));
+    return mul(set(cap), div(mul(x, p), q));
+}
+
+// Caps and biases the scores of query r, and takes those it does not see out with minus infinity.
+inline void shape_scores(const Shape& shape, const Tile& tile, int r, const Picked& picked,
+                         int64_t from, float* row) {
+    static constexpr float lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Seen seen = tile.seen(r, from);
+    const float slope = tile.slope[r] * kLog2e;
+    for (int i = 0; i < picked.padded(); i += kBlock) {
+        const int start = picked.index[i / kBlock] * kBlock;
+        float* scores = row + i;
+        for (int half = 0; half < kBlock; half += 16) {
+            F x = load(scores + half);
+            if (shape.softcap != 0) x = cap_scores(x, shape.softcap);
+            if (shape.biased) {
+                const int64_t distance = from + start + half - (tile.length[r] - 1);
+                const F positions = add(set(static_cast<float>(distance)), load(lane));
+                x = fma(set(slope), positions, x);
+            }
+            store(scores + half, x);
+        }
+        if (start >= seen.first && start + kBlock <= seen.end) continue;
+        for (int j = 0; j < kBlock; ++j) {
+            const int at = start + j;
+            if (at >= seen.sinks && (at < seen.first || at >= seen.end)) scores[j] = kLowest;
+        }
+    }
+}
+
+// 2^(score - top), and exactly zero for a score of minus infinity.
+template <int degree>
+inline F weight_of(F score, F top) {
+    const F seen = max(set(0.0f), add(score, set(1e30f)));  // far above any weight, or zero
+    return min(exp2<degree>(sub(score, top)), seen);
+}
+
+// As soften(), of scores some of which are minus infinity.
+inline void soften_shaped(float* row, int padded, float& top, float& total) {
+    F most = set(kLowest);
+    for (int i = 0; i < padded; i += 16) most = max(load(row + i), most);
+    top = hmax(most);
+    F sum = set(0.0f);
+    for (int i = 0; i < padded; i += 16) {
+        const F p = weight_of<5>(load(row + i), set(top));
+        sum = add(sum, p);
+        store(row + i, p);
+    }
+    total = hsum(sum);
+}
+
+// Kernels by the number of queries.
+template <bool bf16>
+constexpr decltype(&score_rows<bf16, 1>) kScore[] = {score_rows<bf16, 1>, score_rows<bf16, 2>,
+                                                     score_rows<bf16, 3>, score_rows<bf16, 4>};
+template <bool bf16>
+constexpr decltype(&weigh_rows<bf16, 1>) kWeigh[] = {weigh_rows<bf16, 1>, weigh_rows<bf16, 2>,
+                                                     weigh_rows<bf16, 3>, weigh_rows<bf16, 4>};
+
 // Positions [from, from + kChunk), which `past` is, for every query of the tile.
 template <bool bf16>
 void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from, Scores& scores,
                Sums sums) {
-    using Score = decltype(&score_rows<bf16, 1>);
-    using Weigh = decltype(&weigh_rows<bf16, 1>);
-    static constexpr Score score[] = {score_rows<bf16, 1>, score_rows<bf16, 2>, score_rows<bf16, 3>,
-                                      score_rows<bf16, 4>};
-    static constexpr Weigh weigh[] = {weigh_rows<bf16, 1>, weigh_rows<bf16, 2>, weigh_rows<bf16, 3>,
-                                      weigh_rows<bf16, 4>};
     const int64_t dim = past.kv.head_dim;
     for (int r = 0; r < tile.count; r += 4) {
         const int rows = tile.count - r < 4 ? tile.count - r : 4;
         const int64_t left = tile.length[r + rows - 1] - from;
         const int n = static_cast<int>(left < kChunk ? left : kChunk);
         if (n <= 0) continue;
-        score[rows - 1](past, n, q + r * dim, scores.row[r]);
+        kScore<bf16>[rows - 1](past, n, q + r* dim, scores.row[r]);
         for (int i = r; i < r + rows; ++i) {
             const int64_t own = tile.length[i] - from;
             if (own > 0)
@@ -154,7 +288,29 @@ void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from,
             else
                 std::memset(scores.row[i], 0, sizeof scores.row[i]);
         }
-        weigh[rows - 1](past, n, scores.row[r], sums.values + r * dim);
+        kWeigh<bf16>[rows - 1](past, n, scores.row[r], sums.values + r* dim);
+    }
+}
+
+// The same where scores are shaped, or where not every query sees all of it.
+template <bool bf16>
+void sum_shaped(const Shape& shape, const Tile& tile, const float* q, const Past& past,
+                int64_t from, Scores& scores, Sums sums) {
+    const int64_t dim = past.kv.head_dim;
+    for (int r = 0; r < tile.count; r += 4) {
+        const int rows = tile.count - r < 4 ? tile.count - r : 4, end = r + rows;
+        const Picked picked(past, tile.blocks(r, end, from), tile.seen(end - 1, from).end);
+        if (picked.count == 0) continue;
+        kScore<bf16>[rows - 1](picked.past, picked.count, q + r* dim, scores.row[r]);
+        for (int i = r; i < end; ++i) {
+            if (tile.seen(i, from).any()) {
+                shape_scores(shape, tile, i, picked, from, scores.row[i]);
+                soften_shaped(scores.row[i], picked.padded(), sums.top[i], sums.total[i]);
+            } else {
+                std::memset(scores.row[i], 0, sizeof scores.row[i]);
+            }
+        }
+        kWeigh<bf16>[rows - 1](picked.past, picked.count, scores.row[r], sums.values + r* dim);
     }
 }
 

@@ -59,6 +59,21 @@ inline void soften_bf16(float* row, int n, int padded, float& top, float& total)
     total = hsum(sum);
 }
 
+// As soften_shaped(), with the weights rounded as soften_bf16() does.
+inline void soften_shaped_bf16(float* row, int padded, float& top, float& total) {
+    F most = set(kLowest);
+    for (int i = 0; i < padded; i += 16) most = max(load(row + i), most);
+    top = hmax(most);
+    const F t = set(top);
+    uint16_t* out = reinterpret_cast<uint16_t*>(row);
+    F sum = set(0.0f);
+    for (int i = 0; i < padded; i += 32) {
+        const F a = weight_of<3>(load(row + i), t), b = weight_of<3>(load(row + i + 16), t);
+        sum = add_pairs(sum, store_bf16(out + i, a, b));
+    }
+    total = hsum(sum);
+}
+
 // Scores of `count` blocks (1 or 2) against the tile's queries.
 template <int count>
 inline void score_blocks(const uint8_t* k0, const uint8_t* k1, const uint16_t* q, int64_t plane,
@@ -123,11 +138,13 @@ inline const uint8_t* copy_values(const uint8_t* values, int64_t n, int64_t dim,
     return copy;
 }
 
-// As sum_chunk(); `first` of the tiles that read the same blocks, it asks for them ahead.
-inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const Past& past, int64_t from,
-                          bool first, Scores& scores, Sums sums) {
-    const int64_t dim = past.kv.head_dim, plane = kQueries * dim, left = tile.longest() - from;
-    const int n = static_cast<int>(left < kChunk ? left : kChunk);
+// The sum over the first n positions of a past. `soften` makes weights of a query's scores, and
+// zeros up to a number of positions; `first` of the tiles that read the same blocks, this one asks
+// for them ahead.
+template <class Soften>
+inline void sum_amx(const Tile& tile, const uint16_t* q, const Past& past, int n, bool first,
+                    Scores& scores, Sums sums, Soften soften) {
+    const int64_t dim = past.kv.head_dim, plane = kQueries * dim;
     const int padded = (n + kBlock - 1) / kBlock * kBlock;
     const auto at = [&](int i, bool value) { return past.at(i, value); };
     const auto ask = [&](int i, bool value) {
@@ -149,14 +166,8 @@ inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const Past& past,
         else
             score_blocks<1>(k, k, q, plane, dim, scores.row[0] + i);
     }
-    for (int r = 0; r < tile.count; ++r) {
-        const int64_t own = tile.length[r] - from;
-        if (own > 0)
-            soften_bf16(scores.row[r], static_cast<int>(own < n ? own : n), padded, sums.top[r],
-                        sums.total[r]);
-        else
-            std::memset(scores.row[r], 0, sizeof scores.row[r]);
-    }
+    for (int r = 0; r < tile.count; ++r)
+        if (!soften(r, padded)) std::memset(scores.row[r], 0, sizeof scores.row[r]);
     alignas(64) uint8_t tail[kBlock * kMaxHeadDim * 2];
     const uint8_t* last = n < padded ? copy_values(at(padded - kBlock, true), n % kBlock, dim, tail)
                                      : at(padded - kBlock, true);
@@ -181,6 +192,34 @@ inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const Past& past,
             _tile_stored(3, out + 48, dim * 4);
         }
     }
+}
+
+// As sum_chunk().
+inline void sum_chunk_amx(const Tile& tile, const uint16_t* q, const Past& past, int64_t from,
+                          bool first, Scores& scores, Sums sums) {
+    const int64_t left = tile.longest() - from;
+    const int n = static_cast<int>(left < kChunk ? left : kChunk);
+    sum_amx(tile, q, past, n, first, scores, sums, [&](int r, int padded) {
+        const int64_t own = tile.length[r] - from;
+        if (own <= 0) return false;
+        soften_bf16(scores.row[r], static_cast<int>(own < n ? own : n), padded, sums.top[r],
+                    sums.total[r]);
+        return true;
+    });
+}
+
+// As sum_shaped().
+inline void sum_shaped_amx(const Shape& shape, const Tile& tile, const uint16_t* q,
+                           const Past& past, int64_t from, bool first, Scores& scores, Sums sums) {
+    const Picked picked(past, tile.blocks(0, tile.count, from),
+                        tile.seen(tile.count - 1, from).end);
+    if (picked.count == 0) return;
+    sum_amx(tile, q, picked.past, picked.count, first, scores, sums, [&](int r, int padded) {
+        if (!tile.seen(r, from).any()) return false;
+        shape_scores(shape, tile, r, picked, from, scores.row[r]);
+        soften_shaped_bf16(scores.row[r], padded, sums.top[r], sums.total[r]);
+        return true;
+    });
 }
 
 }  // namespace pronk::PRONK_NS

@@ -4,6 +4,8 @@
 // through the past together, in tiles of 16, a chunk of it at a time: so a chunk is read from
 // memory once. The sums of chunks are joined in order.
 #pragma once
+#include <cmath>
+
 #include "attend.h"
 #include "kv_int8.h"
 #if defined(PRONK_AMX)
@@ -58,9 +60,10 @@ inline void divide(const float* values, float total, int64_t dim, float* out) {
 // Tiles of queries of one sequence and KV head on their way through the past.
 class Queries {
   public:
-    Queries(const KvView& kv, float scale)
+    Queries(const KvView& kv, const Attend& attend)
         : kv_(kv),
-          scale_(scale),
+          attend_(attend),
+          shape_(attend),
 #if defined(PRONK_AMX)
           tiles_(kv),
 #endif
@@ -72,31 +75,39 @@ class Queries {
     bool empty() const { return count_ == 0; }
     bool full() const { return count_ == most_ * kQueries; }
 
-    void add(const float* q, int64_t length, float* out) {
+    // The query of one head of the token at `position`.
+    void add(const float* q, int64_t head, int64_t position, float* out) {
         Tile& tile = tile_[count_ / kQueries];
         const int r = count_ % kQueries;
         float* packed = q_ + count_ / kQueries * kQueries * kv_.head_dim;
         tile.count = r + 1;
-        tile.length[r] = length;
+        tile.length[r] = position + 1;
+        tile.first[r] = attend_.window.first(position);
+        tile.sinks[r] = attend_.window.before(position);
+        tile.slope[r] = attend_.slopes ? attend_.slopes[head] : 0.0f;
         out_[count_++] = out;
+        const float scale = scale_at(position);
 #if defined(PRONK_AMX)
         if (tiles_)
-            return split_query(q, scale_, kv_.head_dim, kQueries * kv_.head_dim,
+            return split_query(q, scale, kv_.head_dim, kQueries * kv_.head_dim,
                                reinterpret_cast<uint16_t*>(packed) + r * kv_.head_dim);
 #endif
-        pack_query(q, scale_, kv_.head_dim, packed + r * kv_.head_dim);
+        pack_query(q, scale, kv_.head_dim, packed + r * kv_.head_dim);
     }
 
     // Writes each query's attention to its `out`.
     void finish(const int32_t* blocks, int64_t head) {
         const int tiles = (count_ + kQueries - 1) / kQueries;
         const int64_t longest = tile_[tiles - 1].longest();
-        for (int64_t from = 0; from < longest; from += kChunk) {
-            const Past past = read(blocks, head, from, longest);
+        for (int64_t from = 0; from < longest; from = after(from)) {
+            const uint32_t wanted = wants(0, tiles, from);
+            if (!wanted) continue;
+            const Past past = read_past(kv_, blocks + from / kBlock, head, wanted);
             for (int i = 0, first = 1; i < tiles; ++i)
-                if (from < tile_[i].longest()) {
-                    sum(i, past, from, first, from == 0);
-                    if (from) join(i, from);
+                if (from < tile_[i].longest() && (!windowed() || wants(i, i + 1, from))) {
+                    const bool fresh = from == tile_[i].begin(0);
+                    sum(i, past, from, first, fresh);
+                    if (!fresh) join(i, from);
                     first = 0;
                 }
         }
@@ -105,11 +116,12 @@ class Queries {
         count_ = 0;
     }
 
-    // Writes each query's sum over one chunk to its `out`: values, then the top and the total.
+    // Writes each query's sum over one chunk, of which it sees some, to its `out`: values, then the
+    // top and the total.
     void part(const int32_t* blocks, int64_t head, int64_t from) {
         const int64_t dim = kv_.head_dim;
         const int tiles = (count_ + kQueries - 1) / kQueries;
-        const Past past = read(blocks, head, from, tile_[tiles - 1].longest());
+        const Past past = read_past(kv_, blocks + from / kBlock, head, wants(0, tiles, from));
         for (int i = 0; i < tiles; ++i) sum(i, past, from, i == 0, true);
         for (int i = 0; i < count_; ++i) {
             std::memcpy(out_[i], values_ + i * dim, static_cast<size_t>(dim) * sizeof(float));
@@ -123,10 +135,30 @@ class Queries {
     static constexpr int kTiles = 8;
     static constexpr int64_t kElements = kTiles * kQueries * 64;
 
-    // The chunk from `from` on of a past.
-    Past read(const int32_t* blocks, int64_t head, int64_t from, int64_t length) const {
-        const int64_t n = length - from < kChunk ? length - from : kChunk;
-        return read_past(kv_, blocks + from / kBlock, head, (n + kBlock - 1) / kBlock);
+    // What the query of a position is multiplied by.
+    float scale_at(int64_t position) const {
+        if (attend_.growth == 0) return attend_.scale;
+        const auto spans = static_cast<double>((position + 1) / attend_.growth_span);
+        return attend_.scale *
+               static_cast<float>(1 + static_cast<double>(attend_.growth) * std::log1p(spans));
+    }
+
+    // The chunk after this one that some query may see: none does between its sinks and its first.
+    int64_t after(int64_t from) const {
+        const int64_t next = from + kChunk;
+        if (next < attend_.window.sinks) return next;
+        const int64_t first = tile_[0].first[0] / kChunk * kChunk;
+        return next < first ? first : next;
+    }
+
+    bool windowed() const { return attend_.window.size != 0; }
+
+    // Which blocks of a chunk some query of tiles i..end sees.
+    uint32_t wants(int i, int end, int64_t from) const {
+        if (!windowed()) i = end - 1;  // the longest sees what the others do
+        uint32_t all = 0;
+        for (; i < end; ++i) all |= tile_[i].blocks(0, tile_[i].count, from);
+        return all;
     }
 
     // Into the sums of the tile when it is `fresh`, else beside them.
@@ -136,30 +168,50 @@ class Queries {
                                 : Sums{chunk_top_, chunk_total_, chunk_};
 #if defined(PRONK_AMX)
         if (tiles_) {
+            const auto q = reinterpret_cast<const uint16_t*>(q_ + at * dim);
             tiles_.rows(tile_[i].count);
-            return sum_chunk_amx(tile_[i], reinterpret_cast<const uint16_t*>(q_ + at * dim), past,
-                                 from, first, scores_, sums);
+            if (shape_.plain(tile_[i], from))
+                return sum_chunk_amx(tile_[i], q, past, from, first, scores_, sums);
+            return sum_shaped_amx(shape_, tile_[i], q, past, from, first, scores_, sums);
         }
 #endif
-        (past.kv.type == KvType::bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim,
-                                                                            past, from, scores_,
-                                                                            sums);
+        const bool bf16 = past.kv.type == KvType::bf16;
+        if (shape_.plain(tile_[i], from))
+            return (bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim, past, from,
+                                                               scores_, sums);
+        (bf16 ? sum_shaped<true> : sum_shaped<false>)(shape_, tile_[i], q_ + at * dim, past, from,
+                                                      scores_, sums);
     }
 
-    // Adds the sums of the chunk from `from` on, which some of the tile's queries may not reach.
+    // Adds the sums of the chunk from `from` on, of which some of the tile's queries may see
+    // nothing, and others nothing before it.
     void join(int i, int64_t from) {
+        const Tile& tile = tile_[i];
         const int64_t at = i * kQueries, dim = kv_.head_dim;
         alignas(64) float old[kQueries], added[kQueries];
-        for (int r = 0; r < tile_[i].count; ++r)
-            if (tile_[i].length[r] <= from) chunk_top_[r] = kLowest, chunk_total_[r] = 0.0f;
+        uint32_t begin = 0, joins = 0;
+        for (int r = 0; r < tile.count; ++r) {
+            if (!tile.seen(r, from).any())
+                chunk_top_[r] = kLowest, chunk_total_[r] = 0.0f;
+            else
+                (tile.begin(r) == from ? begin : joins) |= 1u << r;
+        }
+        for (uint32_t left = begin; left; left &= left - 1) {
+            const int r = std::countr_zero(left);
+            top_[at + r] = kLowest, total_[at + r] = 0.0f;
+        }
         join_totals(top_ + at, total_ + at, chunk_top_, chunk_total_, old, added);
-        for (int r = 0; r < tile_[i].count; ++r)
-            if (from < tile_[i].length[r])
-                join_values(values_ + (at + r) * dim, chunk_ + r * dim, old[r], added[r], dim);
+        for (int r = 0; r < tile.count; ++r) {
+            float* values = values_ + (at + r) * dim;
+            if (begin >> r & 1)
+                std::memcpy(values, chunk_ + r * dim, static_cast<size_t>(dim) * sizeof(float));
+            if (joins >> r & 1) join_values(values, chunk_ + r * dim, old[r], added[r], dim);
+        }
     }
 
     const KvView& kv_;
-    const float scale_;
+    const Attend& attend_;
+    const Shape shape_;
 #if defined(PRONK_AMX)
     Tiles tiles_;
 #endif
@@ -181,15 +233,15 @@ inline bool goes_on(const Tokens& tokens, int64_t t, int64_t count) {
            tokens.positions[t + 1] > tokens.positions[t];
 }
 
-inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
-                      Rows out, int64_t count, int64_t first, int64_t last) {
-    Queries queries(kv, scale);
+inline void attention(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
+                      const Tokens& tokens, Rows out, int64_t count, int64_t first, int64_t last) {
+    Queries queries(kv, attend);
     const int64_t group = heads / kv.kv_heads;
     for (int64_t item = first; item < last; ++item) {
         const int64_t head = item / count, t = item % count;
         const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-            queries.add(qkv.row<float>(t) + h * kv.head_dim, tokens.positions[t] + 1,
+            queries.add(qkv.row<float>(t) + h * kv.head_dim, h, tokens.positions[t],
                         out.row<float>(t) + h * kv.head_dim);
             if (queries.full()) queries.finish(blocks, head);
         }
@@ -198,31 +250,39 @@ inline void attention(Rows qkv, int64_t heads, float scale, const KvView& kv, co
     }
 }
 
-// The parts of token t: row t * chunks + c holds, for every head, the values summed over chunk c,
-// then the maximum and the total.
-inline void attention_parts(Rows qkv, int64_t heads, float scale, const KvView& kv,
+// The parts of token t: row t * chunks + c holds, for every head, the values summed over the c-th
+// chunk that it sees, then the maximum and the total.
+inline void attention_parts(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
                             const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
                             int64_t first, int64_t last) {
-    Queries queries(kv, scale);
+    Queries queries(kv, attend);
+    const Window& window = attend.window;
     const int64_t group = heads / kv.kv_heads, dim = kv.head_dim, width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
-        const int64_t head = item % kv.kv_heads, chunk = item / kv.kv_heads, from = chunk * kChunk;
+        const int64_t head = item % kv.kv_heads, index = item / kv.kv_heads;
+        const auto from = [&](int64_t t) {  // of the chunk, or -1 where the token has fewer
+            const int64_t position = tokens.positions[t];
+            return index < window.chunks(position) ? window.chunk(position, index) * kChunk : -1;
+        };
         for (int64_t t = 0; t < count; ++t) {
+            const int64_t start = from(t);
+            if (start < 0) continue;
             const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
-            const int64_t length = tokens.positions[t] + 1;
-            float* part = parts.row<float>(t * chunks + chunk);
-            for (int64_t h = head * group; from < length && h < (head + 1) * group; ++h) {
-                queries.add(qkv.row<float>(t) + h * dim, length, part + h * width);
-                if (queries.full()) queries.part(blocks, head, from);
+            float* part = parts.row<float>(t * chunks + index);
+            for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+                queries.add(qkv.row<float>(t) + h * dim, h, tokens.positions[t], part + h * width);
+                if (queries.full()) queries.part(blocks, head, start);
             }
-            if (!goes_on(tokens, t, count) && !queries.empty()) queries.part(blocks, head, from);
+            const bool joins = goes_on(tokens, t, count) && from(t + 1) == start;
+            if (!joins && !queries.empty()) queries.part(blocks, head, start);
         }
     }
 }
 
 // Joins the parts; items are token * heads + head. The first part is overwritten.
-inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Tokens& tokens,
-                           int64_t chunks, Rows out, int64_t first, int64_t last) {
+inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Window& window,
+                           const Tokens& tokens, int64_t chunks, Rows out, int64_t first,
+                           int64_t last) {
     const int64_t width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
         const int64_t t = item / heads, h = item % heads;
@@ -231,7 +291,7 @@ inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Tokens&
         alignas(64) float top[kQueries], total[kQueries], old[kQueries], added[kQueries];
         store(top, set(all[dim]));
         store(total, set(all[dim + 1]));
-        for (int64_t c = 1; c * kChunk < tokens.positions[t] + 1; ++c) {
+        for (int64_t c = 1; c < window.chunks(tokens.positions[t]); ++c) {
             alignas(64) float chunk_top[kQueries], chunk_total[kQueries];
             store(chunk_top, set(part(c)[dim]));
             store(chunk_total, set(part(c)[dim + 1]));

@@ -1,8 +1,10 @@
 // Kernels that work on one token's row at a time: norms, activations, quantization, embedding.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "activations.h"
 #include "half.h"
 #include "kernels.h"
 #include "unpack.h"
@@ -58,16 +60,40 @@ inline void write_row(int64_t cols, Rows out, int64_t t, bool quantized, Fn fn) 
     }
 }
 
-inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out, bool quantized,
-                     int64_t first, int64_t last) {
+inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows residual, Rows out,
+                     bool quantized, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* row = x.row<float>(t);
         F squares = set(0.0f);
         for (int64_t k = 0; k < cols; k += 16) squares = fma(load(row + k), load(row + k), squares);
         const float mean = hsum(squares) / static_cast<float>(cols);
         const F scale = set(1.0f / std::sqrt(mean + eps));
-        write_row(cols, out, t, quantized,
-                  [&](int64_t k) { return mul(load(weight + k), mul(load(row + k), scale)); });
+        const auto normed = [&](int64_t k) {
+            return mul(load(weight + k), mul(load(row + k), scale));
+        };
+        if (residual.data)
+            write_row(cols, out, t, false,
+                      [&](int64_t k) { return add(normed(k), load(residual.row<float>(t) + k)); });
+        else
+            write_row(cols, out, t, quantized, normed);
+    }
+}
+
+inline void layer_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out,
+                       bool quantized, int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+        const float* row = x.row<float>(t);
+        F sum = set(0.0f), squares = set(0.0f);
+        for (int64_t k = 0; k < cols; k += 16) sum = add(sum, load(row + k));
+        const F mean = set(hsum(sum) / static_cast<float>(cols));
+        for (int64_t k = 0; k < cols; k += 16) {
+            const F d = sub(load(row + k), mean);
+            squares = fma(d, d, squares);
+        }
+        const F scale = set(1.0f / std::sqrt(hsum(squares) / static_cast<float>(cols) + eps));
+        write_row(cols, out, t, quantized, [&](int64_t k) {
+            return mul(load(weight + k), mul(sub(load(row + k), mean), scale));
+        });
     }
 }
 
@@ -76,16 +102,38 @@ inline void quantize(Rows x, int64_t cols, Rows out, bool quantized, int64_t fir
         write_row(cols, out, t, quantized, [&](int64_t k) { return load(x.row<float>(t) + k); });
 }
 
-inline void silu_mul(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized, int64_t first,
-                     int64_t last) {
+template <Activation fn>
+inline void activate_rows(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
+                          int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* gate = gates.row<float>(t);
-        const float* up = ups.row<float>(t);
-        write_row(cols, out, t, quantized, [&](int64_t k) {
-            const F g = load(gate + k);
-            const F sigmoid = div(set(1.0f), add(set(1.0f), exp(sub(set(0.0f), g))));
-            return mul(mul(g, sigmoid), load(up + k));
-        });
+        if (ups.data)
+            write_row(cols, out, t, quantized, [&](int64_t k) {
+                return mul(activated<fn>(load(gate + k)), load(ups.row<float>(t) + k));
+            });
+        else
+            write_row(cols, out, t, quantized,
+                      [&](int64_t k) { return activated<fn>(load(gate + k)); });
+    }
+}
+
+inline void activate(Activation fn, Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
+                     int64_t first, int64_t last) {
+    using Run = void (*)(Rows, Rows, int64_t, Rows, bool, int64_t, int64_t);
+    static constexpr Run runs[] = {activate_rows<Activation::silu>, activate_rows<Activation::gelu>,
+                                   activate_rows<Activation::gelu_tanh>,
+                                   activate_rows<Activation::relu>};
+    runs[static_cast<int>(fn)](gates, ups, cols, out, quantized, first, last);
+}
+
+inline void softcap(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last) {
+    const int64_t pieces = (cols + kCapPiece - 1) / kCapPiece;
+    const F top = set(cap), inverse = set(1.0f / cap);
+    for (int64_t i = first; i < last; ++i) {
+        const int64_t t = i / pieces, from = i % pieces * kCapPiece;
+        const int64_t to = std::min(cols, from + kCapPiece);
+        for (int64_t k = from; k < to; k += 16)
+            store(out.row<float>(t) + k, mul(top, tanh(mul(load(x.row<float>(t) + k), inverse))));
     }
 }
 
@@ -134,27 +182,31 @@ inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* ou
     }
 }
 
-inline void embed(const uint8_t* weight, Format format, int64_t cols, const int32_t* ids, Rows out,
-                  int64_t first, int64_t last) {
+inline void embed(const uint8_t* weight, Format format, int64_t cols, float scale,
+                  const int32_t* ids, Rows out, int64_t first, int64_t last) {
     using Read = void (*)(const uint8_t*, int64_t, int64_t, float*);
     static constexpr Read readers[kFormats] = {
         read_row<Format::f32>,  read_row<Format::f16>,  read_row<Format::bf16>,
         read_row<Format::q8_0>, read_row<Format::q4_0>, read_row<Format::q4_1>,
         read_row<Format::q5_0>, read_row<Format::q5_1>, read_row<Format::q4_k>,
         read_row<Format::q5_k>, read_row<Format::q6_k>};
-    for (int64_t t = first; t < last; ++t)
-        readers[static_cast<int>(format)](weight, cols, ids[t], out.row<float>(t));
+    for (int64_t t = first; t < last; ++t) {
+        float* row = out.row<float>(t);
+        readers[static_cast<int>(format)](weight, cols, ids[t], row);
+        if (scale != 1.0f)
+            for (int64_t k = 0; k < cols; ++k) row[k] *= scale;
+    }
 }
 
-inline void rope_table(const int32_t* positions, const float* frequencies, int64_t half, Rows out,
-                       int64_t first, int64_t last) {
+inline void rope_table(const int32_t* positions, const float* frequencies, float scale,
+                       int64_t half, Rows out, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         float* row = out.row<float>(t);
         for (int64_t i = 0; i < half; ++i) {
             // The product is rounded to float32 first, as the reference models do.
             const float angle = static_cast<float>(positions[t]) * frequencies[i];
-            row[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-            row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+            row[i] = scale * static_cast<float>(std::cos(static_cast<double>(angle)));
+            row[half + i] = scale * static_cast<float>(std::sin(static_cast<double>(angle)));
         }
     }
 }

@@ -3,6 +3,7 @@
 #include "elementwise.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "moe.h"
 #include "probe.h"
 #include "rope.h"
 
@@ -11,9 +12,11 @@ namespace pronk {
 const Kernels* PRONK_KERNELS() {
     namespace ns = PRONK_NS;
     static const Kernels table = {
-        PRONK_ISA_NAME, ns::kBias8,          ns::matmul,         ns::rms_norm,   ns::quantize,
-        ns::silu_mul,   ns::add_rows,        ns::embed,          ns::rope_table, ns::rope_store,
-        ns::attention,  ns::attention_parts, ns::attention_join, ns::read,       ns::peak,
+        PRONK_ISA_NAME, ns::kBias8,          ns::matmul,         ns::rms_norm,
+        ns::layer_norm, ns::quantize,        ns::activate,       ns::softcap,
+        ns::add_rows,   ns::embed,           ns::rope_table,     ns::rope_store,
+        ns::attention,  ns::attention_parts, ns::attention_join, ns::route,
+        ns::scale,      ns::combine,         ns::read,           ns::peak,
     };
     return &table;
 }

@@ -13,7 +13,12 @@ struct MatmulPart {
     int32_t rows;       // outputs
     int32_t column;     // first output column
     const float* bias;  // [rows] or null
+    float scale = 1;    // of the sums and the bias
 };
+
+enum class Activation : int { silu, gelu, gelu_tanh, relu };  // gelu: with erf
+
+constexpr int64_t kCapPiece = 4096;  // columns of a row that softcap takes as one item
 
 struct Rows {  // a matrix in the arena
     uint8_t* data;
@@ -42,10 +47,74 @@ struct KvView {
     [[gnu::always_inline]] int64_t head_bytes() const { return kv_head_bytes(type, head_dim); }
 };
 
+constexpr int64_t kMaxRouted = 64;  // most experts of a token
+
+struct Routing {  // how a token's experts are chosen
+    int64_t experts, choices;
+    bool softmax, normalize;
+    double threshold;  // below 1: only as many as make up this share of all scores...
+    int64_t least;     // ... and so many at least
+};
+
 struct Tokens {  // what a step runs on
     const int32_t* ids;
     const int32_t* positions;
     const int32_t* sequences;
+};
+
+// Which earlier positions a token attends to. Those it does not are neither read nor multiplied,
+// by whole blocks: their entries of the block table may be anything.
+struct Window {
+    int32_t size = 0;      // the last so many, its own included; 0: all
+    bool chunked = false;  // instead: those of its own chunk, of so many from a multiple on
+    int32_t sinks = 0;     // and so many from the first on
+
+    // The first position of those that reach up to the token itself.
+    [[gnu::always_inline]] int64_t first(int64_t position) const {
+        if (size == 0) return 0;
+        if (chunked) return position / size * size;
+        return position < size ? 0 : position - size + 1;
+    }
+    // How many before that are seen, from the first of the sequence on.
+    [[gnu::always_inline]] int64_t before(int64_t position) const {
+        const int64_t from = first(position);
+        return sinks < from ? sinks : from;
+    }
+    // The kChunk positions of a past are one of its chunks: how many chunks a token sees, and the
+    // place of the one that is `index`th among them.
+    [[gnu::always_inline]] int64_t chunks(int64_t position) const {
+        return position / kChunk - skipped(position) + 1;
+    }
+    [[gnu::always_inline]] int64_t chunk(int64_t position, int64_t index) const {
+        return index * kChunk < before(position) ? index : index + skipped(position);
+    }
+    [[gnu::always_inline]] bool operator==(const Window& other) const {
+        return size == other.size && chunked == other.chunked && sinks == other.sinks;
+    }
+
+  private:
+    [[gnu::always_inline]] int64_t skipped(int64_t position) const {
+        const int64_t sunk = (before(position) + kChunk - 1) / kChunk;
+        const int64_t gap = first(position) / kChunk - sunk;
+        return gap > 0 ? gap : 0;
+    }
+};
+
+// How a token attends.
+struct Attend {
+    float scale;                    // of q @ k
+    Window window = {};             // what it sees
+    float softcap = 0;              // scores become cap * tanh(score / cap); 0: they do not
+    const float* slopes = nullptr;  // [heads] of linear biases by distance, or null
+    float growth = 0;  // queries are multiplied by 1 + growth * log(1 + (position + 1) / span)
+    int32_t growth_span = 1;
+};
+
+// The norms of queries and keys: with weights before they are turned, without them after.
+struct HeadNorm {
+    enum Kind : int { none, head, full, l2 } kind = none;
+    const float *q = nullptr, *k = nullptr;  // weights: [dim] of a head, or of all heads
+    float eps = 0;
 };
 
 struct Kernels {
@@ -55,31 +124,48 @@ struct Kernels {
     // Grouped weights want x quantized. Neither x nor residual may overlap out: sums wait there.
     void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last);
-    // Rows [first, last): out = x * weight / rms(x).
-    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, bool quantized,
-                     int64_t first, int64_t last);
+    // Rows [first, last): out = x * weight / rms(x), and a residual if there is one; then, floats.
+    void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows residual, Rows out,
+                     bool quantized, int64_t first, int64_t last);
+    // The same of x less its mean, without a residual.
+    void (*layer_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
+                       bool quantized, int64_t first, int64_t last);
     void (*quantize)(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last);
-    void (*silu_mul)(Rows gate, Rows up, int64_t cols, Rows out, bool quantized, int64_t first,
-                     int64_t last);
+    // fn(gate) * up, or fn(gate) where `up` has no rows.
+    void (*activate)(Activation fn, Rows gate, Rows up, int64_t cols, Rows out, bool quantized,
+                     int64_t first, int64_t last);
+    // cap * tanh(x / cap). Items are row * pieces + piece, of kCapPiece columns. Rows must hold
+    // whole panels.
+    void (*softcap)(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last);
     void (*add)(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last);
-    void (*embed)(const uint8_t* weight, Format format, int64_t cols, const int32_t* ids, Rows out,
-                  int64_t first, int64_t last);
-    // cos | sin of position * frequency, `half` of each.
-    void (*rope_table)(const int32_t* positions, const float* frequencies, int64_t half, Rows out,
-                       int64_t first, int64_t last);
-    // Rotates q and k of qkv rows in place and stores k and v into the cache.
-    void (*rope_store)(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
-                       int64_t first, int64_t last);
+    void (*embed)(const uint8_t* weight, Format format, int64_t cols, float scale,
+                  const int32_t* ids, Rows out, int64_t first, int64_t last);
+    // cos | sin of position * frequency, `half` of each, times `scale`.
+    void (*rope_table)(const int32_t* positions, const float* frequencies, float scale,
+                       int64_t half, Rows out, int64_t first, int64_t last);
+    // Norms and rotates q and k of qkv rows in place (rotates them where there is a table) and
+    // stores k and v into the cache.
+    void (*rope_store)(Rows qkv, Rows table, int64_t heads, const HeadNorm& norm, const KvView& kv,
+                       const Tokens& tokens, int64_t first, int64_t last);
     // Items are KV head * count + token, of `count` tokens.
-    void (*attention)(Rows qkv, int64_t heads, float scale, const KvView& kv, const Tokens& tokens,
-                      Rows out, int64_t count, int64_t first, int64_t last);
-    // The same in two steps, for few sequences with long pasts. Items are those of chunk * KV heads
-    // + KV head, each for all `count` tokens, then of token * heads + head.
-    void (*attention_parts)(Rows qkv, int64_t heads, float scale, const KvView& kv,
+    void (*attention)(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
+                      const Tokens& tokens, Rows out, int64_t count, int64_t first, int64_t last);
+    // The same in two steps, for few sequences with long pasts: `chunks` is the most that a token
+    // sees. Items are those of place among these * KV heads + KV head, each for all `count` tokens,
+    // then of token * heads + head.
+    void (*attention_parts)(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
                             const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
                             int64_t first, int64_t last);
-    void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Tokens& tokens,
-                           int64_t chunks, Rows out, int64_t first, int64_t last);
+    void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Window& window,
+                           const Tokens& tokens, int64_t chunks, Rows out, int64_t first,
+                           int64_t last);
+    // Experts of tokens [first, last) by their logits: out gets their ids, the likeliest first and
+    // the lower id of equals (-1: no more), then their weights.
+    void (*route)(Rows logits, const Routing& how, Rows out, int64_t first, int64_t last);
+    void (*scale)(Rows x, float factor, int64_t cols, int64_t first, int64_t last);
+    // One token: out = residual (or none) + factor * the sum of weighted rows of y, in order.
+    void (*combine)(Rows y, const int32_t* rows, const float* weights, int64_t count, float factor,
+                    const float* residual, int64_t cols, float* out);
     // Sums `bytes` of memory: what a read of the weights can reach at best.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Runs `rounds` of independent dot products; returns multiply and add operations done.

@@ -12,6 +12,7 @@
 namespace pronk::PRONK_NS {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kChunkBlocks = kChunk / kBlock;
 
 // Within a layer's part of a block.
 inline uint8_t* kv_head(const KvView& kv, int64_t block, int64_t head, bool value) {

@@ -1,5 +1,6 @@
 // An int8 KV cache: rows quantized as they are stored, and expanded to bf16 a chunk at a time.
 #pragma once
+#include <bit>
 #include <cstring>
 
 #include "half.h"
@@ -61,18 +62,19 @@ inline void expand(const uint8_t* keys, const uint8_t* values, int64_t dim, uint
     }
 }
 
-// The first `count` of `blocks` as bf16: those of an int8 cache in this thread's own memory, until
-// it expands others.
-inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, int64_t count) {
+// A chunk of a past to read, of which the blocks with a bit in `wanted` are. Those of an int8 cache
+// become bf16 in this thread's own memory, until it expands others.
+inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted) {
     if (kv.type != KvType::int8) return {kv, blocks, head};
     alignas(64) static thread_local uint16_t memory[2 * kChunk * kMaxHeadDim];
     static constexpr int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    static_assert(sizeof order / 4 == kChunk / kBlock);
+    static_assert(sizeof order / 4 == kChunkBlocks);
     const int64_t dim = kv.head_dim, half = kv_head_bytes(KvType::bf16, dim);
-    for (int64_t i = 0; i < count; ++i) {
-        if (i + 1 < count) {
-            prefetch(kv_head(kv, blocks[i + 1], head, false), kv.head_bytes());
-            prefetch(kv_head(kv, blocks[i + 1], head, true), kv.head_bytes());
+    for (; wanted; wanted &= wanted - 1) {
+        const int i = std::countr_zero(wanted), next = std::countr_zero(wanted & (wanted - 1));
+        if (next < kChunkBlocks) {
+            prefetch(kv_head(kv, blocks[next], head, false), kv.head_bytes());
+            prefetch(kv_head(kv, blocks[next], head, true), kv.head_bytes());
         }
         expand(kv_head(kv, blocks[i], head, false), kv_head(kv, blocks[i], head, true), dim,
                memory + i * half);

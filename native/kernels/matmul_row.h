@@ -31,11 +31,13 @@ inline F add_group(F acc, F sum, F scale, F minimum, F scaled_sum) {
     return acc;
 }
 
-// Adds bias and residual to the sums of rows [row, row + 16) of a part and stores them.
+// Adds the bias to the sums of rows [row, row + 16) of a part, scales them, adds the residual and
+// stores them.
 inline void finish_row(const MatmulPart& part, int64_t row, int64_t t, F y, Rows out,
                        Rows residual) {
     const int64_t column = part.column + row;
     if (part.bias) y = add(y, load(part.bias + row));
+    if (part.scale != 1.0f) y = mul(y, set(part.scale));
     if (residual.data) y = add(y, load(residual.row<float>(t) + column));
     store(out.row<float>(t) + column, y);
 }

@@ -1,5 +1,6 @@
 // Rotary embedding, and the rows it leaves in the KV cache.
 #pragma once
+#include <cmath>
 #include <cstring>
 
 #include "half.h"
@@ -9,10 +10,28 @@
 namespace pronk::PRONK_NS {
 
 inline void rotate(float* x, const float* table, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const F a = load(x + i), b = load(x + i + half);
+        const F c = load(table + i), s = load(table + half + i);
+        store(x + i, sub(mul(a, c), mul(b, s)));
+        store(x + i + half, add(mul(b, c), mul(a, s)));
+    }
+    for (; i < half; ++i) {  // a head of 16 has a half of 8
         const float a = x[i], b = x[i + half], c = table[i], s = table[half + i];
         x[i] = a * c - b * s;
         x[i + half] = b * c + a * s;
+    }
+}
+
+// Divides `count` elements by their root mean square; a weight, if there is one, multiplies them.
+inline void norm_heads(float* x, const float* weight, int64_t count, float eps) {
+    F squares = set(0.0f);
+    for (int64_t i = 0; i < count; i += 16) squares = fma(load(x + i), load(x + i), squares);
+    const F scale = set(1.0f / std::sqrt(hsum(squares) / static_cast<float>(count) + eps));
+    for (int64_t i = 0; i < count; i += 16) {
+        const F unit = mul(load(x + i), scale);
+        store(x + i, weight ? mul(load(weight + i), unit) : unit);
     }
 }
 
@@ -35,13 +54,22 @@ inline void store_float(const float* k, const float* v, int64_t dim, int64_t slo
                 static_cast<size_t>(dim) * sizeof(float));
 }
 
-inline void rope_store(Rows qkv, Rows table, int64_t heads, const KvView& kv, const Tokens& tokens,
-                       int64_t first, int64_t last) {
-    const int64_t dim = kv.head_dim;
+inline void rope_store(Rows qkv, Rows table, int64_t heads, const HeadNorm& norm, const KvView& kv,
+                       const Tokens& tokens, int64_t first, int64_t last) {
+    const int64_t dim = kv.head_dim, both = heads + kv.kv_heads;
     for (int64_t t = first; t < last; ++t) {
         float* q = qkv.row<float>(t);
-        const float* angles = table.row<float>(t);
-        for (int64_t h = 0; h < heads + kv.kv_heads; ++h) rotate(q + h * dim, angles, dim / 2);
+        if (norm.kind == HeadNorm::full) {
+            norm_heads(q, norm.q, heads * dim, norm.eps);
+            norm_heads(q + heads * dim, norm.k, kv.kv_heads * dim, norm.eps);
+        }
+        for (int64_t h = 0; h < both; ++h) {
+            float* x = q + h * dim;
+            if (norm.kind == HeadNorm::head)
+                norm_heads(x, h < heads ? norm.q : norm.k, dim, norm.eps);
+            if (table.data) rotate(x, table.row<float>(t), dim / 2);
+            if (norm.kind == HeadNorm::l2) norm_heads(x, nullptr, dim, norm.eps);
+        }
         const int64_t position = tokens.positions[t];
         const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
         for (int64_t h = 0; h < kv.kv_heads; ++h) {

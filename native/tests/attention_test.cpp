@@ -1,13 +1,11 @@
 // rope_store and attention over a paged cache, against double precision.
 #include <algorithm>
 
-#include "check.h"
+#include "cache.h"
 
 namespace pronk::test {
 
 namespace {
-
-const char* kv_names[] = {"f32", "bf16", "int8"};
 
 struct Case {
     int32_t heads, kv_heads, dim;
@@ -69,25 +67,11 @@ double rotation_error(const Case& c, const float* before, const float* after, co
     return worst;
 }
 
-// Whether a kernel rounds the softmax to bf16 before it weighs values: AMX tiles do.
-bool rounds_weights(const Kernels& kernels, const Case& c) {
-    return !std::strcmp(kernels.name, "amx") && c.kv != KvType::f32 && c.dim % 32 == 0;
-}
-
-// What the cache keeps of an element of a row of keys or values.
-double kept(const Case& c, const float* row, int d) {
-    if (c.kv == KvType::f32) return double(row[d]);
-    if (c.kv == KvType::bf16) return double(to_bfloat(row[d]));
-    float top = 0;
-    for (int i = 0; i < c.dim; ++i) top = std::max(top, std::fabs(row[i]));
-    return double(to_bfloat(std::nearbyint(row[d] * (127.0f / top)) * (top / 127.0f)));
-}
-
 // Error of one head of one token, as a share of what float scores allow; `rounding` bounds the
 // relative error of a weight against their total.
 double attention_error(const Case& c, const Setup& setup, const Buffer& qkv, int64_t t, int h,
                        const float* got, float softmax_scale, double rounding) {
-    const auto rounded = [&](const float* row, int d) { return kept(c, row, d); };
+    const auto rounded = [&](const float* row, int d) { return kept(c.kv, c.dim, row, d); };
     const int64_t kv = h / (c.heads / c.kv_heads);
     const float* q = qkv.floats() + t * setup.width() + h * c.dim;
     std::vector<double> scores, sum(static_cast<size_t>(c.dim)), size(static_cast<size_t>(c.dim));
@@ -140,10 +124,10 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     std::memcpy(qkv.data(), before.data(), static_cast<size_t>(n * stride));
     const Rows rows{qkv.data(), stride}, angles{table.data(), c.dim * 4};
     const float scale = 1 / std::sqrt(static_cast<float>(c.dim));
-    kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), 0, n / 2);
-    kernels.rope_store(rows, angles, c.heads, setup.view(), setup.at(0), n / 2, n);
-    kernels.attention(rows, c.heads, scale, setup.view(), setup.at(0), {out.data(), out_stride}, n,
-                      0, n * c.kv_heads);
+    kernels.rope_store(rows, angles, c.heads, {}, setup.view(), setup.at(0), 0, n / 2);
+    kernels.rope_store(rows, angles, c.heads, {}, setup.view(), setup.at(0), n / 2, n);
+    kernels.attention(rows, c.heads, {scale}, setup.view(), setup.at(0), {out.data(), out_stride},
+                      n, 0, n * c.kv_heads);
     double rotation = 0, worst = 0;
     for (int64_t t = 0; t < n; ++t) {
         rotation = std::max(
@@ -152,9 +136,9 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
                           std::max(1.0f, c.scale));
         for (int h = 0; h < c.heads; ++h)
             worst = std::max(
-                worst,
-                attention_error(c, setup, qkv, t, h, out.floats() + (t * c.heads + h) * c.dim,
-                                scale, rounds_weights(kernels, c) ? std::ldexp(1, -8) : 0));
+                worst, attention_error(
+                           c, setup, qkv, t, h, out.floats() + (t * c.heads + h) * c.dim, scale,
+                           rounds_weights(kernels, c.kv, c.dim) ? std::ldexp(1, -8) : 0));
     }
     const char* kv = kv_names[static_cast<int>(c.kv)];
     check(rotation <= 1, "%s rope_store dim %d %s", kernels.name, c.dim, kv);
@@ -167,9 +151,9 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     for (int64_t t = 0; t < n; ++t) {
         std::memcpy(one.data(), before.data() + t * stride, static_cast<size_t>(stride));
         kernels.rope_store({one.data(), stride}, {table.data() + t * c.dim * 4, c.dim * 4}, c.heads,
-                           again.view(), again.at(t), 0, 1);
+                           {}, again.view(), again.at(t), 0, 1);
         for (int h = c.kv_heads; h-- > 0;)
-            kernels.attention({one.data(), stride}, c.heads, scale, again.view(), again.at(t),
+            kernels.attention({one.data(), stride}, c.heads, {scale}, again.view(), again.at(t),
                               {alone.data() + t * out_stride, out_stride}, 1, h, h + 1);
     }
     check(again.pool == setup.pool && alone == out,
@@ -180,9 +164,9 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const int64_t part_stride = c.heads * (c.dim + kPartTail) * 4;
     const Buffer parts(n * chunks * part_stride), joined(n * out_stride);
     const Rows part_rows{parts.data(), part_stride};
-    kernels.attention_parts(rows, c.heads, scale, setup.view(), setup.at(0), part_rows, n, chunks,
+    kernels.attention_parts(rows, c.heads, {scale}, setup.view(), setup.at(0), part_rows, n, chunks,
                             0, chunks * c.kv_heads);
-    kernels.attention_join(part_rows, c.heads, c.dim, setup.at(0), chunks,
+    kernels.attention_join(part_rows, c.heads, c.dim, {}, setup.at(0), chunks,
                            {joined.data(), out_stride}, 0, n * c.heads);
     check(joined == out, "%s attention dim %d %s lengths %d, %d: parts differ", kernels.name, c.dim,
           kv, first_length, second_length);

@@ -102,7 +102,10 @@ void test_matmul(const Kernels& kernels);
 void test_same_matmul(const Kernels& one, const Kernels& other);
 void test_rows(const Kernels& kernels);
 void test_attention(const Kernels& kernels);
+void test_windows(const Kernels& kernels);
 void test_executor(const Kernels& kernels);
 void test_load(const Kernels& kernels);
+void test_moe(const Kernels& kernels);
+void test_pieces();
 
 }  // namespace pronk::test

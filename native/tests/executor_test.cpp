@@ -2,6 +2,7 @@
 // tokens are batched; and every argument that could reach outside a region refused.
 #include "../executor.h"
 
+#include <algorithm>
 #include <functional>
 #include <stdexcept>
 
@@ -16,7 +17,7 @@ constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads =
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
 constexpr Limits kLimits{kTokens, 4, 2, 3, kVocab};
-const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, 0, 0, false}}};
+const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, {0, false, 0}}}};
 
 class Model {
   public:
@@ -32,12 +33,14 @@ class Model {
         logits = space(round_up(kVocab, kPanel));
 
         Op embed = op(OpKind::embed, {}, x, kHidden);
-        embed.parts = {embedding};
+        embed.parts = {embedding}, embed.scale = 3;
         executor.add(embed);
         Op angles = op(OpKind::rope_table, {}, table, kDim);
-        angles.vector = vector(kDim / 2);
+        angles.vector = vector(kDim / 2), angles.scalar = 1;
         executor.add(angles);
+        executor.chain();
         norm(x, act, true, false);
+        executor.chain();
         matmul(act,
                {weights(Format::q4_k, kAttention, kHidden, 0),
                 weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kAttention)},
@@ -47,7 +50,7 @@ class Model {
         executor.add(store);
         Op attention = op(OpKind::attention_parts, qkv, heads, 0);
         attention.b = space(kHeads * (kDim + kPartTail));
-        attention.heads = kHeads, attention.scalar = 0.25f;
+        attention.heads = kHeads, attention.attend = {0.25f};
         executor.add(attention);
         attention.kind = OpKind::attention;
         executor.add(attention);
@@ -57,19 +60,31 @@ class Model {
         matmul(heads,
                {weights(Format::f16, kMlp, kHidden, 0), weights(Format::bf16, kMlp, kHidden, kMlp)},
                kHidden, {}, gate_up, false, false);
-        Op silu = op(OpKind::silu_mul, gate_up, act, kMlp, true);
-        silu.b = up;
-        executor.add(silu);
+        Op gelu = op(OpKind::activate, gate_up, act, kMlp, true);
+        gelu.fn = Activation::gelu_tanh, gelu.b = up;
+        executor.add(gelu);
         matmul(act, {weights(Format::q5_k, kHidden, kMlp, 0)}, kMlp, y, x, true, false);
         matmul(act, {weights(Format::q4_0, kHidden, kMlp, 0)}, kMlp, {}, heads, true, false);
+        Op post = op(OpKind::rms_norm, heads, y, kHidden);
+        post.vector = vector(kHidden), post.scalar = 1e-5f, post.b = x;
+        executor.add(post);
+        Op centered = op(OpKind::layer_norm, y, heads, kHidden);
+        centered.vector = vector(kHidden), centered.scalar = 1e-5f;
+        executor.add(centered);
+        executor.chain();
         Op sum = op(OpKind::add, x, x, kHidden);
         sum.b = heads;
         executor.add(sum);
+        executor.chain();
         Op gather = op(OpKind::gather, x, last, kHidden);
         gather.head = true;
         executor.add(gather);
         norm(last, act, true, true);
+        executor.chain();
         matmul(act, {embedding}, kHidden, {}, logits, true, true);
+        Op cap = op(OpKind::softcap, logits, logits, kVocab);
+        cap.scalar = 2, cap.head = true;
+        executor.add(cap);
     }
 
     // Logits of the given rows after running `count` tokens of the list from `first`.
@@ -164,6 +179,9 @@ void test_same_bits(const Kernels& kernels) {
         bool finite = true;
         for (float f : got) finite &= std::isfinite(f);
         check(finite, "%s executor: logits are not finite", kernels.name);
+        const auto [low, high] = std::minmax_element(got.begin(), got.end());
+        check(*low < -0.5f && *low >= -2 && *high > 0.5f && *high <= 2,
+              "%s executor: logits between %g and %g are not capped", kernels.name, *low, *high);
         check(same(got.data(), want.data(), int64_t(got.size()) * 4),
               "%s executor: %d threads differ from one", kernels.name, threads);
         // In chunks, and each sequence by itself.
@@ -208,6 +226,22 @@ void test_refusals(const Kernels& kernels) {
     refuse("a matmul without weights", head(Model::op(OpKind::matmul, row, row, kHidden)));
     refuse("attention in the head", head(Model::op(OpKind::attention, row, row, 0)));
     refuse("an embedding in the head", head(Model::op(OpKind::embed, row, row, kHidden)));
+    throws(kernels, "a chain to an op that is split by columns", [&] { e.chain(); });
+    throws(kernels, "a chain to nothing",
+           [&] { Executor(1, kernels.name, 64, 64, kLimits, kKv).chain(); });
+    Op second = norm(row, row, kHidden);
+    second.b = {kArenaBytes, 256};
+    refuse("a norm's residual past the arena", second);
+    second.b = row, second.quantized = true;
+    refuse("a norm with a residual, quantized", second);
+    second.kind = OpKind::activate, second.b = {kArenaBytes, 256};
+    refuse("an activation's second input past the arena", second);
+    Op cap = head(Model::op(OpKind::softcap, row, row, kHidden));
+    refuse("no cap", cap);
+    cap.scalar = NAN;
+    refuse("a cap that is no number", cap);
+    cap.scalar = 1, cap.cols = kHidden - 8, cap.a.stride = cap.cols * 4;
+    refuse("capped rows of half a panel", cap);
     Op odd = norm(row, row, kHidden);
     odd.grain = 0;
     refuse("no grain", odd);
@@ -312,12 +346,12 @@ void test_refusals(const Kernels& kernels) {
         });
     };
     pool("no KV group", {});
-    pool("blocks that overflow", {{kLayer, big, 0, 0, false}});
-    pool("a negative window", {{kLayer, 6, -1, 0, false}});
-    pool("negative sinks", {{kLayer, 6, 8, -1, false}});
-    pool("chunks of no size", {{kLayer, 6, 0, 0, true}});
+    pool("blocks that overflow", {{kLayer, big, {0, false, 0}}});
+    pool("a negative window", {{kLayer, 6, {-1, false, 0}}});
+    pool("negative sinks", {{kLayer, 6, {8, false, -1}}});
+    pool("chunks of no size", {{kLayer, 6, {0, true, 0}}});
     pool("a sum of pools that overflows",
-         std::vector<KvGroup>(8, {kMaxSide - kMaxSide % 64, kMaxSide, 0, 0, false}));
+         std::vector<KvGroup>(8, {kMaxSide - kMaxSide % 64, kMaxSide, {}}));
     throws(kernels, "an unknown ISA", [&] { Executor(1, "x87", 64, 64, kLimits, kKv); });
 }
 
@@ -329,9 +363,9 @@ void test_tables(const Kernels& kernels) {
     const KvShape shape{kKvHeads,
                         kDim,
                         KvType::bf16,
-                        {{kLayer, 2 * blocks, 0, 0, false},
-                         {kLayer, small, 40, 5, false},
-                         {kLayer, small, 48, 0, true}}};
+                        {{kLayer, 2 * blocks, {0, false, 0}},
+                         {kLayer, small, {40, false, 5}},
+                         {kLayer, small, {48, true, 0}}}};
     Executor e(1, kernels.name, 1 << 16, 1 << 16, limits, shape);
     check(e.kv_bytes() == (2 * blocks + 2 * small) * kLayer, "%s executor: the sum of pools",
           kernels.name);

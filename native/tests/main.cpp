@@ -14,11 +14,10 @@ void test_isa(const Kernels& kernels) {
         const char* name;
         void (*run)(const Kernels&);
     };
-    const Topic topics[] = {{"matmul", test_matmul},
-                            {"rows", test_rows},
-                            {"attention", test_attention},
-                            {"executor", test_executor},
-                            {"load", test_load}};
+    const Topic topics[] = {
+        {"matmul", test_matmul},   {"rows", test_rows},         {"attention", test_attention},
+        {"windows", test_windows}, {"executor", test_executor}, {"load", test_load},
+        {"moe", test_moe}};
     for (const Topic& topic : topics) {
         const int64_t before = passed, wrong = failed;
         topic.run(kernels);
@@ -48,6 +47,7 @@ int main() {
         std::printf("amx and avx512 are not both here to be compared\n");
     }
     check(passed > 0, "no ISA was tested");
+    test_pieces();
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
                 static_cast<long long>(failed));
     return failed != 0;

@@ -94,6 +94,7 @@ struct Shape {
     Fill fill = Fill::random;
     bool extras = false;               // a bias and a residual
     std::vector<int64_t> counts = {};  // of tokens to be tried besides kTokens
+    float scale = 1;
 };
 
 constexpr int64_t kTokens = 37, kColumn = 16;
@@ -138,8 +139,9 @@ class Case {
                     ++integers;
                     wrong += static_cast<double>(got) != want.value;
                 }
+                if (shape_.extras) want.add(bias_.floats()[n]);
+                want.value *= shape_.scale, want.magnitude *= std::fabs(shape_.scale);
                 if (shape_.extras) {
-                    want.add(bias_.floats()[n]);
                     want.add(at(residual_, t)[n]);
                 }
                 const double bound = steps * 0x1p-24 * want.magnitude + 1e-40;
@@ -193,8 +195,12 @@ class Case {
         return same(p, fill, 4);
     }
     void run(const Buffer& out, int64_t count, int64_t first, int64_t last) const {
-        const MatmulPart part{w_.packed.data(), w_.format, static_cast<int32_t>(shape_.rows),
-                              kColumn, shape_.extras ? bias_.floats() : nullptr};
+        const MatmulPart part{w_.packed.data(),
+                              w_.format,
+                              static_cast<int32_t>(shape_.rows),
+                              kColumn,
+                              shape_.extras ? bias_.floats() : nullptr,
+                              shape_.scale};
         const Rows add{shape_.extras ? residual_.data() : nullptr, stride_};
         kernels_.matmul(part, shape_.cols, x_.rows(), {out.data(), stride_}, add, count, first,
                         last);
@@ -233,6 +239,8 @@ std::vector<Shape> shapes(Format format) {
         all.push_back({40, large ? 256 : 160, fill, false, {4, 8}});
     for (const Fill fill : {Fill::extreme, Fill::unit})
         all.push_back({17, 768, fill, fill == Fill::extreme, {4, 8}});
+    for (const bool extras : {false, true})  // long enough for sums that wait in the output
+        all.push_back({33, large ? 768 : 704, Fill::random, extras, ends, -0.22f});
     if (!is_grouped(format)) all.push_back({17, 41, Fill::random, true, ends});
     return all;
 }

@@ -63,21 +63,31 @@ class Executor:
 
     def write(self, offset: int, values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
-    def embed(self, table: tuple[str, int, int, int, int], cols: int, out: tuple[int, int], grain: int) -> None: ...
+    def embed(self, table: tuple[str, int, int, int, int], cols: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
 
-    def rope_table(self, frequencies: int, head_dim: int, out: tuple[int, int], grain: int) -> None: ...
+    def rope_table(self, frequencies: int, head_dim: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
 
-    def rms_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
+    def rms_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, residual: tuple[int, int], out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
+
+    def layer_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
 
     def quantize(self, x: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
 
-    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int) -> None: ...
+    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int) -> None: ...
 
-    def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, grain: int) -> None: ...
+    def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, norm: str, weights: tuple[int, int], eps: float, grain: int) -> None:
+        """Without a table, where its offset is -1, nothing is turned."""
 
-    def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
+    def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int, *, softcap: float = 0.0, slopes: Sequence[float] = [], growth: float = 0.0, growth_span: int = 1) -> None: ...
 
-    def silu_mul(self, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+
+    def softcap(self, x: tuple[int, int], cap: float, cols: int, out: tuple[int, int], grain: int) -> None: ...
+
+    def chain(self) -> None:
+        """
+        Runs the last op on each row right after the one before it, without a barrier.
+        """
 
     def add(self, a: tuple[int, int], b: tuple[int, int], cols: int, out: tuple[int, int], grain: int) -> None: ...
 
@@ -91,6 +101,30 @@ class Executor:
         """
         Float rows of the arena as a read-only array; the next step overwrites them.
         """
+
+    def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
+
+    def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None: ...
+
+    def expert_matmul(self, x: tuple[int, int], token: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None:
+        """
+        Products of rows with their experts; `token`: where a lone token's row is.
+        """
+
+    def expert_activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+
+    def combine(self, y: tuple[int, int], residual: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, scale: float, out: tuple[int, int], grain: int) -> None: ...
+
+    @property
+    def expert_counts(self) -> list[list[int]]:
+        """How often each expert was chosen, by layer."""
+
+    @property
+    def routed_tokens(self) -> int:
+        """Tokens that chose experts, in each layer that has any."""
+
+    def reset_experts(self) -> None:
+        """Counts from zero."""
 
 def isa(name: str = '') -> str:
     """The ISA whose kernels run: the best, or the one named."""
@@ -150,3 +184,32 @@ def skip_strings(window: bytes, at: int, count: int, end: int) -> tuple[int, int
     """
     Passes over strings of a GGUF array that begin in a window; gives where the next one begins and how many are left. `end` is the end of the file, counted from the window's.
     """
+
+class Pieces:
+    """The pieces of a SentencePiece model of the BPE kind."""
+
+    def __init__(self, raw: bytes, scores: bytes, kinds: bytes, prefix: bool, unknown: int, eat: Sequence[int]) -> None:
+        """
+        From the strings of a GGUF array, float32 scores and a byte per kind; `eat` are those that take the white space behind them.
+        """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def twice(self) -> int:
+        """A piece that is there before, or -1."""
+
+    def piece(self, id: int) -> str:
+        """The string of a piece."""
+
+    def kind(self, id: int) -> int:
+        """The kind of a piece, as GGUF counts them."""
+
+    def score(self, id: int) -> float:
+        """The score of a piece: the best are joined first."""
+
+    def find(self, text: str) -> int:
+        """The id of a piece, or -1."""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Ids of a text; special pieces are read in it only if asked."""

@@ -24,12 +24,8 @@ from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
-from pronk.graph.attention import (
-    AttentionPolicy,
-    apply_policy,
-    apply_rope_scaling,
-    parse_policy,
-)
+from pronk.graph.attention import AttentionPolicy, adapted
+from pronk.graph.experts import apply_experts
 from pronk.graph.program import (
     Limits,
     Program,
@@ -44,7 +40,6 @@ __all__ = [
     "Model",
     "Piece",
     "Speculation",
-    "adapted",
     "choose_threads",
     "compile_checkpoint",
     "load",
@@ -114,24 +109,6 @@ def compile_checkpoint(
     """The program a checkpoint runs as, from its header alone; `spec` may change its layers."""
     stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
     return compile_program(spec or checkpoint.spec, stored_dtypes(stored), limits)
-
-
-def adapted(
-    spec: ModelSpec, attention: str | AttentionPolicy | None, rope_scaling: str | None
-) -> ModelSpec:
-    """A model as the user wants it: see `load`.
-
-    Raises
-    ------
-    RequestError
-        If it cannot be so.
-    """
-    if rope_scaling is not None:
-        spec = apply_rope_scaling(spec, rope_scaling)
-    if attention is None:
-        return spec
-    policy = parse_policy(attention) if isinstance(attention, str) else attention
-    return apply_policy(spec, policy)
 
 
 class Model:
@@ -335,23 +312,34 @@ class Model:
         finally:
             self._end(request)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position.
+    def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
+        """Next-token logits at every position, or at the last ones.
 
         Parameters
         ----------
         ids : sequence of int
             At most the context's length.
+        last : int, optional
+            How many positions; all unless given.
 
         Returns
         -------
         ndarray, float32 [tokens, vocabulary]
-            Row i is the prediction after ``ids[: i + 1]``.
+            Row i is the prediction after ``ids[: i + 1]``, if all are asked for.
+
+        Raises
+        ------
+        RequestError
+            If there are no tokens, more than the context holds, or fewer than `last`.
         """
         self._open()
         tokens = self.encode(ids)
-        parts = self._engine.logits(tokens)  # checked before anything of their size is allocated
-        out = np.empty((len(tokens), self.spec.vocab_size), np.float32)
+        count = len(tokens) if last is None else last
+        # Checked before anything of their size is allocated.
+        parts = self._engine.logits(tokens, len(tokens) - count)
+        if not 1 <= count <= len(tokens):
+            raise RequestError(f"last must be in [1, {len(tokens)}], not {last}")
+        out = np.empty((count, self.spec.vocab_size), np.float32)
         done = 0
         for part in parts:
             out[done : done + len(part)] = part
@@ -384,6 +372,14 @@ class Model:
         """
         self._open()
         return self._engine.logits(self.encode(ids), first, endings)
+
+    def expert_counts(self) -> NDArray[np.uint64]:
+        """How often each expert was chosen since loading, uint64 [layers with experts, experts]."""
+        return self._open().expert_counts()
+
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token went to in a layer; 0 where there are none."""
+        return self._open().experts_per_token()
 
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
@@ -422,6 +418,7 @@ def load(
     rope_scaling: str | None = None,
     packed_cache: bool = True,
     speculate: bool = True,
+    experts: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -448,6 +445,9 @@ def load(
     speculate : bool
         Draft tokens from repetitions in the text and verify several in one step, while that
         pays. The tokens are the same either way.
+    experts : str
+        How many experts a token of a mixture goes to, where not as many as the model was trained
+        with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -469,6 +469,8 @@ def load(
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
         spec = adapted(checkpoint.spec, attention, rope_scaling)
+        if experts:
+            spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits, spec)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pronk.checkpoint.base import Checkpoint
-from pronk.checkpoint.bundle_config import hf_config
+from pronk.checkpoint.bundle_config import check_bundled, hf_config
 from pronk.checkpoint.bundle_tensors import Quantize, write_tensors
 from pronk.errors import PronkError, RequestError
 
@@ -109,6 +109,7 @@ class BundleWriter:
         """
         import pronk
 
+        check_bundled(ckpt.spec)
         tokenizer = ckpt.load_tokenizer()
         try:
             write_tensors(ckpt, formats, self.path / "model.safetensors", quantize, progress)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pronk.checkpoint.families import FAMILIES
-from pronk.spec import ModelSpec
+from pronk.checkpoint.families import ACTIVATIONS, FAMILIES, family_of
+from pronk.errors import RequestError
+from pronk.spec import LayerSpec, ModelSpec
 
-__all__ = ["GROUP", "hf_config"]
+__all__ = ["GROUP", "check_bundled", "hf_config"]
 
 GROUP = 32
 """Elements that share a scale, in every format Pronk writes."""
@@ -22,6 +23,28 @@ _TARGETS = {
 }
 
 
+_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(list(ACTIVATIONS.items()))}
+
+
+def check_bundled(spec: ModelSpec) -> None:
+    """Refuse a model that no bundle can be written of yet.
+
+    Raises
+    ------
+    RequestError
+        If its family is none of those, or its layers are not all alike and global.
+    """
+    if not family_of(spec.family).bundles:
+        known = ", ".join(family.name for family in FAMILIES if family.bundles)
+        raise RequestError(
+            f"a {spec.family} model cannot be written as a bundle yet: Pronk fits {known}"
+        )
+    kinds = {rope.kind for rope in spec.ropes} - {"default", "linear", "llama3"}
+    if kinds or any(layer != LayerSpec() for layer in spec.layers):
+        what = f"{min(kinds)} rope" if kinds else "windows or shared layers"
+        raise RequestError(f"a model with {what} cannot be written as a bundle yet")
+
+
 def hf_config(
     spec: ModelSpec, formats: Mapping[str, str], bos: int | None, eos: Sequence[int]
 ) -> dict[str, Any]:
@@ -30,7 +53,8 @@ def hf_config(
     The embedding is never tied: the output head is a packed Linear, and the embedding table
     beside it, which `transformers` cannot keep packed, is float16.
     """
-    family = next(f for f in FAMILIES if f.name == spec.family)
+    check_bundled(spec)
+    family = family_of(spec.family)
     return {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -41,7 +65,7 @@ def hf_config(
         "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": _ACTIVATIONS[spec.activation],
         "attention_bias": spec.attention_bias and not family.qkv_bias,
         "attention_dropout": 0.0,
         "mlp_bias": False,

@@ -106,6 +106,11 @@ class GgufHeader:
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
+    def count(self, key: str) -> int:
+        """How many there are in the array under `key`; 0 where there is none."""
+        array = self._array(key)
+        return 0 if array is None else array.count
+
     def strings(self, key: str) -> list[str] | None:
         """The array of strings under `key`, or None where there is none."""
         return self._strings(key, read_strings)
@@ -114,15 +119,21 @@ class GgufHeader:
         """The array of strings under `key`, and the place of each; None where there is none."""
         return self._strings(key, read_vocabulary)
 
-    def _strings(self, key: str, read: Callable[[bytes, int], T]) -> T | None:
+    def packed_strings(self, key: str) -> tuple[bytes, int] | None:
+        """The array of strings under `key` as the file has it, and their number."""
         array = self._array(key)
         if array is None:
             return None
         if array.kind != _STRING:
             raise CheckpointError(f"{self.path} has {key} as something else than strings")
-        raw = read_exact(self.fd, array.offset, array.nbytes, self.path).tobytes()
+        return read_exact(self.fd, array.offset, array.nbytes, self.path).tobytes(), array.count
+
+    def _strings(self, key: str, read: Callable[[bytes, int], T]) -> T | None:
+        packed = self.packed_strings(key)
+        if packed is None:
+            return None
         try:
-            return read(raw, array.count)
+            return read(*packed)
         except ValueError:
             raise CheckpointError(f"{self.path} has a string in {key} that is no UTF-8") from None
 

@@ -25,7 +25,17 @@ from pronk.units import format_bytes, parse_size
 if TYPE_CHECKING:
     from pronk._native import Executor
 
-__all__ = ["ENVIRONMENT", "Key", "Status", "clear", "limit", "restore", "status", "store"]
+__all__ = [
+    "ENVIRONMENT",
+    "Key",
+    "Status",
+    "clear",
+    "content_hash",
+    "limit",
+    "restore",
+    "status",
+    "store",
+]
 
 ENVIRONMENT = "PRONK_PACKED_CACHE"
 """Names the variable that turns the cache off (``0``) or limits its bytes (``4GB``)."""
@@ -226,7 +236,7 @@ def _store(folder: Path, key: Key, executor: Executor, facts: dict[str, Any], mo
     for stale in folder.glob("*" + _WRITING):  # of a process that was killed: the lock is ours
         stale.unlink(missing_ok=True)
     identity = _identity(key.files)
-    content = _content(key.files)
+    content = content_hash(key.files)
     if _identity(key.files) != identity:
         return "the checkpoint changes while it is read"
     path = folder / _name(content, key.program)
@@ -275,7 +285,7 @@ def _name(content: str, program: str) -> str:
     return _digest([_FORMAT, _native.PACK_VERSION, content, program]) + _WEIGHTS
 
 
-def _content(files: Sequence[int]) -> str:
+def content_hash(files: Sequence[int]) -> str:
     """A hash of the bytes of files, which have no length in common that could be mistaken."""
     import hashlib
 

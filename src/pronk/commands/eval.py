@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="also report KL from this model, its KV in bf16 and its attention as it was made",
+        help="also report KL from this model, its KV in bf16, its attention and experts as made",
     )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
     parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
@@ -31,6 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     long.configure(parser)
     common.add_runtime(parser)
+    common.add_experts(parser)
     common.add_json(parser)
 
 
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
             **perplexity(model, ids, progress=progress, **options).to_dict(),
         }
     if args.reference:
-        exact = argparse.Namespace(**{**vars(args), "kv": "bf16", "attention": None})
+        as_made = {"kv": "bf16", "attention": None, "dynamic_experts": ""}
+        exact = argparse.Namespace(**{**vars(args), **as_made})
         reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:
             compared = divergence(reference, model, ids, progress=progress, **options)

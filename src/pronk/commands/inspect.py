@@ -31,13 +31,16 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
     from pronk.checkpoint.open import open_checkpoint
     from pronk.checkpoint.sources import resolve
+    from pronk.commands.choice import choose
     from pronk.device.footprint import measure
+    from pronk.graph.attention import adapted
     from pronk.graph.program import Limits, choose_context
-    from pronk.model import adapted, compile_checkpoint
+    from pronk.model import compile_checkpoint
 
     path = resolve(args.model)
+    attention = choose(path, args)
     with open_checkpoint(path) as checkpoint:
-        spec = adapted(checkpoint.spec, args.attention, args.rope_scaling)
+        spec = adapted(checkpoint.spec, attention, args.rope_scaling)
         context = choose_context(spec, args.context, checkpoint.budget)
         program = compile_checkpoint(checkpoint, Limits(context, kv_dtype=args.kv), spec)
         tensors = list(checkpoint.tensors.values())

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.corpus import load_corpus
     from pronk.evaluate.long_view import format_long, plot
     from pronk.evaluate.positions import default_bucket
-    from pronk.model import adapted
+    from pronk.graph.attention import adapted
 
     if args.needles < 1:
         raise RequestError(f"--needles must be at least 1, not {args.needles}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.bundle import BundleWriter
+from pronk.checkpoint.bundle_config import check_bundled
 from pronk.checkpoint.kinds import tensor_kind
 from pronk.checkpoint.open import open_checkpoint
 from pronk.compress.quantize import RoundToNearest
@@ -170,13 +171,15 @@ def fit(
     BudgetError
         If no variant holds the budget; it names the nearest that would.
     RequestError
-        If the context is out of range, or `out_dir` holds something else than a bundle.
+        If the model is none that bundles are written of, the context is out of range, or
+        `out_dir` holds something else than a bundle.
     """
     tools = tools or Tools()
     tell = progress or (lambda what, done, total: None)
     source = Path(source_path)
     with open_checkpoint(source) as ckpt:
         spec = ckpt.spec
+        check_bundled(spec)
         context = choose_context(spec, context)
         with BundleWriter(out_dir) as writer:
             tell("measuring the overhead", 0, 1)

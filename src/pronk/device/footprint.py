@@ -23,7 +23,6 @@ __all__ = ["RUN_MODULES", "measure"]
 
 RUN_MODULES = (
     "numpy",
-    "tokenizers",
     "jinja2.sandbox",
     "pronk.cli",
     "pronk.commands.run",

@@ -168,6 +168,26 @@ class Runner:
             logits[start : start + len(part)] = self.head(part)
         return logits
 
+    def expert_counts(self) -> NDArray[np.uint64]:
+        """How often each expert was chosen since loading or `reset_experts`.
+
+        Returns
+        -------
+        ndarray, uint64 [layers that have experts, experts]
+            Tokens of prompts count like others, and so do drafted ones that did not stand.
+        """
+        counts = self.executor.expert_counts
+        return np.array(counts, np.uint64).reshape(len(counts), len(counts[0]) if counts else 0)
+
+    def experts_per_token(self) -> float:
+        """Mean number of experts that a token went to in a layer, over the same time."""
+        counts, tokens = self.expert_counts(), self.executor.routed_tokens
+        return float(counts.sum()) / (len(counts) * tokens) if tokens else 0.0
+
+    def reset_experts(self) -> None:
+        """Count from zero."""
+        self.executor.reset_experts()
+
     def record(self, on: bool = True) -> None:
         """Keep the steps and the times of ops from now on, from nothing; or no longer."""
         self._steps = [] if on else None

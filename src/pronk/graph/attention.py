@@ -10,6 +10,7 @@ from pronk.spec import LayerSpec, ModelSpec, RopeSpec
 
 __all__ = [
     "AttentionPolicy",
+    "adapted",
     "apply_policy",
     "apply_rope_scaling",
     "parse_policy",
@@ -115,7 +116,10 @@ def apply_policy(spec: ModelSpec, policy: AttentionPolicy) -> ModelSpec:
             f"{spec.num_layers - 1}"
         )
     if policy.auto:
-        raise RequestError("the attention policy's global layers have not been chosen yet")
+        raise RequestError(
+            "the attention policy's global layers have not been chosen: list them, as "
+            "global=0:4:8 (the command line measures which do most)"
+        )
     layers = tuple(
         layer if policy.keeps(i) else _windowed(layer, policy)
         for i, layer in enumerate(spec.layers)
@@ -182,3 +186,21 @@ def _scaled(rope: RopeSpec, kind: str, factor: float, context: int) -> RopeSpec:
     return replace(
         rope, kind=kind, factor=factor, original_context=context, attention_factor=temperature
     )
+
+
+def adapted(
+    spec: ModelSpec, attention: str | AttentionPolicy | None, rope_scaling: str | None
+) -> ModelSpec:
+    """A model as the user wants it: its rope scaled, then the policy applied.
+
+    Raises
+    ------
+    RequestError
+        If it cannot be so.
+    """
+    if rope_scaling is not None:
+        spec = apply_rope_scaling(spec, rope_scaling)
+    if attention is None:
+        return spec
+    policy = parse_policy(attention) if isinstance(attention, str) else attention
+    return apply_policy(spec, policy)

@@ -94,7 +94,8 @@ def build_decoder(spec: ModelSpec, dtype_of: Callable[[str], str]) -> Graph:
     x = b.op("matmul", (x,), "logits", spec.vocab_size, (head,), "R", cols=hidden,
              factor=spec.logit_scale)  # fmt: skip
     if spec.logit_softcap:
-        x = b.op("softcap", (x,), "capped", spec.vocab_size, rows="R", cap=spec.logit_softcap)
+        x = b.op("softcap", (x,), "capped", spec.vocab_size, rows="R", cap=spec.logit_softcap,
+                 inplace=True)  # fmt: skip
     graph = Graph(tuple(b.ops), b.values, b.weights, x)
     graph.check()
     return graph

@@ -2,7 +2,8 @@
 
 Bytes are the least that must move (Williams et al. 2009): every weight once an op, the keys and
 values of a sequence once however many of its tokens attend to them, every activation once. A
-multiply-add has a weight and an activation, whatever halves they are multiplied in.
+multiply-add has a weight and an activation, whatever halves they are multiplied in. Which experts
+a step reads depends on its tokens: counted are as many as they can choose, min(E, T k).
 """
 
 from __future__ import annotations
@@ -102,12 +103,12 @@ def label(graph: Graph, op: Op) -> str:
     """A name for the ops that do the same in every layer: ``matmul gate|up q4_1``."""
     matrices = [w for w in (graph.weights[name] for name in op.weights) if w.rows > 1]
     formats = "+".join(dict.fromkeys(w.dtype for w in matrices))
-    if op.kind != "matmul":
+    if op.kind not in ("matmul", "expert_matmul"):
         return f"{op.kind} {formats}".strip()
     role = "|".join(w.name.split(".")[-2].removesuffix("_proj") for w in matrices)
     if graph.values[op.output].rows == "R":
         role = "head"
-    return f"matmul {role} {formats}"
+    return f"{op.kind} {role} {formats}"
 
 
 def _cost(program: Program, op: Op, step: Step) -> Cost:
@@ -116,6 +117,8 @@ def _cost(program: Program, op: Op, step: Step) -> Cost:
         return Cost()
     if op.kind in ("attend", "attention", "rope_store"):
         return _attention(program, op, step)
+    if graph.values[op.output].rows == "X" or op.kind == "combine":
+        return _experts(program, op, step)
     # The ops of the head run once for each of its calls.
     calls = (step.tokens,) if graph.values[op.output].rows == "T" else step.heads
     rows = sum(calls)
@@ -126,6 +129,23 @@ def _cost(program: Program, op: Op, step: Step) -> Cost:
         return Cost(rows * packed_bytes(table.dtype, PANEL, table.cols), 0, activations)
     macs = sum(w.rows * w.cols for w in weights if w.rows > 1) if op.kind == "matmul" else 0
     return Cost(len(calls) * sum(map(weight_bytes, weights)), 0, activations, rows * macs)
+
+
+def _experts(program: Program, op: Op, step: Step) -> Cost:
+    """What is done to the rows of experts: one for each choice of each token."""
+    graph, experts = program.graph, op.integer("experts")
+    rows = step.tokens * op.integer("top_k")
+    weights = [graph.weights[name] for name in op.weights]
+    if op.kind == "dispatch" or (op.kind == "expert_gather" and step.tokens == 1):
+        return Cost()
+    if op.kind == "combine":
+        width = 4 * graph.values[op.output].width
+        y, residual = rows * width, (len(op.inputs) - 3) * step.tokens * width
+        return Cost(0, 0, y + residual + step.tokens * width)
+    moved = _bytes(graph, op.inputs[0]) + _output_bytes(graph, op)
+    read = sum(map(weight_bytes, weights)) * min(experts, rows) // experts
+    macs = sum(w.rows * w.cols for w in weights) // experts
+    return Cost(read, 0, rows * moved, rows * macs)
 
 
 def _attention(program: Program, op: Op, step: Step) -> Cost:

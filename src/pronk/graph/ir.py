@@ -1,7 +1,8 @@
 """The graph: values with one symbolic dimension, ops, weights. Plain frozen data.
 
-A value is a matrix of ``rows`` x ``width``: ``rows`` is ``"T"`` (the tokens of a step) or ``"R"``
-(the rows whose logits are asked for). Its dtype is ``"f32"``, or ``"a12"``, the form in which
+A value is a matrix of ``rows`` x ``width``: ``rows`` is ``"T"`` (the tokens of a step), ``"R"``
+(the rows whose logits are asked for) or ``"X"`` (the rows of experts: one for each of a token's
+choices). Its dtype is ``"f32"``, or ``"a12"``, the form in which
 activations meet quantized weights: 12-bit integers in groups of 32 with a float scale each.
 """
 

@@ -8,6 +8,7 @@ from pronk._native import Executor
 from pronk.graph.ir import Graph, Op, Ref
 from pronk.graph.kv import KvGroup, place
 from pronk.graph.memory import Layout
+from pronk.graph.reference import alibi_slopes
 
 __all__ = ["lower"]
 
@@ -27,6 +28,7 @@ class _Lowering:
     ) -> None:
         self.graph, self.layout, self.executor = graph, layout, executor
         self.groups, self.layer_bytes = groups, layer_bytes
+        self.routing: Op | None = None
 
     def slot(self, ref: Ref) -> tuple[int, int]:
         value = self.graph.values[ref.value]
@@ -47,6 +49,11 @@ class _Lowering:
         if lower is None:
             raise ValueError(f"the native executor has no op {op.kind!r}: a pass is missing")
         lower(op, self.slot(Ref(value.name)), int(op.attrs.get("grain", 1)))
+        if op.attrs.get("chained"):
+            self.executor.chain()
+
+    def _second(self, op: Op) -> tuple[int, int]:
+        return self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
 
     def _is_head(self, op: Op) -> bool:
         return self.graph.values[op.output].rows == "R"
@@ -60,14 +67,21 @@ class _Lowering:
 
     def _embed(self, op: Op, out: tuple[int, int], grain: int) -> None:
         cols = self.graph.weights[op.weights[0]].cols
-        self.executor.embed(self._part(op.weights[0], 0), cols, out, grain)
+        self.executor.embed(self._part(op.weights[0], 0), cols, _scale(op), out, grain)
 
     def _rope_table(self, op: Op, out: tuple[int, int], grain: int) -> None:
         head_dim = 2 * self.graph.weights[op.weights[0]].cols
-        self.executor.rope_table(self.weight(op.weights[0]), head_dim, out, grain)
+        scale = float(op.attrs.get("scale", 1))
+        self.executor.rope_table(self.weight(op.weights[0]), head_dim, scale, out, grain)
 
     def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.rms_norm(
+            self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
+            self.graph.values[op.output].width, self._second(op), out, self._quantized(op),
+            self._is_head(op), grain)  # fmt: skip
+
+    def _layer_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        self.executor.layer_norm(
             self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
             self.graph.values[op.output].width, out, self._quantized(op), self._is_head(op),
             grain)  # fmt: skip
@@ -88,39 +102,102 @@ class _Lowering:
             else:
                 parts.append(self._part(name, column))
                 column += weight.rows
-        residual = self.slot(op.inputs[1]) if len(op.inputs) > 1 else _NONE
         self.executor.matmul(
             self.slot(op.inputs[0]), parts, op.integer("cols"),
-            self.graph.values[op.inputs[0].value].quantized, residual, out, self._is_head(op),
-            grain)  # fmt: skip
+            self.graph.values[op.inputs[0].value].quantized, _scale(op), self._second(op), out,
+            self._is_head(op), grain)  # fmt: skip
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        qkv, table = (self.slot(ref) for ref in op.inputs)
-        self.executor.rope_store(qkv, table, op.integer("heads"), *self.kv(op), grain)
+        qkv, *table = (self.slot(ref) for ref in op.inputs)
+        q, k = (self.weight(name) for name in op.weights) if op.weights else _NONE
+        self.executor.rope_store(
+            qkv, table[0] if table else _NONE, op.integer("heads"), *self.kv(op),
+            str(op.attrs.get("qk_norm", "")), (q, k), float(op.attrs.get("eps", 0)),
+            grain)  # fmt: skip
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        heads = op.integer("heads")
         qkv, parts = (self.slot(ref) for ref in op.inputs)
+        attrs = op.attrs
+        alibi = float(attrs.get("alibi", 0))
         self.executor.attention(
-            qkv, parts, op.integer("heads"), *self.kv(op), float(op.attrs["scale"]), out, grain
-        )
+            qkv, parts, heads, *self.kv(op), float(attrs["scale"]), out, grain,
+            softcap=float(attrs.get("softcap", 0)),
+            slopes=alibi_slopes(heads, alibi).tolist() if alibi else [],
+            growth=float(attrs.get("growth", 0)),
+            growth_span=int(attrs.get("growth_span", 1)))  # fmt: skip
 
     def _workspace(self, op: Op, out: tuple[int, int], grain: int) -> None:
         """Memory that the next op uses: nothing to run."""
 
     def _activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
-        gate, up = op.inputs
+        self.executor.activate(
+            str(op.attrs["fn"]), self.slot(op.inputs[0]), self._second(op),
+            self.graph.values[op.output].width, out, self._quantized(op), grain)  # fmt: skip
+
+    def _softcap(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
-        self.executor.silu_mul(
-            self.slot(gate), self.slot(up), width, out, self._quantized(op), grain
-        )
+        cap = float(op.attrs["cap"])
+        self.executor.softcap(self.slot(op.inputs[0]), cap, width, out, grain)
 
     def _add(self, op: Op, out: tuple[int, int], grain: int) -> None:
         a, b = (self.slot(ref) for ref in op.inputs)
         self.executor.add(a, b, self.graph.values[op.output].width, out, grain)
 
+    def _sizes(self, op: Op) -> tuple[int, int]:
+        return op.integer("experts"), op.integer("top_k")
+
+    def _route(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        """The native op fills the table of the next one too: it has to be lowered with it."""
+        self.routing = op
+
+    def _dispatch(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        route = self.routing
+        if route is None or op.inputs[0].value != route.output:
+            raise ValueError("experts are not chosen right before they are dispatched")
+        self.executor.route(
+            self.slot(route.inputs[0]), self._sizes(op), route.attrs["score"] == "softmax",
+            bool(route.attrs["normalize"]), float(route.attrs["threshold"]),
+            route.integer("least"), self.slot(op.inputs[0]), out, grain)  # fmt: skip
+
+    def _expert_gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        x, plan = (self.slot(ref) for ref in op.inputs)
+        self.executor.expert_gather(
+            x, plan, self._sizes(op), self.graph.values[op.output].width, self._quantized(op), out,
+            grain)  # fmt: skip
+
+    def _expert_matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        x, plan, *lone = (self.slot(ref) for ref in op.inputs)
+        parts: list[tuple[str, int, int, int, int]] = []
+        column = 0
+        for name in op.weights:
+            parts.append(self._part(name, column))
+            column += self.graph.weights[name].rows // op.integer("experts")
+        self.executor.expert_matmul(
+            x, lone[0] if lone else _NONE, plan, self._sizes(op), parts, op.integer("cols"),
+            self.graph.values[op.inputs[0].value].quantized, out, grain)  # fmt: skip
+
+    def _expert_activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        gate, up, routes, plan = (self.slot(ref) for ref in op.inputs)
+        self.executor.expert_activate(
+            str(op.attrs["fn"]), gate, up, routes, plan, self._sizes(op),
+            self.graph.values[op.output].width, bool(op.attrs["scales_input"]), out,
+            self._quantized(op), grain)  # fmt: skip
+
+    def _combine(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        y, routes, plan, *residual = (self.slot(ref) for ref in op.inputs)
+        self.executor.combine(
+            y, residual[0] if residual else _NONE, routes, plan, self._sizes(op),
+            self.graph.values[op.output].width, bool(op.attrs["scales_input"]),
+            float(op.attrs.get("scale", 1)), out, grain)  # fmt: skip
+
     def _gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
         self.executor.gather(self.slot(op.inputs[0]), width, out, grain)
+
+
+def _scale(op: Op) -> float:
+    return float(op.attrs.get("scale", 1))
 
 
 def lower(

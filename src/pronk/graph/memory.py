@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pronk.graph.ir import Graph, Weight
+from pronk.graph.moe import expert_rows
 from pronk.graph.pack import PANEL, align, packed_bytes
 
 __all__ = ["Layout", "plan_layout", "weight_bytes"]
@@ -32,7 +33,8 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     """Assign every weight and value its offset.
 
     Values whose lifetimes do not overlap share bytes (first fit over the ops in order). The
-    output of an op marked ``inplace`` is its first input's memory.
+    output of an op marked ``inplace`` is its first input's memory. Ops that are chained work on
+    different rows at once, so their values live as if they were one op.
 
     Parameters
     ----------
@@ -49,7 +51,9 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     root: dict[str, str] = {}
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for i, op in enumerate(graph.ops):
+    i = -1
+    for op in graph.ops:
+        i += not op.attrs.get("chained")
         source = op.inputs[0].value if op.attrs.get("inplace") else None
         root[op.output] = root[source] if source else op.output
         first.setdefault(root[op.output], i)
@@ -62,13 +66,14 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     for ref in graph.ops[head].inputs:
         last[root[ref.value]] = len(graph.ops)
 
+    rows = {"T": max_tokens, "R": max_rows, "X": expert_rows(graph, max_tokens)}
     offsets: dict[str, int] = {}
     live: list[tuple[int, int, str]] = []  # (offset, end, name)
     arena = 0
     for name in sorted(first, key=lambda n: first[n]):
         live = [entry for entry in live if last[entry[2]] >= first[name]]
         value = graph.values[name]
-        size = value.bytes_of(max_tokens if value.rows == "T" else max_rows)
+        size = value.bytes_of(rows[value.rows])
         offset = 0
         for start, stop, _ in sorted(live):
             if offset + size <= start:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value
+from pronk.graph.moe import split_experts
 from pronk.graph.pack import PART_TAIL
 
 __all__ = [
     "CPU_PASSES",
     "Pass",
+    "chain_rows",
     "fuse_quantize",
     "fuse_residual",
     "fuse_rope",
     "fuse_siblings",
     "quantize_activations",
     "run_passes",
+    "split_experts",
     "split_threads",
 ]
 
@@ -147,6 +151,7 @@ def fuse_residual(graph: Graph) -> Graph:
             term, out = op.inputs
             matmul = producer[out.value]
             fits = matmul.kind in ("matmul", "rms_norm") and len(matmul.inputs) == 1
+            fits |= matmul.kind == "experts" and len(matmul.inputs) == 2
             if fits and uses[out.value] == 1:
                 absorbed.add(out.value)
                 op = replace(matmul, inputs=(*matmul.inputs, term), output=op.output)
@@ -171,6 +176,8 @@ def quantize_activations(graph: Graph) -> Graph:
                 values[name] = Value(name, source.rows, cols, "a12")
                 ops.append(Op("quantize", (op.inputs[0],), name))
             op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
+        if op.kind == "experts" and graph.weights[op.weights[2]].grouped:
+            op = op.with_attrs(a12=True)  # what lies between their products
         ops.append(op)
     return graph.with_ops(ops, values)
 
@@ -201,7 +208,29 @@ def split_threads(graph: Graph) -> Graph:
     """
     ops = []
     for op in graph.ops:
-        ops.append(op.with_attrs(grain=32 if op.kind in ("matmul", "attention") else 16))
+        large = op.kind in ("matmul", "expert_matmul", "attention")
+        ops.append(op.with_attrs(grain=32 if large else 16))
+    return graph.with_ops(ops, graph.values)
+
+
+# Ops whose rows depend on the same rows of what the ops before them made.
+_BY_ROW = frozenset(
+    ("embed", "rope_table", "rms_norm", "layer_norm", "quantize", "activate", "add", "gather")
+)
+
+
+def chain_rows(graph: Graph) -> Graph:
+    """Ops that go row by row, one after the other, become a chain: ``chained`` to the one before.
+
+    Who has taken rows of the first runs them through the chain, while they are in its cache, and
+    no thread waits for another in between: a norm after attention or MLP (`post_norms`) then costs
+    a layer no barrier.
+    """
+    ops = list(graph.ops[:1])
+    for before, op in pairwise(graph.ops):
+        together = graph.values[before.output].rows == graph.values[op.output].rows
+        by_row = before.kind in _BY_ROW and op.kind in _BY_ROW
+        ops.append(op.with_attrs(chained=True) if together and by_row else op)
     return graph.with_ops(ops, graph.values)
 
 
@@ -212,7 +241,9 @@ CPU_PASSES: tuple[Pass, ...] = (
     fuse_residual,
     quantize_activations,
     fuse_quantize,
+    split_experts,
     split_threads,
+    chain_rows,
 )
 
 

@@ -26,7 +26,11 @@ __all__ = [
 
 DEFAULT_CONTEXT = 2048  # tokens, where neither the user nor a bundle says otherwise
 
-_TOGETHER = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+_TOGETHER = {
+    "self_attn": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    "experts": ("gate_proj.weight", "up_proj.weight"),
+}
+_MOST_CHOICES, _MOST_EXPERTS = 64, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +132,16 @@ def stored_dtypes(tensors: Mapping[str, tuple[str, int]]) -> Callable[[str], str
     """Runtime format by name, from the stored (dtype, row length) of each tensor.
 
     The queries, keys and values of a layer lie in one matrix and so meet the same activations:
-    where one of them is quantized in groups, a float one runs as ``q8_0``.
+    where one of them is quantized in groups, a float one runs as ``q8_0``. So do the gates and
+    the inputs of experts. A router runs as it is stored: it is small.
     """
 
     def dtype_of(name: str) -> str:
         runs = runtime_dtype(*tensors[name])
-        layer, _, matrix = name.rpartition(".self_attn.")
-        if runs not in GROUPED and matrix in _TOGETHER:
-            siblings = (f"{layer}.self_attn.{other}" for other in _TOGETHER)
+        at, _, rest = name.rpartition(".")[0].rpartition(".")
+        together = _TOGETHER.get(at.rpartition(".")[2], ())
+        if runs not in GROUPED and f"{rest}.weight" in together:
+            siblings = (f"{at}.{other}" for other in together)
             if any(runtime_dtype(*tensors[s]) in GROUPED for s in siblings if s in tensors):
                 return "q8_0"
         return runs
@@ -174,6 +180,26 @@ def compile_program(
             f"{spec.head_dim}) cannot run: widths must be multiples of {GROUP}, and heads of 16 "
             "up to 256"
         )
+    _check_experts(spec)
     graph = build_decoder(spec, dtype_of)
     graph = run_passes(graph, CPU_PASSES if passes is None else passes)
     return Program(spec, limits, graph, plan_layout(graph, limits.max_tokens, limits.max_rows))
+
+
+def _check_experts(spec: ModelSpec) -> None:
+    moe = spec.moe
+    if moe is None:
+        return
+    if moe.intermediate_size % GROUP or moe.intermediate_size < 1 or moe.shared_size % GROUP:
+        raise CheckpointError(
+            f"the model's experts (of {moe.intermediate_size}, shared {moe.shared_size}) cannot "
+            f"run: their widths must be multiples of {GROUP}"
+        )
+    choices = min(moe.experts, _MOST_CHOICES)
+    if not 1 <= moe.top_k <= choices or not 2 <= moe.experts <= _MOST_EXPERTS:
+        raise CheckpointError(
+            f"a choice of {moe.top_k} of {moe.experts} experts cannot run: it must be one of at "
+            f"most {_MOST_CHOICES}, of 2 to {_MOST_EXPERTS}"
+        )
+    if not 1 <= moe.least <= moe.top_k:
+        raise CheckpointError(f"at least {moe.least} of {moe.top_k} experts cannot be chosen")

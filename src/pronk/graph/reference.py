@@ -277,7 +277,50 @@ class Reference:
                 m = act(inner * (gate[expert] @ h)) * (inner * (up[expert] @ h))
                 m = fake_quantize(m[None].astype(np.float32))[0] if quantized else m
                 out[t] += outer * (down[expert] @ m)
-        return _scaled(op, out)
+        out = _scaled(op, out)
+        return out + x[2][:, :hidden] if len(x) > 2 else out
+
+    def _dispatch(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        """Token, choice and expert of each row, in the order of the experts."""
+        most = op.integer("top_k")
+        chosen = x[0][:, :most].astype(int)
+        pairs = [(t, j) for t in range(len(chosen)) for j in range(most) if chosen[t, j] >= 0]
+        pairs.sort(key=lambda pair: chosen[pair])
+        return np.array([(t, j, chosen[t, j]) for t, j in pairs])
+
+    def _expert_gather(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        width = self.graph.values[op.output].width
+        result: Array = x[0][x[1][:, 0].astype(int), :width]
+        return result
+
+    def _expert_matmul(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        experts = [m.reshape(op.integer("experts"), -1, m.shape[1]) for m in w]
+        rows, chosen = x[0][:, : op.integer("cols")], x[1][:, 2].astype(int)
+        out = np.empty((len(rows), self.graph.values[op.output].width), np.float32)
+        for expert in np.unique(chosen):
+            of = chosen == expert
+            out[of] = np.concatenate([rows[of] @ m[expert].T for m in experts], 1)
+        return out
+
+    def _expert_activate(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        width = self.graph.values[op.output].width
+        gate, up, routes, plan = x[0][:, :width], x[1][:, :width], x[2], x[3].astype(int)
+        if op.attrs["scales_input"]:
+            weights = routes[plan[:, 0], op.integer("top_k") + plan[:, 1], None]
+            gate, up = weights * gate, weights * up
+        result: Array = _ACTIVATIONS[str(op.attrs["fn"])](gate) * up
+        return result
+
+    def _combine(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        y, routes, plan = x[0], x[1], x[2].astype(int)
+        width = self.graph.values[op.output].width
+        out = np.zeros((len(routes), width), np.float32)
+        for row in np.argsort(plan[:, 1], kind="stable"):
+            token, choice = plan[row, :2]
+            weight = routes[token, op.integer("top_k") + choice]
+            out[token] += (1 if op.attrs["scales_input"] else weight) * y[row, :width]
+        out = _scaled(op, out)
+        return out + x[3][:, :width] if len(x) > 3 else out
 
     def _add(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width

@@ -97,9 +97,11 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Scope:
+        line = next(parser.stream).lineno
+        # What is set inside is not seen outside: transformers makes a call of it.
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
 
 
 def _range(*args: int) -> range:
