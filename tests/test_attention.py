@@ -125,6 +125,13 @@ def test_only_what_reaches_far_is_scaled() -> None:
     assert [rope.kind for rope in spec.ropes] == ["default", "linear"]
 
 
+def test_a_model_may_go_past_its_context_as_it_is() -> None:
+    spec = apply_rope_scaling(SPEC, "none:4")
+    assert spec == dataclasses.replace(SPEC, context_length=4 * SPEC.context_length)
+    again = apply_rope_scaling(apply_rope_scaling(SPEC, "yarn:2"), "none:2")
+    assert again.ropes[0].kind == "yarn"  # what is scaled already is left alone
+
+
 @pytest.mark.parametrize("text", ["", "yarn", "yarn:", "yarn:x", "yarn:1", "yarn:nan", "yarn:inf",
                                   "llama3:2", "linear:-2", "dynamic:1e9"])  # fmt: skip
 def test_what_is_no_scaling_is_refused(text: str) -> None:

@@ -158,8 +158,9 @@ def format_depth(depth: Mapping[str, Any]) -> list[str]:
     width = max(10, *(len(shown[name]) for name in variants))
     lines = [
         f"at a context of {depth['context']}: {depth['prompt_tokens']} tokens read, "
-        f"{depth['tokens']} written; medians of {depth['rounds']} runs"
-        + (" in turns, each in a process of its own" if ratios else ", in processes of their own"),
+        f"{depth['tokens']} written; "
+        + (f"medians of {depth['rounds']} runs" if depth["rounds"] > 1 else "one run")
+        + (" in turns, each in a process of its own" if ratios else ", in a process of its own"),
     ]
 
     def line(label: str, cells: Sequence[str], ratio: str = "") -> None:
