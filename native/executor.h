@@ -23,8 +23,8 @@ enum class OpKind {
     attention,
     activate,
     add,
-    gather,
-    softcap
+    softcap,
+    gather
 };
 
 struct Ref {  // a matrix in the arena: offset and row stride in bytes; offset -1 is none
