@@ -254,6 +254,24 @@ void test_refusals(const Kernels& kernels) {
     body("a layer past its block", [](Op& op) { op.layer = 64; });
     body("a negative layer", [](Op& op) { op.layer = -64; });
     body("a layer that overflows", [](Op& op) { op.layer = INT64_MAX - 63; });
+    body("a negative window", [](Op& op) { op.attend.window.size = -1; });
+    body("a window that overflows", [](Op& op) { op.attend.window.size = INT32_MAX; });
+    body("negative sinks", [](Op& op) { op.attend.window.sinks = -1; });
+    body("a soft cap below zero", [](Op& op) { op.attend.softcap = -1; });
+    body("a soft cap that is none", [](Op& op) { op.attend.softcap = NAN; });
+    body("queries that grow over no span", [](Op& op) { op.attend.growth_span = 0; });
+    body("queries that grow without end", [](Op& op) { op.attend.growth = INFINITY; });
+    body("a bias for some of the heads", [](Op& op) { op.slopes = {1, 2, 3}; });
+    body("a bias without end", [](Op& op) { op.slopes = {1, 2, 3, INFINITY}; });
+    const auto store = [](Op& op) { op.kind = OpKind::rope_store, op.out = {}; };
+    body("a norm without weights", [&](Op& op) {
+        store(op);
+        op.norm = {HeadNorm::head, nullptr, nullptr, 1e-5f};
+    });
+    body("angles past the arena", [&](Op& op) {
+        store(op);
+        op.b = {(1 << 17) - 64, 64};
+    });
 
     const std::vector<uint8_t> bytes(34 * 2 * 16);
     const auto pack = [&](const char* what, int64_t offset, int64_t total, int64_t cols,
