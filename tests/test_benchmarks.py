@@ -207,9 +207,11 @@ def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
     assert report.long_page(page, result, {"long_context"}) == page
     assert report.long_page(page, None, set()) == "# Words\n\nmore\n"
     pytest.importorskip("matplotlib")
-    first = out.with_suffix(".svg").read_bytes()
-    output.draw(result, tmp_path / "again.svg")
-    assert (tmp_path / "again.svg").read_bytes() == first
+    assert out.with_suffix(".svg").exists()
+    for name in ("one.svg", "two.svg"):
+        output.draw(result, tmp_path / name)
+    assert b"window=64" in (tmp_path / "one.svg").read_bytes()
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
 def test_a_mixture_is_compared_with_a_dense_model_that_reads_as_much():

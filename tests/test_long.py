@@ -15,6 +15,7 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 from test_cli import pronk, sentence
 
 from pronk import load
+from pronk.cli import main
 from pronk.errors import CheckpointError, RequestError
 from pronk.evaluate.depth import compare, fill, format_depth, summarize
 from pronk.evaluate.divergence import divergence
@@ -415,7 +416,8 @@ def test_eval_past_the_context_with_and_without_a_scaling(tiny):
 def test_eval_of_long_contexts(tiny, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = tmp_path / "long.svg"
-    command = ("eval", tiny, "--long", "--max-tokens", 400, "--needles", 1, "--attention", POLICY)
+    command = ("eval", tiny, "--long", "--max-tokens", 400, "--needles", 1, "--attention", POLICY,
+               "--threads", 1)  # fmt: skip
     out = pronk(*command, "--json", "--plot", drawn).stdout
     found = json.loads(out)
     plain, windowed = found["variants"]
@@ -488,11 +490,15 @@ def test_a_child_that_fails_is_one_sentence(tiny):
 
 
 @pytest.mark.slow
-def test_smollm2_finds_numbers_and_a_window_alone_does_not(smollm2):
+def test_smollm2_finds_numbers_and_a_window_alone_does_not(smollm2, capsys):
     """The real model, at lengths of which a window of 128 positions sees little."""
-    words = ("eval", smollm2, "--long", "--context", 1024, "--max-tokens", 2048, "--json")
-    found = json.loads(pronk(*words, "--attention", "window=128,sinks=4").stdout)
-    plain, windowed = found["variants"]
+
+    def told(*words):
+        assert main([*map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    words = ("eval", smollm2, "--long", "--context", 1024, "--max-tokens", 2048)
+    plain, windowed = told(*words, "--attention", "window=128,sinks=4")["variants"]
 
     def mean(one, key):
         cells = [c for c in one["needles"] if c["length"] > 500 and c["depth"] < 0.8]
@@ -502,8 +508,8 @@ def test_smollm2_finds_numbers_and_a_window_alone_does_not(smollm2):
     assert mean(plain, "choice") > 0.9
     assert mean(windowed, "recall") < 0.2
     assert mean(windowed, "choice") < 0.6
-    bench = ("bench", smollm2, "--context", 1024, "--tokens", 8, "--runs", 1, "--json")
-    depth = json.loads(pronk(*bench, "--attention", "window=128,global-every=4").stdout)["depth"]
+    words = ("bench", smollm2, "--context", 1024, "--tokens", 8, "--runs", 1)
+    depth = told(*words, "--attention", "window=128,global-every=4")["depth"]
     assert depth["ratios"]["kv"] < 0.6
     assert depth["quality"]["kl"] > 0.001
     assert depth["quality"]["perplexity"] > depth["quality"]["reference_perplexity"]
