@@ -84,7 +84,7 @@ def rates(runners: dict[str, Runner], turn: int) -> dict[str, float]:
         token = (turn * 997 + i * 7919) % MOE.vocab_size
         for name in names:
             runner = runners[name]
-            blocks = [list(range(runner.program.limits.max_blocks))]
+            blocks = [[list(range(runner.program.limits.max_blocks))]]
             start = time.perf_counter()
             runner.step([token], [i], [0], blocks, [0])
             spent[name] += time.perf_counter() - start

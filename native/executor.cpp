@@ -233,6 +233,8 @@ void Executor::add(Op op) {
                     "what attention sees is out of range");
             require(op.slopes.empty() || static_cast<int64_t>(op.slopes.size()) == op.heads,
                     "linear biases are not one a head");
+            for (const float slope : op.slopes)
+                require(std::isfinite(slope), "a linear bias is not finite");
             op.attend.window = kv_shape_.groups[static_cast<size_t>(op.group)].window;
             break;
         default: break;  // experts were checked above

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import tiny_gguf, tiny_llama_dir
+from checkpoints import tiny_dir, tiny_gguf, tiny_llama_dir
 
 from pronk import load
 from pronk.cli import VERBS
@@ -354,3 +354,15 @@ def test_a_reader_that_leaves_is_no_error(tiny_q4):
     command = f"{sys.executable} -m pronk run {tiny_q4} hello --max-tokens 100 | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
     assert b"Traceback" not in done.stderr
+
+
+def test_experts_are_counted_and_may_be_fewer(tmp_path):
+    path = tiny_dir(tmp_path / "moe", "mixtral", num_local_experts=4, sliding_window=None)
+    bench = ("bench", path, "--runs", 1, "--tokens", 4, "--prompt-tokens", 40, "--experts")
+    all_of_them = json.loads(pronk(*bench, "--json").stdout)["experts"]
+    assert (all_of_them["experts"], all_of_them["per_token"]) == (4, 2)
+    for layer in all_of_them["layers"]:
+        assert sum(layer["load"]) == pytest.approx(1)
+        assert 0 < layer["entropy"] <= all_of_them["most_entropy"] == 2
+    fewer = json.loads(pronk(*bench, "--dynamic-experts", "0.3:1", "--json").stdout)["experts"]
+    assert 1 <= fewer["per_token"] < 2

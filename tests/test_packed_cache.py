@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
+from engines import make_runner
 
 import pronk.engine.packing as packing
 from pronk import _native, load
 from pronk.checkpoint import packed_cache
+from pronk.checkpoint.open import open_checkpoint
 from pronk.cli import main
 from pronk.errors import RequestError
 
@@ -254,3 +256,13 @@ def test_list_shows_and_clears_it(path, home, capsys):
 )
 def test_sums_are_those_of_xxhash(data, sum):
     assert _native.xxh64(data) == sum
+
+
+def test_another_context_shares_what_does_not_follow_from_it(tmp_path):
+    plain = tiny_llama_dir(tmp_path / "plain")
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    dynamic = tiny_llama_dir(tmp_path / "dynamic", rope_parameters=scaling)
+    for path, shared in ((plain, True), (dynamic, False)):
+        with open_checkpoint(path) as checkpoint:
+            keys = {packing._program(checkpoint, make_runner(path, context=c)) for c in (256, 1024)}
+        assert (len(keys) == 1) == shared

@@ -290,6 +290,21 @@ void test_refusals(const Kernels& kernels) {
     body("a layer that overflows", [](Op& op) { op.layer = INT64_MAX - 63; });
     body("an unknown group", [](Op& op) { op.group = 1; });
     body("a negative group", [](Op& op) { op.group = -1; });
+    body("a soft cap below zero", [](Op& op) { op.attend.softcap = -1; });
+    body("a soft cap that is none", [](Op& op) { op.attend.softcap = NAN; });
+    body("queries that grow over no span", [](Op& op) { op.attend.growth_span = 0; });
+    body("queries that grow without end", [](Op& op) { op.attend.growth = INFINITY; });
+    body("a bias for some of the heads", [](Op& op) { op.slopes = {1, 2, 3}; });
+    body("a bias without end", [](Op& op) { op.slopes = {1, 2, 3, INFINITY}; });
+    const auto store = [](Op& op) { op.kind = OpKind::rope_store, op.out = {}; };
+    body("a norm without weights", [&](Op& op) {
+        store(op);
+        op.norm = {HeadNorm::head, nullptr, nullptr, 1e-5f};
+    });
+    body("angles past the arena", [&](Op& op) {
+        store(op);
+        op.b = {(1 << 17) - 64, 64};
+    });
 
     const std::vector<uint8_t> bytes(34 * 2 * 16);
     const auto pack = [&](const char* what, int64_t offset, int64_t total, int64_t cols,

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {part:<9} {format_bytes(size):>10}")
         if part == "kv":
             for pool in program.kv_pools:
-                print(f"    {format_bytes(pool.nbytes):>17}  {_kind(pool)}")
+                print(f"  {'':<9} {format_bytes(pool.nbytes):>10}  {_kind(pool)}")
     if args.tensors:
         for t in tensors:
             print(f"  {t.name:<48} {t.dtype:<6} {list(t.shape)!s:<16} {format_bytes(t.nbytes)}")

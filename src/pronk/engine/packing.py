@@ -15,6 +15,7 @@ from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.packed_cache import Key
 from pronk.engine.runner import Runner
 from pronk.engine.weights import Conversion, load_weights
+from pronk.graph.rope import model_frequencies
 
 __all__ = ["Weights", "provide_weights"]
 
@@ -112,6 +113,8 @@ def _program(checkpoint: Checkpoint, runner: Runner) -> str:
     weights = [[w.name, w.dtype, w.rows, w.cols, offsets[w.name]]
                for w in program.graph.weights.values()]  # fmt: skip
     # How a file's rows are read follows from what kind of file and model it is.
-    ropes = [asdict(rope) for rope in spec.ropes]
-    kind = [checkpoint.format, spec.family, spec.head_dim, program.limits.context, ropes]
-    return json.dumps([runner.executor.isa, runner.executor.weight_bytes, kind, weights])
+    kind = [checkpoint.format, spec.family, spec.head_dim]
+    # These lie among the weights, and some follow from the context.
+    computed = (model_frequencies(spec, name, program.limits.context) for name in offsets)
+    ropes = [frequencies.tolist() for frequencies in computed if frequencies is not None]
+    return json.dumps([runner.executor.isa, runner.executor.weight_bytes, kind, ropes, weights])

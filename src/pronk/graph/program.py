@@ -174,11 +174,15 @@ def compile_program(
         If the model has sizes that the kernels cannot take.
     """
     widths = (spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
-    if any(width % GROUP for width in widths) or spec.head_dim % 16 or spec.head_dim > 256:
+    if spec.vocab_size < 2:
+        raise CheckpointError(f"a vocabulary of {spec.vocab_size} cannot run")
+    heads = spec.num_kv_heads > 0 and spec.num_heads % spec.num_kv_heads == 0
+    heads = heads and spec.head_dim % 16 == 0 and 0 < spec.head_dim <= 256
+    if any(width % GROUP for width in widths) or not heads:
         raise CheckpointError(
-            f"the model's sizes (hidden {widths[0]}, MLP {widths[1]}, {spec.num_heads} heads of "
-            f"{spec.head_dim}) cannot run: widths must be multiples of {GROUP}, and heads of 16 "
-            "up to 256"
+            f"the model's sizes (hidden {widths[0]}, MLP {widths[1]}, {spec.num_heads} heads over "
+            f"{spec.num_kv_heads} of {spec.head_dim}) cannot run: widths must be multiples of "
+            f"{GROUP}, heads of 16 up to 256, and as many or a multiple of those of keys"
         )
     _check_experts(spec)
     graph = build_decoder(spec, dtype_of)

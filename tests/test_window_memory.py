@@ -34,8 +34,8 @@ def tiny(tmp_path_factory):
 
 
 def runner_of(tiny, kind, **limits):
-    defaults = {"context": 512, "max_tokens": 24, "layers": KINDS[kind], "kv_dtype": "f32"}
-    return make_runner(tiny, **{**defaults, **limits})
+    defaults = {"context": 512, "max_tokens": 24, "kv_dtype": "f32", "threads": 1}
+    return make_runner(tiny, layers=KINDS[kind], **{**defaults, **limits})
 
 
 def drain(engine):
