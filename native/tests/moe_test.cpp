@@ -179,8 +179,8 @@ void test_sums(const Kernels& kernels) {
 void test_expert_refusals(const Kernels& kernels) {
     constexpr int64_t tokens = 4, choices = 2, experts = 8, cols = 64;
     const int64_t rows = expert_rows(tokens, choices, experts);
-    Executor e(1, kernels.name, 1 << 16, 1 << 18, {tokens, 1, 1, 1, 1, 8},
-               {1, 16, KvType::bf16, 4096});
+    Executor e(1, kernels.name, 1 << 16, 1 << 18, {tokens, 1, 1, 1, 8},
+               {1, 16, KvType::bf16, {{4096, 1, {}}}});
     const int64_t entry = sizeof(PlanEntry), end = 1 << 18;
     const auto op = [&](OpKind kind) {
         Op made{};
@@ -238,8 +238,8 @@ void test_expert_refusals(const Kernels& kernels) {
 // Embeddings through one layer of experts; gives the rows of all tokens, run `chunk` at a time.
 std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens, int64_t chunk) {
     constexpr int64_t hidden = 64, width = 32, experts = 8, choices = 3, vocab = 40;
-    const KvShape kv{1, 16, KvType::bf16, 4096};
-    Executor e(threads, kernels.name, 1 << 18, 1 << 19, {chunk, chunk, 1, 2, 2, vocab}, kv);
+    const KvShape kv{1, 16, KvType::bf16, {{4096, 2, {}}}};
+    Executor e(threads, kernels.name, 1 << 18, 1 << 19, {chunk, chunk, 1, 2, vocab}, kv);
     Random random(9);
     int64_t weights = 0, arena = 0;
     const auto space = [&](int64_t floats, int64_t rows) {
@@ -297,7 +297,7 @@ std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens
         }
         const std::vector<int32_t> sequences(ids.size(), 0);
         e.run({ids.data(), places.data(), sequences.data(), static_cast<int64_t>(ids.size()),
-               tables, 1, 2});
+               tables, 1, 1, 2});
         e.head(places.data(), static_cast<int64_t>(places.size()));
         for (size_t t = 0; t < ids.size(); ++t) {
             const float* row =
