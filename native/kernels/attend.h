@@ -195,24 +195,6 @@ struct Picked {
     int padded() const { return (count + kBlock - 1) / kBlock * kBlock; }
 };
 
-// cap * tanh(x / cap): x times a quotient of polynomials in x^2, up to where tanh rounds to one
-// (Eigen's minimax fit; relative error under 5e-7).
-inline F cap_scores(F x, float cap) {
-    x = mul(x, set(1.0f / cap));
-    x = max(set(-7.90531110763549805f), min(set(7.90531110763549805f), x));  // a NaN stays one
-    const F y = mul(x, x);
-    F p = fma(set(-2.76076847742355e-16f), y, set(2.00018790482477e-13f));
-    p = fma(p, y, set(-8.60467152213735e-11f));
-    p = fma(p, y, set(5.12229709037114e-08f));
-    p = fma(p, y, set(1.48572235717979e-05f));
-    p = fma(p, y, set(6.37261928875436e-04f));
-    p = fma(p, y, set(4.89352455891786e-03f));
-    F q = fma(set(1.19825839466702e-06f), y, set(1.18534705686654e-04f));
-    q = fma(q, y, set(2.26843463243900e-03f));
-    q = fma(q, y, set(4.89352518554385e-03f));
-    return mul(set(cap), div(mul(x, p), q));
-}
-
 // Caps and biases the scores of query r, and takes those it does not see out with minus infinity.
 inline void shape_scores(const Shape& shape, const Tile& tile, int r, const Picked& picked,
                          int64_t from, float* row) {
@@ -224,7 +206,8 @@ inline void shape_scores(const Shape& shape, const Tile& tile, int r, const Pick
         float* scores = row + i;
         for (int half = 0; half < kBlock; half += 16) {
             F x = load(scores + half);
-            if (shape.softcap != 0) x = cap_scores(x, shape.softcap);
+            if (shape.softcap != 0)
+                x = mul(set(shape.softcap), tanh(mul(x, set(1.0f / shape.softcap))));
             if (shape.biased) {
                 const int64_t distance = from + start + half - (tile.length[r] - 1);
                 const F positions = add(set(static_cast<float>(distance)), load(lane));
