@@ -128,22 +128,10 @@ def fill_runner(
 
 
 def random_runner(
-    spec: ModelSpec, *, threads: int = 2, isa: str = "", seed: int = 0, **limits: object
+    spec: ModelSpec, *, threads: int = 2, isa: str = "", **limits: object
 ) -> tuple[Runner, dict[str, np.ndarray]]:
     """A runner of a spec that has no checkpoint, with random float32 weights; and these."""
-    limits = {"context": 256, **limits}
-    runner = Runner(compile_program(spec, lambda name: "f32", Limits(**limits)), threads, isa)
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, weight in runner.program.graph.weights.items():
-        offset = runner.program.layout.weight_offsets[name]
-        values = model_frequencies(spec, name, limits["context"])
-        if weight.rows > 1:
-            values = rng.normal(0, 0.15, (weight.rows, weight.cols)).astype(np.float32)
-            runner.executor.pack("f32", offset, weight.rows, weight.cols, 0, values.view(np.uint8))
-        else:
-            if values is None:
-                values = rng.normal(1, 0.2, weight.cols).astype(np.float32)
-            runner.executor.write(offset, values)
-        weights[name] = values
-    return runner, weights
+    program = compile_program(spec, lambda name: "f32", Limits(**{"context": 256, **limits}))
+    runner = Runner(program, threads, isa)
+    exact, rows = random_weights(program.graph, spec, program.limits.context)
+    return fill_runner(runner, exact, rows), exact

@@ -88,9 +88,6 @@ struct Window {
     [[gnu::always_inline]] int64_t chunk(int64_t position, int64_t index) const {
         return index * kChunk < before(position) ? index : index + skipped(position);
     }
-    [[gnu::always_inline]] bool operator==(const Window& other) const {
-        return size == other.size && chunked == other.chunked && sinks == other.sinks;
-    }
 
   private:
     [[gnu::always_inline]] int64_t skipped(int64_t position) const {

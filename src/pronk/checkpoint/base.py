@@ -21,14 +21,11 @@ if TYPE_CHECKING:
     from pronk.checkpoint.tokenizer import Tokenizer
 
 __all__ = [
-    "NATIVE_DTYPES",
     "Checkpoint",
     "Span",
     "TensorInfo",
     "row_bytes",
 ]
-
-NATIVE_DTYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 
 
 @dataclass(frozen=True, slots=True)
