@@ -88,6 +88,7 @@ def test_no_code_is_shared_between_isas(tmp_path: Path) -> None:
         listing = subprocess.run(
             ["nm", "-C", str(path)], capture_output=True, text=True, check=True
         ).stdout
-        weak = re.findall(r"^[0-9a-f]+ [WVu] (.*)$", listing, re.MULTILINE)
+        # W alone: weak objects (V, u) are data, the same for every instruction set.
+        weak = re.findall(r"^[0-9a-f]+ W (.*)$", listing, re.MULTILINE)
         assert weak
         assert [name for name in weak if f"pronk::{isa[1]}::" not in name] == []
