@@ -15,8 +15,11 @@ from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.blocks import KvBlocks
 from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
+from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
-from pronk.graph.program import Limits, compile_program
+from pronk.graph.passes import CPU_PASSES, run_passes
+from pronk.graph.program import Limits, compile_program, stored_dtypes
+from pronk.graph.reference import Reference
 from pronk.graph.rope import model_frequencies
 from pronk.model import compile_checkpoint
 from pronk.spec import LayerSpec, ModelSpec
@@ -135,3 +138,22 @@ def random_runner(
     runner = Runner(program, threads, isa)
     exact, rows = random_weights(program.graph, spec, program.limits.context)
     return fill_runner(runner, exact, rows), exact
+
+
+def engine_step(engine: str, path: Path):
+    """``step(ids, positions, sequences, rows)`` of an engine with a checkpoint's weights."""
+    if engine == "native":
+        runner = make_runner(path, kv_dtype="f32", kv_tokens=512)
+        held = Held(runner, 2)
+
+        def native(ids, positions, sequences, rows):
+            tables = held.tables(positions, sequences)
+            return runner.step(ids, positions, sequences, tables, rows)
+
+        return native
+    with open_checkpoint(path) as checkpoint:
+        stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
+        graph = build_decoder(checkpoint.spec, stored_dtypes(stored))
+        if engine == "passes":
+            graph = run_passes(graph, CPU_PASSES)
+        return Reference(graph, reference_weights(checkpoint, graph)).step

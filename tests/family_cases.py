@@ -172,7 +172,7 @@ def page() -> str:
     for row in FAMILIES:
         seen = {f for case in CASES.values() if case.family == row.name for f in case.formats}
         tested = ", ".join(name.replace("-", " ") for name in FORMATS if name in seen)
-        fits = "yes" if row.bundles else "not yet"
+        fits = "yes" if row.bundles else "no"
         names = f"{row.name} | `{row.architecture}` | `{row.gguf}`"
         lines.append(f"| {names} | {row.about} | {tested} | {fits} |")
     return "\n".join(lines) + "\n\n" + _REST
@@ -191,6 +191,12 @@ with.
 A config may carry `layer_weights`, a list with a layer for each layer: layer *i* runs with the
 weights of layer `layer_weights[i]`. Only layers that name themselves have tensors in the files;
 each is in memory once.
+
+## Bundles
+
+`pronk fit` writes every family of dense layers with a gate (`tests/test_bundle_families.py` compares
+logits with `transformers` on the bundle). It refuses mixtures, whose experts `transformers` keeps in
+one tensor that `compressed-tensors` does not pack, MPT, and shared layers.
 
 ## What is refused
 

@@ -11,15 +11,11 @@ import family_cases
 import numpy as np
 import pytest
 from checkpoints import tiny_dir, tiny_gguf
-from engines import Held, make_runner, reference_weights
+from engines import engine_step
 from family_cases import CASES
 
 from pronk.checkpoint.families import FAMILIES
 from pronk.checkpoint.open import open_checkpoint
-from pronk.graph.build import build_decoder
-from pronk.graph.passes import CPU_PASSES, run_passes
-from pronk.graph.program import stored_dtypes
-from pronk.graph.reference import Reference
 from pronk.graph.rope import rope_frequencies
 
 RNG = np.random.default_rng(0)
@@ -102,25 +98,6 @@ def round_weight(name: str, weight: Any, dtype: str, family: str) -> None:
     blocks = gguf.quants.quantize(values, kind)
     back = torch.from_numpy(np.array(gguf.quants.dequantize(blocks, kind), np.float32))
     weight.copy_(back.transpose(1, 2) if turned else back)
-
-
-def engine_step(engine: str, path: Path):
-    """``step(ids, positions, sequences, rows)`` of an engine with a checkpoint's weights."""
-    if engine == "native":
-        runner = make_runner(path, kv_dtype="f32", kv_tokens=512)
-        held = Held(runner, 2)
-
-        def native(ids, positions, sequences, rows):
-            tables = held.tables(positions, sequences)
-            return runner.step(ids, positions, sequences, tables, rows)
-
-        return native
-    with open_checkpoint(path) as checkpoint:
-        stored = {name: (info.dtype, info.cols) for name, info in checkpoint.tensors.items()}
-        graph = build_decoder(checkpoint.spec, stored_dtypes(stored))
-        if engine == "passes":
-            graph = run_passes(graph, CPU_PASSES)
-        return Reference(graph, reference_weights(checkpoint, graph)).step
 
 
 @pytest.mark.parametrize(("name", "form", "engine"), MATRIX)

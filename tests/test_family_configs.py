@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from checkpoints import hf_tensors, tiny_dir, tiny_gguf
 
-from pronk.checkpoint.bundle import write_bundle
 from pronk.checkpoint.open import open_checkpoint
-from pronk.compress.fit import fit
-from pronk.errors import CheckpointError, RequestError
+from pronk.errors import CheckpointError
 from pronk.graph.rope import rope_frequencies
 from pronk.spec import RopeSpec
 
@@ -277,16 +275,6 @@ def test_experts_one_by_one_in_files_of_old(tmp_path: Path) -> None:
         assert set(old.tensors) == set(checkpoint.tensors)
         for name in old.tensors:
             np.testing.assert_array_equal(old.read_float(name), checkpoint.read_float(name))
-
-
-def test_bundles_of_other_families_are_refused(tmp_path: Path) -> None:
-    gemma = tiny_dir(tmp_path / "gemma", "gemma2", head_dim=16)
-    with pytest.raises(RequestError, match="gemma2 model cannot be written as a bundle yet"):
-        fit(gemma, 10**9, 128, tmp_path / "out")
-    window = tiny_dir(tmp_path / "mistral", "mistral", sliding_window=16)
-    with open_checkpoint(window) as checkpoint, pytest.raises(RequestError, match="windows"):
-        write_bundle(checkpoint, {}, tmp_path / "out", quantize=lambda *_: iter(()), meta={})
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_largest_gemma_scales_scores_by_its_hidden_size(tmp_path: Path) -> None:

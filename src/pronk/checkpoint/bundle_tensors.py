@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize
 from pronk.checkpoint.bundle_config import GROUP
+from pronk.checkpoint.families import family_of
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE, tensor_kind
 from pronk.checkpoint.packed import pack_blocks
 from pronk.checkpoint.real_minima import split_minima
@@ -133,6 +134,7 @@ def write_tensors(
         # A source may hold a copy of the head.
         matrices = [name for name in matrices if name != HEAD]
     entries = [_Entry(name, "F32", ckpt.tensors[name].shape) for name in plain]
+    places = _places(ckpt, [name for name in matrices if name != EMBEDDING or tied])
     for name in matrices:
         shape = ckpt.tensors[name].shape
         if len(shape) != 2 or shape[1] % GROUP:
@@ -142,26 +144,52 @@ def write_tensors(
             )
         if name == EMBEDDING:
             entries.append(_Entry(name, "F16", shape))
-        if name != EMBEDDING or tied:
-            dtype = formats[tensor_kind(name) or ""]
-            entries.extend(_packed_entries(_packed_name(name), dtype, *shape))
+        if name in places and places[name].first == 0:
+            place, dtype = places[name], formats[tensor_kind(name) or ""]
+            entries.extend(_packed_entries(place.name, dtype, place.rows, shape[1]))
 
+    less = family_of(ckpt.spec.family).norm_adds_one
     file = _File(path, entries, progress)
     try:
         for name in plain:
-            file.put(name, 0, _finite(name, ckpt.read_float(name)))
+            values = _finite(name, ckpt.read_float(name))
+            file.put(name, 0, values - 1 if less and "norm" in name.split(".")[-2] else values)
         for name in matrices:
-            if name != EMBEDDING or tied:
-                _write_packed(ckpt, name, formats[tensor_kind(name) or ""], file, quantize)
+            if name in places:
+                dtype = formats[tensor_kind(name) or ""]
+                _write_packed(ckpt, name, dtype, places[name], file, quantize)
             else:
                 _write_half(ckpt, name, file, quantize)
     finally:
         file.close()
 
 
-def _packed_name(name: str) -> str:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a matrix goes: a stored one of so many rows, from its row `first` on."""
+
+    name: str
+    first: int
+    rows: int
+
+
+def _places(ckpt: Checkpoint, names: list[str]) -> dict[str, _Place]:
+    """The place of each matrix that is packed, by its canonical name."""
     # Only a tied embedding is packed, and that is the output head.
-    return HEAD if name == EMBEDDING else name
+    places = {
+        name: _Place(HEAD if name == EMBEDDING else name, 0, ckpt.tensors[name].shape[0])
+        for name in names
+    }
+    for into, parts in family_of(ckpt.spec.family).hf_names.items():
+        for name in names:
+            layer = name.removesuffix(f"{parts[0]}.weight")
+            if layer == name:
+                continue
+            together = [f"{layer}{part}.weight" for part in parts]
+            rows = [ckpt.tensors[part].shape[0] for part in together]
+            for i, part in enumerate(together):
+                places[part] = _Place(f"{layer}{into}.weight", sum(rows[:i]), sum(rows))
+    return places
 
 
 def _finite(name: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -170,17 +198,21 @@ def _finite(name: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
     return values
 
 
-def _write_packed(ckpt: Checkpoint, name: str, dtype: str, file: _File, quantize: Quantize) -> None:
-    rows, cols = ckpt.tensors[name].shape
-    base = _packed_name(name).removesuffix("weight")
+def _write_packed(
+    ckpt: Checkpoint, name: str, dtype: str, place: _Place, file: _File, quantize: Quantize
+) -> None:
+    cols = ckpt.tensors[name].shape[1]
+    base = place.name.removesuffix("weight")
     for start, blocks in quantize(ckpt, name, dtype):
         parts = split_minima(blocks, cols) if dtype == "q4_1" else pack_blocks(blocks, dtype, cols)
         for part, values in parts.items():
-            file.put(f"{base}{part}", start * values[0].nbytes, values)
+            file.put(f"{base}{part}", (place.first + start) * values[0].nbytes, values)
         if name == EMBEDDING:
             floats = dequantize(blocks, dtype, cols).astype(np.float16)
             file.put(name, start * 2 * cols, floats)
-    file.put(f"{base}weight_shape", 0, np.array([rows, cols], dtype=np.int64))
+    if place.first:
+        return
+    file.put(f"{base}weight_shape", 0, np.array([place.rows, cols], dtype=np.int64))
     if dtype == "q4_1":
         file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
 

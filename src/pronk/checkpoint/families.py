@@ -117,7 +117,8 @@ class Family:
     hf_names, gguf_names : Mapping
         Stored modules that are not named as most are.
     bundles : bool
-        `pronk fit` writes it.
+        `pronk fit` writes it: all but those whose experts, or whose attention, `transformers` does
+        not keep as linear layers of their own.
     """
 
     name: str
@@ -244,6 +245,7 @@ FAMILIES = (
         pairs_adjacent=True,
         windows="nope",
         nope_period=4,
+        bundles=True,
     ),
     Family(
         "qwen2",
@@ -263,6 +265,7 @@ FAMILIES = (
         {**_SWITCHED, "max_window_layers": 28, "head_dim": 128},
         windows="upper",
         qk_norm="head",
+        bundles=True,
     ),
     Family(
         "qwen3_moe",
@@ -308,6 +311,7 @@ FAMILIES = (
         scales_embeddings=True,
         wide_scale_layers=46,
         gguf_names=_FFN_NORM,
+        bundles=True,
     ),
     Family(
         "gemma3_text",
@@ -327,6 +331,7 @@ FAMILIES = (
         scales_embeddings=True,
         wide_scale_layers=62,
         gguf_names=_FFN_NORM,
+        bundles=True,
     ),
     Family(
         "phi3",
@@ -338,6 +343,7 @@ FAMILIES = (
         windows="all",
         hf_names={"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP},
         gguf_names={"ffn_up": _GATE_UP},
+        bundles=True,
     ),
     Family(
         "mpt",
@@ -400,6 +406,7 @@ FAMILIES = (
             "logits_scaling": 1.0,
         },
         pairs_adjacent=True,
+        bundles=True,
     ),
 )
 """In GGUF, the first with experts, or without, stands for all that share an architecture."""
