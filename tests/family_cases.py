@@ -173,7 +173,8 @@ def page() -> str:
         seen = {f for case in CASES.values() if case.family == row.name for f in case.formats}
         tested = ", ".join(name.replace("-", " ") for name in FORMATS if name in seen)
         fits = "yes" if row.bundles else "no"
-        names = f"{row.name} | `{row.architecture}` | `{row.gguf}`"
+        wrapper = f", text of `{row.wrapper}`" if row.wrapper else ""
+        names = f"{row.name} | `{row.architecture}`{wrapper} | `{row.gguf}`"
         lines.append(f"| {names} | {row.about} | {tested} | {fits} |")
     return "\n".join(lines) + "\n\n" + _REST
 
@@ -194,9 +195,9 @@ each is in memory once.
 
 ## Bundles
 
-`pronk fit` writes every family of dense layers with a gate (`tests/test_bundle_families.py` compares
-logits with `transformers` on the bundle). It refuses mixtures, whose experts `transformers` keeps in
-one tensor that `compressed-tensors` does not pack, MPT, and shared layers.
+`pronk fit` writes every family of dense layers with a gate (`tests/test_bundle_families.py`
+compares logits with `transformers` on the bundle). It refuses mixtures, whose experts
+`transformers` keeps in one tensor that `compressed-tensors` does not pack, MPT, and shared layers.
 
 ## What is refused
 

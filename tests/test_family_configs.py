@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import hf_tensors, tiny_dir, tiny_gguf
+from engines import engine_step
+from family_cases import CASES
 
 from pronk.checkpoint.open import open_checkpoint
 from pronk.errors import CheckpointError
@@ -285,3 +287,44 @@ def test_the_largest_gemma_scales_scores_by_its_hidden_size(tmp_path: Path) -> N
         )  # fmt: skip
         with open_checkpoint(tiny_gguf(tmp_path / "m.gguf", path)) as checkpoint:
             assert checkpoint.spec.attention_scale == (scale and pytest.approx(scale**-0.5))
+
+
+_EYE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+SEEING = {
+    "gemma3_text": ("gemma3", _EYE),
+    "llama4_text": ("llama4", _EYE | {
+        "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+        "intermediate_size": 128,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_the_text_model_of_one_that_also_sees(name: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = tiny_dir(tmp_path / "text", name, **CASES[name].config)
+    inner = json.loads((text / "config.json").read_text())
+    wrapper, eye = SEEING[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(wrapper, text_config=inner, vision_config=eye)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path / "both")
+    ids = list(range(3, 40))
+    # transformers' Llama 4 wants an image; its text model is whole, and Gemma's has no head.
+    whole = model.language_model if wrapper == "llama4" else model
+    with torch.no_grad():
+        want = whole(input_ids=torch.tensor([ids])).logits[0].numpy()
+    step = engine_step("graph", tmp_path / "both")
+    got = step(ids, list(range(len(ids))), [0] * len(ids), list(range(len(ids))))
+    assert np.abs(got - want).max() < 2e-4 * np.abs(want).max()
+
+    fields = json.loads((tmp_path / "both" / "config.json").read_text())
+    del fields["text_config"]
+    (tmp_path / "both" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="has no text_config, which a "):
+        open_checkpoint(tmp_path / "both")

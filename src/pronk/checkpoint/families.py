@@ -112,6 +112,8 @@ class Family:
     alibi : bool
         Positions come from linear biases; there is no rope.
     experts : Experts or None
+    wrapper : str
+        Hugging Face's class of such a model that also sees; of its files, the text model is read.
     layer_prefix : str
         What a Hugging Face layer's name begins with.
     hf_names, gguf_names : Mapping
@@ -145,6 +147,7 @@ class Family:
     wide_scale_layers: int = 0
     alibi: bool = False
     experts: Experts | None = None
+    wrapper: str = ""
     layer_prefix: str = "model.layers."
     hf_names: Names = field(default_factory=dict)
     gguf_names: Names = field(default_factory=dict)
@@ -220,6 +223,7 @@ FAMILIES = (
         chunked=True,
         nope_period=4,
         qk_norm="l2",
+        wrapper="Llama4ForConditionalGeneration",
         experts=Experts("sigmoid", normalize=False, scales_input=True, shared=True),
         hf_names={
             "feed_forward.gate_proj": ("mlp.gate_proj",),
@@ -319,11 +323,19 @@ FAMILIES = (
         "gemma3",
         "five window layers, then a global one, each kind with a rope of its own; norms before "
         "and after attention and MLP, and of queries and keys; scaled embeddings; GELU",
-        {**_GEMMA, "rope_theta": 1e6, "max_position_embeddings": 131072},
+        {
+            **_GEMMA,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
         # transformers reads no cap of scores for this family.
         fixed={**_ONE_WAY, "attn_logit_softcapping": (None,)},
         windows="pattern",
         period=6,
+        wrapper="Gemma3ForConditionalGeneration",
         local_theta=1e4,
         qk_norm="head",
         norm_adds_one=True,

@@ -13,9 +13,25 @@ from pronk.checkpoint.values import flag, integer, number, short, unknown
 from pronk.errors import CheckpointError
 from pronk.spec import ModelSpec, MoeSpec
 
-__all__ = ["read_family", "read_spec"]
+__all__ = ["TEXT_PREFIX", "read_family", "read_spec", "text_part"]
+
+TEXT_PREFIX = "language_model."
+"""What the text model's tensors are called in files of a model that also sees."""
 
 _WINDOWED = {"full_attention": False, "sliding_attention": True, "chunked_attention": True}
+
+
+def text_part(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The config of a model that also sees as that of its text model; and whether it is one."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    family = next((f for f in FAMILIES if f.wrapper and f.wrapper == name), None)
+    if family is None:
+        return config, False
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path} has no text_config, which a {family.wrapper} needs")
+    return {**inner, "architectures": [family.architecture]}, True
 
 
 def read_family(path: Path, config: dict[str, Any]) -> Family:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pronk.checkpoint.arrange import arrange, check_tensors
 from pronk.checkpoint.base import Checkpoint, Span, TensorInfo, row_bytes
 from pronk.checkpoint.blocks import dequantize, quantize
-from pronk.checkpoint.hf_config import read_family, read_spec
+from pronk.checkpoint.hf_config import TEXT_PREFIX, read_family, read_spec, text_part
 from pronk.checkpoint.io import open_file, parse_json, read_exact, read_json
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE
 from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
@@ -120,9 +120,15 @@ class SafetensorsCheckpoint(Checkpoint):
         self.format = "safetensors"
         self._fds: list[int] = []
         try:
-            config = read_json(_part(path, "config.json"))
+            config, wrapped = text_part(path, read_json(_part(path, "config.json")))
             tied = self._bundle(path)
             stored = self._open_files(path)
+            if wrapped:
+                stored = {
+                    name.removeprefix(TEXT_PREFIX): tensor
+                    for name, tensor in stored.items()
+                    if name.startswith(TEXT_PREFIX)
+                }
             spec, self._sources = self._arrange(config, stored, tied)
             self.spec = spec
             self.tensors = MappingProxyType(
