@@ -325,10 +325,13 @@ class Engine:
             self._finish(request)
         return hit and reason is None
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request, failed: bool = False) -> None:
         self.scheduler.remove(request)
         del self._requests[request.id]
-        self.kv.publish(request.holding, request.tokens, request.computed)
+        if failed:
+            self.kv.forget(request.holding)
+        else:
+            self.kv.publish(request.holding, request.tokens, request.computed)
         if request.session is None:
             self.kv.release(request.holding)
         else:
@@ -338,8 +341,7 @@ class Engine:
     def _fail(self, request: Request, error: BaseException) -> None:
         """End a request with an error; what it leaves in the cache is as bad."""
         request.session = None
-        self._finish(request)
-        self.kv.forget(request.holding)
+        self._finish(request, failed=True)
         if not isinstance(error, PronkError):
             error = PronkError(f"the request failed: {error!r}")
         self._events.append(Event(request.id, None, "error", error, request.cached))
