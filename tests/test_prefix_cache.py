@@ -178,12 +178,9 @@ GROUPS = (
     KvGroup("chunked", 50, 0, (3,)),
     KvGroup("chunked", 64, 0, (4,)),
 )
-AT_ONCE = 24
-ACTIONS = st.tuples(
-    st.sampled_from(["add", "step", "step", "step", "draft", "end", "preempt", "session", "bad"]),
-    st.integers(0, 7),
-    st.integers(1, AT_ONCE),
-)
+AT_ONCE = 48
+KINDS_OF_ACTION = ["add"] * 2 + ["step"] * 9 + ["draft", "end", "preempt", "session", "bad"]
+ACTIONS = st.tuples(st.sampled_from(KINDS_OF_ACTION), st.integers(0, 3), st.integers(1, AT_ONCE))
 
 
 class Trace:
@@ -195,7 +192,7 @@ class Trace:
         self.wrote = [{} for _ in groups]  # block -> place -> all tokens up to there
 
     def add(self, seed, length):
-        tokens = [seed % 3] * 40 + [seed % 2] * 40 + [seed] * (5 * length)
+        tokens = [0] * 75 + [seed % 2] * 60 + [seed] * (3 * length)
         holding = self.kv.hold()
         computed = self.kv.extend(holding, tokens, 0)
         self.live.append([holding, tokens, computed])
@@ -246,8 +243,8 @@ class Trace:
 
 
 @pytest.mark.parametrize("groups", [GROUPS[:1], GROUPS[1:3], GROUPS[3:], GROUPS], ids=len)
-@settings(max_examples=60, deadline=None)
-@given(trace=st.lists(ACTIONS, max_size=60), blocks=st.integers(6, 20))
+@settings(max_examples=50, deadline=None)
+@given(trace=st.lists(ACTIONS, min_size=40, max_size=90), blocks=st.integers(9, 24))
 def test_blocks_are_neither_leaked_nor_freed_twice(groups, trace, blocks):
     run = Trace(groups, blocks)
     kv = run.kv
