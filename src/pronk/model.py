@@ -22,7 +22,7 @@ from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
 from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
-from pronk.engine.runner import Recording, Runner
+from pronk.engine.runner import ExpertReads, Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
@@ -34,7 +34,7 @@ from pronk.graph.program import (
     stored_dtypes,
 )
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
-from pronk.units import format_bytes
+from pronk.units import format_bytes, parse_size
 
 __all__ = [
     "Model",
@@ -381,6 +381,10 @@ class Model:
         """Mean number of experts that a token went to in a layer; 0 where there are none."""
         return self._open().experts_per_token()
 
+    def expert_reads(self) -> ExpertReads:
+        """How often experts were in memory since loading, and what was read of the others."""
+        return self._open().expert_reads()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -419,6 +423,7 @@ def load(
     packed_cache: bool = True,
     speculate: bool = True,
     experts: str = "",
+    expert_memory: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -448,6 +453,10 @@ def load(
     experts : str
         How many experts a token of a mixture goes to, where not as many as the model was trained
         with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
+    expert_memory : int or str, optional
+        Bytes of memory for a mixture's experts, or a size such as ``"200MB"``. The hot ones are
+        kept there, and the others are read from packed weights on disk when they are chosen. The
+        logits are the same. All experts are in memory unless given.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -472,7 +481,9 @@ def load(
         if experts:
             spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
-        limits = Limits(context, kv_dtype=kv_dtype)
+        if isinstance(expert_memory, str):
+            expert_memory = parse_size(expert_memory)
+        limits = Limits(context, kv_dtype=kv_dtype, expert_memory=expert_memory)
         program = compile_checkpoint(checkpoint, limits, spec)
         budget = checkpoint.budget
         regions = program.memory(0).total

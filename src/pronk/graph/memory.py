@@ -8,18 +8,42 @@ from dataclasses import dataclass
 from pronk.graph.ir import Graph, Weight
 from pronk.graph.moe import expert_rows
 from pronk.graph.pack import PANEL, align, packed_bytes
+from pronk.graph.slots import ExpertSet, Slots, expert_sets, plan_slots
 
 __all__ = ["Layout", "plan_layout", "weight_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets in bytes of weights and values, and the sizes of the two regions."""
+    """Offsets in bytes of weights and values, and the sizes of the two regions.
+
+    Parameters
+    ----------
+    weight_offsets : mapping of str to int
+        Where weights lie in a file of packed weights, those of experts last; and in their region
+        too, but for experts that have slots there.
+    file_bytes, weight_bytes : int
+        Bytes of all weights, and of the region of those in memory.
+    value_offsets : mapping of str to int
+    arena_bytes : int
+    experts : tuple of ExpertSet
+    slots : Slots or None
+        Where experts are in memory while they are hot; None: all are, always.
+    """
 
     weight_offsets: Mapping[str, int]
+    file_bytes: int
     weight_bytes: int
     value_offsets: Mapping[str, int]
     arena_bytes: int
+    experts: tuple[ExpertSet, ...] = ()
+    slots: Slots | None = None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all weights but those of experts, which begin here."""
+        every = (self.weight_offsets[name] for one in self.experts for name in one.matrices)
+        return min(every, default=self.file_bytes)
 
 
 def weight_bytes(weight: Weight) -> int:
@@ -29,7 +53,9 @@ def weight_bytes(weight: Weight) -> int:
     return align(packed_bytes(weight.dtype, weight.rows, weight.cols))
 
 
-def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
+def plan_layout(
+    graph: Graph, max_tokens: int, max_rows: int, expert_memory: int | None = None
+) -> Layout:
     """Assign every weight and value its offset.
 
     Values whose lifetimes do not overlap share bytes (first fit over the ops in order). The
@@ -41,12 +67,24 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
     graph : Graph
     max_tokens, max_rows : int
         Most tokens, and most logit rows, of one step.
+    expert_memory : int, optional
+        Bytes of memory for experts (see `plan_slots`).
+
+    Raises
+    ------
+    RequestError, BudgetError
+        As `plan_slots` does.
     """
+    experts = expert_sets(graph)
+    of_experts = {name for one in experts for name in one.matrices}
     weight_offsets: dict[str, int] = {}
-    end = 0
-    for weight in graph.weights.values():
+    end = dense = 0
+    for weight in sorted(graph.weights.values(), key=lambda w: w.name in of_experts):
         weight_offsets[weight.name] = end
         end += weight_bytes(weight)
+        dense = dense if weight.name in of_experts else end
+    slots = plan_slots(experts, expert_memory, _active_experts(graph, max_tokens), dense)
+    in_memory = end if slots is None else dense + slots.count * slots.nbytes
 
     root: dict[str, str] = {}
     first: dict[str, int] = {}
@@ -82,4 +120,12 @@ def plan_layout(graph: Graph, max_tokens: int, max_rows: int) -> Layout:
         offsets[name] = offset
         live.append((offset, offset + size, name))
         arena = max(arena, offset + size)
-    return Layout(weight_offsets, end, {name: offsets[root[name]] for name in root}, arena)
+    value_offsets = {name: offsets[root[name]] for name in root}
+    return Layout(weight_offsets, end, in_memory, value_offsets, arena, experts, slots)
+
+
+def _active_experts(graph: Graph, tokens: int) -> int:
+    """Most experts of a layer that the tokens of a step go to."""
+    pairs = ((op.integer("experts"), tokens * op.integer("top_k"))
+             for op in graph.ops if op.kind == "dispatch")  # fmt: skip
+    return max(map(min, pairs), default=0)
