@@ -15,7 +15,7 @@ namespace pronk {
 namespace {
 
 // Uses are halved when experts have been chosen so often, on average.
-constexpr int64_t kMemory = 32;
+constexpr int64_t kMemory = 16;
 
 }  // namespace
 

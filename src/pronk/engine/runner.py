@@ -254,14 +254,12 @@ class Runner:
 
     def expert_reads(self) -> ExpertReads:
         """How often experts were in memory, over the same time."""
-        slots, sets = self.program.layout.slots, self.program.layout.experts
-        experts = sum(one.experts for one in sets)
-        tokens = self.executor.routed_tokens
-        if slots is None:
-            nbytes = sum(one.experts * one.nbytes for one in sets)
-            return ExpertReads(experts, experts, nbytes, 0, 0, 0, tokens)
-        nbytes = slots.count * slots.nbytes
-        return ExpertReads(experts, slots.count, nbytes, *self.executor.expert_reads, tokens)
+        layout, tokens = self.program.layout, self.executor.routed_tokens
+        experts = sum(one.experts for one in layout.experts)
+        count, nbytes = experts, layout.expert_bytes
+        if layout.slots is not None:
+            count, nbytes = layout.slots.count, layout.slots.count * layout.slots.nbytes
+        return ExpertReads(experts, count, nbytes, *self.executor.expert_reads, tokens)
 
     def reset_experts(self) -> None:
         """Count from zero."""

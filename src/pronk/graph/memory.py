@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pronk.graph.ir import Graph, Weight
 from pronk.graph.moe import expert_rows
 from pronk.graph.pack import PANEL, align, packed_bytes
-from pronk.graph.slots import ExpertSet, Slots, expert_sets, plan_slots
+from pronk.graph.slots import ExpertSet, Slots, expert_sets, least_memory, plan_slots
 
 __all__ = ["Layout", "plan_layout", "weight_bytes"]
 
@@ -29,6 +29,8 @@ class Layout:
     experts : tuple of ExpertSet
     slots : Slots or None
         Where experts are in memory while they are hot; None: all are, always.
+    least : int
+        The smallest memory for experts that a step can do with, in bytes.
     """
 
     weight_offsets: Mapping[str, int]
@@ -38,12 +40,17 @@ class Layout:
     arena_bytes: int
     experts: tuple[ExpertSet, ...] = ()
     slots: Slots | None = None
+    least: int = 0
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(one.experts * one.nbytes for one in self.experts)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of all weights but those of experts, which begin here."""
-        every = (self.weight_offsets[name] for one in self.experts for name in one.matrices)
-        return min(every, default=self.file_bytes)
+        return self.file_bytes - self.expert_bytes
 
 
 def weight_bytes(weight: Weight) -> int:
@@ -83,7 +90,9 @@ def plan_layout(
         weight_offsets[weight.name] = end
         end += weight_bytes(weight)
         dense = dense if weight.name in of_experts else end
-    slots = plan_slots(experts, expert_memory, _active_experts(graph, max_tokens), dense)
+    top_k = max((op.integer("top_k") for op in graph.ops if op.kind == "dispatch"), default=0)
+    least = least_memory(experts, top_k, max_tokens)
+    slots = plan_slots(experts, expert_memory, least, dense)
     in_memory = end if slots is None else dense + slots.count * slots.nbytes
 
     root: dict[str, str] = {}
@@ -121,11 +130,4 @@ def plan_layout(
         live.append((offset, offset + size, name))
         arena = max(arena, offset + size)
     value_offsets = {name: offsets[root[name]] for name in root}
-    return Layout(weight_offsets, end, in_memory, value_offsets, arena, experts, slots)
-
-
-def _active_experts(graph: Graph, tokens: int) -> int:
-    """Most experts of a layer that the tokens of a step go to."""
-    pairs = ((op.integer("experts"), tokens * op.integer("top_k"))
-             for op in graph.ops if op.kind == "dispatch")  # fmt: skip
-    return max(map(min, pairs), default=0)
+    return Layout(weight_offsets, end, in_memory, value_offsets, arena, experts, slots, least)

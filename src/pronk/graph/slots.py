@@ -10,7 +10,7 @@ from pronk.graph.ir import Graph
 from pronk.graph.pack import packed_bytes
 from pronk.units import format_bytes
 
-__all__ = ["ExpertSet", "Slots", "expert_sets", "plan_slots", "sets_of_plans"]
+__all__ = ["ExpertSet", "Slots", "expert_sets", "least_memory", "plan_slots", "sets_of_plans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,17 @@ def expert_sets(graph: Graph) -> tuple[ExpertSet, ...]:
     return tuple(found.values())
 
 
+def least_memory(sets: Sequence[ExpertSet], top_k: int, tokens: int) -> int:
+    """Bytes of the experts that one layer may go to in a step of so many tokens.
+
+    These are in memory at once, in slots that hold any expert.
+    """
+    largest = max((one.nbytes for one in sets), default=0)
+    return largest * max((min(one.experts, tokens * top_k) for one in sets), default=0)
+
+
 def plan_slots(
-    sets: Sequence[ExpertSet], memory: int | None, active: int, offset: int
+    sets: Sequence[ExpertSet], memory: int | None, least: int, offset: int
 ) -> Slots | None:
     """Slots for as many experts as some bytes hold; None where they hold all.
 
@@ -85,8 +94,8 @@ def plan_slots(
     sets : sequence of ExpertSet
     memory : int or None
         Bytes for experts; None: as many as it takes.
-    active : int
-        Most experts of a layer that one step goes to: all of these are in memory at once.
+    least : int
+        The bytes that it takes (`least_memory`).
     offset : int
         Where the slots begin.
 
@@ -105,10 +114,10 @@ def plan_slots(
     if memory >= total:
         return None
     largest = max(one.nbytes for one in sets)
-    count = memory // largest
-    if count < active:
+    if memory < least:
         raise BudgetError(
-            f"{format_bytes(memory)} hold {count} experts, and a step may go to {active} of a "
-            f"layer at once: give --expert-memory {active * largest} or more ({total} holds all)"
+            f"{format_bytes(memory)} hold {memory // largest} experts, and a step may go to "
+            f"{least // largest} of a layer at once: give --expert-memory {least} or more "
+            f"({total} holds all)"
         )
-    return Slots(offset, count, largest)
+    return Slots(offset, memory // largest, largest)
