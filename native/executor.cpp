@@ -133,9 +133,14 @@ void Executor::add(Op op) {
         require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
         require(ops_.empty() || !ops_.back().head, "a body op follows a head op");
         check_experts(op);
+        const bool reads = op.kind == OpKind::route && residency_;
         if (op.kind == OpKind::route)
             op.layer = static_cast<int64_t>(expert_counts_.size()) / op.experts - 1;
-        ops_.push_back(std::move(op));
+        ops_.push_back(op);
+        if (reads) {
+            op.kind = OpKind::expert_read, op.grain = 1;
+            ops_.push_back(std::move(op));
+        }
         times_.clear();
         return;
     }
@@ -286,6 +291,7 @@ void Executor::run(const Batch& batch) {
     check_tables(batch);
     for (size_t i = 0; i < chunks_.size(); ++i)
         chunks_[i] = chunks(batch, kv_shape_.groups[i].window);
+    require(!residency_ || residency_->opened(), "the file of experts is not open");
     last_tokens_ = batch.tokens;
     walk({{batch.ids, batch.positions, batch.sequences},
           batch.tables,
@@ -293,6 +299,7 @@ void Executor::run(const Batch& batch) {
           batch.tokens,
           false,
           batch.sequence_count * limits_.max_blocks});
+    if (residency_) residency_->check();
 }
 
 // What tokens that go through a past together see, from the first that one sees to the last, and

@@ -2,12 +2,14 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "experts.h"
 #include "kernels/kernels.h"
 #include "region.h"
+#include "residency.h"
 #include "team.h"
 
 namespace pronk {
@@ -27,6 +29,7 @@ enum class OpKind {
     gather,
     softcap,
     route,  // and the table of rows for each expert
+    expert_read,
     expert_gather,
     expert_matmul,
     expert_activate,
@@ -59,6 +62,7 @@ struct Op {
     // Experts: the table that `route` fills, what it wrote, and their sizes; `layer` counts them.
     Ref plan, routes;
     int64_t experts = 0, choices = 0;
+    int64_t set = 0;            // of experts that the layer chooses from
     bool scales_input = false;  // an expert's weight multiplies gate and up, not the output
     Routing routing{};
     // Whoever has taken rows of the op before runs this one on them too, without a barrier.
@@ -118,11 +122,18 @@ class Executor {
     // Reads and packs on all threads (load.cpp). Gives the index of a matrix that could not be
     // read, or -1; `packing` gets the processor seconds that packing took, of all threads.
     int64_t load(const std::vector<Stored>& stored, double& packing);
-    // The packed weights to and from a file, where they begin at byte 0; a sum per `kSumBytes`.
-    static constexpr int64_t kSumBytes = 1 << 20;
-    int save(int fd, std::vector<uint64_t>& sums) const;  // 0, or the system's error
-    // Parts first..last; false, and no weights at all, if the file is not what `save` wrote.
-    bool restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last);
+    // Packed weights to and from a file, in parts that have a sum each.
+    struct Kept {
+        int64_t offset, at, bytes;  // in the weight region, and in the file
+    };
+    int save(int fd, const std::vector<Kept>& parts, std::vector<uint64_t>& sums) const;  // errno
+    // False, and no weights at all, if the file is not what `save` wrote.
+    bool restore(int fd, const std::vector<Kept>& parts, const std::vector<uint64_t>& sums);
+
+    // Experts lie in slots from `offset` on, and in a file that is opened later (see Residency).
+    void keep_experts(int64_t offset, int64_t slot_bytes, int64_t slots, int64_t sets,
+                      int64_t experts);
+    Residency* residency() const { return residency_.get(); }
 
     void add(Op op);  // checks every reference against the arena
     // Chains the last op to the one before it. Both must go row by row, and nothing that the chain
@@ -193,6 +204,7 @@ class Executor {
     std::vector<int32_t> scratch_;
     std::vector<uint64_t> expert_counts_;
     uint64_t routed_tokens_ = 0;
+    std::unique_ptr<Residency> residency_;
     size_t resume_ = 0;                         // the op to go on with; written in a barrier
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;

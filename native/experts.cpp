@@ -28,6 +28,7 @@ void dispatch(Rows routes, int64_t tokens, int64_t choices, int64_t experts, Pla
         if (!count) continue;
         plan[active].expert = static_cast<int32_t>(e);
         plan[active].start = start, plan[active].count = count;
+        plan[active].place = static_cast<int32_t>(e);
         ++active;
         start += static_cast<int32_t>(round_up(count, kActRows));
     }
@@ -93,6 +94,14 @@ void Executor::check_experts(const Op& op) {
                     "routing is out of range");
             check(op.a, tokens, op.experts * 4, "router logits");
             routes(op.out);
+            require(
+                !residency_ || (op.experts == residency_->experts() && op.set >= 0 &&
+                                op.set < residency_->sets() &&
+                                residency_->slots() >= std::min(op.experts, tokens * op.choices)),
+                "there are fewer slots than a step may go to experts");
+            break;
+        case OpKind::expert_read:
+            require(bool(residency_), "experts that are in memory cannot be read");
             break;
         case OpKind::expert_gather:
             check(op.a, op.quantized ? round_up(tokens, kActRows) : tokens, row_bytes, "input");
@@ -104,6 +113,11 @@ void Executor::check_experts(const Op& op) {
                 require(is_grouped(part.format) == op.quantized &&
                             op.cols % traits(part.format).block == 0 && part.rows % kPanel == 0,
                         "experts need whole panels, and activations of their kind");
+                const uint8_t* const slot = residency_ ? residency_->memory() : nullptr;
+                require(!slot || (part.weight >= slot &&
+                                  part.weight + packed_bytes(part.format, part.rows, op.cols) <=
+                                      slot + residency_->slot_bytes()),
+                        "an expert lies outside its slot");
                 check(op.out, rows, (part.column + part.rows) * 4, "output of experts");
             }
             check(op.a, op.quantized ? blocks : rows, row_bytes, "rows of experts");
@@ -134,6 +148,7 @@ int64_t Executor::expert_items(const Op& op, const Step& step) const {
     switch (op.kind) {
         case OpKind::expert_gather:  // one token's row is read where it is
             return step.count == 1 ? 0 : step.count * op.choices;
+        case OpKind::expert_read: return residency_->reads();
         case OpKind::expert_matmul: return plan(op)->active * panels_of(op);
         case OpKind::expert_activate: return step.count * op.choices;
         default: return step.count;
@@ -144,11 +159,25 @@ void Executor::run_dispatch(const Op& op, const Step& step) {
     dispatch(rows(op.out), step.count, op.choices, op.experts, plan(op), scratch_.data(),
              expert_counts_.data() + op.layer * op.experts);
     if (op.layer == 0) routed_tokens_ += static_cast<uint64_t>(step.count);
+    if (residency_) residency_->admit(op.set, plan(op));
+}
+
+void Executor::keep_experts(int64_t offset, int64_t slot_bytes, int64_t slots, int64_t sets,
+                            int64_t experts) {
+    require(ops_.empty() && !residency_, "slots of experts come before all ops");
+    require(slot_bytes >= 64 && slot_bytes % 64 == 0 && sets >= 1 && sets <= 1 << 20 &&
+                experts >= 1 && experts <= kMaxExperts && slots >= 1 && slots <= sets * experts &&
+                slots <= weights_.size() / slot_bytes,
+            "slots of experts are out of range");
+    weight(offset, slots * slot_bytes);
+    residency_ =
+        std::make_unique<Residency>(weights_.data() + offset, slot_bytes, slots, sets, experts);
 }
 
 void Executor::reset_experts() {
     std::fill(expert_counts_.begin(), expert_counts_.end(), 0);
     routed_tokens_ = 0;
+    if (residency_) residency_->reset();
 }
 
 void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int64_t last) const {
@@ -156,6 +185,7 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
     const PlanEntry* const entries = plan(op);
     switch (op.kind) {
         case OpKind::route: return kernels_.route(a, op.routing, out, first, last);
+        case OpKind::expert_read: return residency_->read(first, last);
         case OpKind::expert_gather:
             for (int64_t i = first; i < last; ++i)
                 if (entries[i].row >= 0)
@@ -175,7 +205,9 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
                     const int64_t count = part.rows / kPanel;
                     const int64_t from = std::max(first - at, int64_t(0));
                     const int64_t to = std::min(end - at, count);
-                    part.weight += entry.expert * count * panel_bytes(part.format, op.cols);
+                    part.weight +=
+                        entry.place * (residency_ ? residency_->slot_bytes()
+                                                  : count * panel_bytes(part.format, op.cols));
                     if (from < to)
                         kernels_.matmul(part, op.cols, x, y, {nullptr, 0}, entry.count, from, to);
                     at += count;

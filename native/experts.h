@@ -20,6 +20,7 @@ static inline int64_t expert_rows(int64_t tokens, int64_t choices, int64_t exper
 struct alignas(64) PlanEntry {
     int32_t row;                   // of pair i (token * choices + choice); -1: no expert
     int32_t expert, start, count;  // i-th expert that has rows: those from `start` on
+    int32_t place;                 // which one its weights are of those that lie in memory
     int32_t active;                // in entry 0: how many experts have rows
 };
 

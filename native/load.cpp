@@ -1,7 +1,5 @@
 // Weights from files into their region, on all threads: read a few panels, pack them, go on. A
 // thread's buffers stay in its cache, and nothing larger is allocated.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -10,6 +8,7 @@
 #include <stdexcept>
 
 #include "executor.h"
+#include "file.h"
 #include "hash.h"
 
 namespace pronk {
@@ -17,26 +16,6 @@ namespace pronk {
 namespace {
 
 constexpr int64_t kChunkBytes = 1 << 17;  // read at once
-
-bool read_all(int fd, uint8_t* out, int64_t bytes, int64_t at) {
-    while (bytes > 0) {
-        const ssize_t got = pread(fd, out, static_cast<size_t>(bytes), static_cast<off_t>(at));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return false;
-        out += got, at += got, bytes -= got;
-    }
-    return true;
-}
-
-bool write_all(int fd, const uint8_t* data, int64_t bytes, int64_t at) {
-    while (bytes > 0) {
-        const ssize_t put = pwrite(fd, data, static_cast<size_t>(bytes), static_cast<off_t>(at));
-        if (put < 0 && errno == EINTR) continue;
-        if (put <= 0) return false;
-        data += put, at += put, bytes -= put;
-    }
-    return true;
-}
 
 // Time on a processor, so that neither a slow disk nor other processes count.
 double thread_seconds() {
@@ -128,31 +107,29 @@ int64_t Executor::load(const std::vector<Stored>& stored, double& packing) {
     return failed;
 }
 
-int Executor::save(int fd, std::vector<uint64_t>& sums) const {
-    const int64_t bytes = weights_.size(), count = (bytes + kSumBytes - 1) / kSumBytes;
-    sums.resize(static_cast<size_t>(count));
+int Executor::save(int fd, const std::vector<Kept>& parts, std::vector<uint64_t>& sums) const {
+    sums.clear();
     // On the caller's thread: the others may be in the middle of a step.
-    for (int64_t i = 0; i < count; ++i) {
-        const uint8_t* part = weights_.data() + i * kSumBytes;
-        const int64_t size = std::min(kSumBytes, bytes - i * kSumBytes);
-        sums[static_cast<size_t>(i)] = xxh64(part, size);
-        if (!write_all(fd, part, size, i * kSumBytes)) return errno ? errno : EIO;
+    for (const Kept& part : parts) {
+        const uint8_t* data = weight(part.offset, part.bytes);
+        sums.push_back(xxh64(data, part.bytes));
+        if (!write_all(fd, data, part.bytes, part.at)) return errno ? errno : EIO;
     }
     return 0;
 }
 
-bool Executor::restore(int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last) {
-    const int64_t bytes = weights_.size(), count = (bytes + kSumBytes - 1) / kSumBytes;
-    if (static_cast<int64_t>(sums.size()) != count || first < 0 || first > last || last > count)
-        return false;
-    std::atomic<int64_t> next{first};
+bool Executor::restore(int fd, const std::vector<Kept>& parts, const std::vector<uint64_t>& sums) {
+    if (sums.size() != parts.size()) return false;
+    for (const Kept& part : parts) weight(part.offset, part.bytes);
+    const auto count = static_cast<int64_t>(parts.size());
+    std::atomic<int64_t> next{0};
     std::atomic<bool> good{true};
     team_.run([&] {
-        for (int64_t i; good && (i = next.fetch_add(1)) < last;) {
-            uint8_t* part = weights_.data() + i * kSumBytes;
-            const int64_t size = std::min(kSumBytes, bytes - i * kSumBytes);
-            if (!read_all(fd, part, size, i * kSumBytes) ||
-                xxh64(part, size) != sums[static_cast<size_t>(i)])
+        for (int64_t i; good && (i = next.fetch_add(1)) < count;) {
+            const Kept& part = parts[static_cast<size_t>(i)];
+            uint8_t* const data = weights_.data() + part.offset;
+            if (!read_all(fd, data, part.bytes, part.at) ||
+                xxh64(data, part.bytes) != sums[static_cast<size_t>(i)])
                 good = false;
         }
     });

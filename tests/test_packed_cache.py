@@ -188,7 +188,7 @@ def test_a_full_disk_is_an_os_error(path):
         Path("/dev/full").open("wb") as full,
         pytest.raises(OSError, match="No space left"),
     ):
-        _native.save_weights(model._open().executor, full.fileno())
+        _native.save_weights(model._open().executor, full.fileno(), [(0, 0, 64)])
 
 
 def test_one_writes_and_the_other_goes_without(path, home):
@@ -222,7 +222,7 @@ import os, signal
 from pronk import _native, load
 import pronk.engine.packing as packing
 packing.WORTHWHILE = 0.0
-def killed(executor, fd):
+def killed(executor, fd, parts):
     os.write(fd, b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 _native.save_weights = killed

@@ -52,6 +52,7 @@ HeadNorm head_norm(const Executor& e, const std::string& name, std::pair<int64_t
 
 void bind_executor(nb::module_& m) {
     m.attr("PANEL") = kPanel;
+    nb::exception<ExpertReadError>(m, "ExpertReadError", PyExc_OSError);
     m.attr("GROUP") = kGroup;
     m.attr("KV_BLOCK") = kBlock;
     m.attr("PART_TAIL") = kPartTail;

@@ -20,6 +20,15 @@ namespace {
 
 using Matrix = std::tuple<std::string, int64_t, int64_t, int64_t, int, int64_t, int64_t>;
 
+using KeptPart = std::tuple<int64_t, int64_t, int64_t>;
+
+std::vector<Executor::Kept> kept_parts(const std::vector<KeptPart>& parts) {
+    std::vector<Executor::Kept> kept;
+    kept.reserve(parts.size());
+    for (const auto& [offset, at, bytes] : parts) kept.push_back({offset, at, bytes});
+    return kept;
+}
+
 // The next string of a GGUF array, a length of 8 bytes and its bytes, at `at`, which moves on.
 std::string_view next_string(const nb::bytes& raw, size_t& at) {
     uint64_t bytes = 0;
@@ -89,7 +98,6 @@ nb::typed<nb::list, nb::typed<nb::tuple, nb::str, nb::str>> read_pairs(const nb:
 
 void bind_load(nb::module_& m) {
     m.attr("PACK_VERSION") = kPackVersion;
-    m.attr("SUM_BYTES") = Executor::kSumBytes;
     m.def(
         "load_weights",
         [](Executor& e, const std::vector<Matrix>& matrices) {
@@ -107,12 +115,13 @@ void bind_load(nb::module_& m) {
         "of one that its file does not hold, or -1, and the processor seconds of packing.");
     m.def(
         "save_weights",
-        [](Executor& e, int fd) {
+        [](Executor& e, int fd, const std::vector<KeptPart>& parts) {
             int error = 0;
             std::vector<uint64_t> sums;
+            const std::vector<Executor::Kept> kept = kept_parts(parts);
             {
                 nb::gil_scoped_release release;
-                error = e.save(fd, sums);
+                error = e.save(fd, kept, sums);
             }
             if (error) {
                 errno = error;
@@ -121,15 +130,18 @@ void bind_load(nb::module_& m) {
             }
             return sums;
         },
-        "executor"_a, "fd"_a, "Writes the packed weights to a file; gives a sum per part.");
+        "executor"_a, "fd"_a, "parts"_a,
+        "Writes parts of packed weights (offset, place in the file, bytes); gives their sums.");
     m.def(
         "restore_weights",
-        [](Executor& e, int fd, const std::vector<uint64_t>& sums, int64_t first, int64_t last) {
+        [](Executor& e, int fd, const std::vector<KeptPart>& parts,
+           const std::vector<uint64_t>& sums) {
+            const std::vector<Executor::Kept> kept = kept_parts(parts);
             nb::gil_scoped_release release;
-            return e.restore(fd, sums, first, last);
+            return e.restore(fd, kept, sums);
         },
-        "executor"_a, "fd"_a, "sums"_a, "first"_a, "last"_a,
-        "Reads parts of what save_weights wrote; False, and no weights, if it is not that.");
+        "executor"_a, "fd"_a, "parts"_a, "sums"_a,
+        "Reads parts that save_weights wrote; False, and no weights, if they are not those.");
     m.def(
         "xxh64",
         [](const nb::bytes& data) {

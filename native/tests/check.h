@@ -104,6 +104,7 @@ void test_rows(const Kernels& kernels);
 void test_attention(const Kernels& kernels);
 void test_windows(const Kernels& kernels);
 void test_executor(const Kernels& kernels);
+void test_residency();
 void test_load(const Kernels& kernels);
 void test_moe(const Kernels& kernels);
 void test_pieces();

@@ -125,18 +125,40 @@ void test_keeping(const Kernels& kernels, int threads) {
     first.write(0, floats.floats(), bytes / 4);
     const File file;
     std::vector<uint64_t> sums;
-    check(first.save(file.fd(), sums) == 0 && sums.size() == parts, "weights are not saved");
-    check(first.save(-1, sums) != 0, "a closed file takes weights");
-    check(second.restore(file.fd(), sums, 0, 2) && second.restore(file.fd(), sums, 2, parts),
-          "saved weights are refused");
+    std::vector<Executor::Kept> kept;  // in another order in the file
+    for (int64_t i = 0, at = 0; i < parts; ++i) {
+        const int64_t offset = (parts - 1 - i) << 20,
+                      size = std::min<int64_t>(1 << 20, bytes - offset);
+        kept.push_back({offset, at, size});
+        at += size;
+    }
+    const auto restore = [&](size_t from, size_t to) {
+        const auto cut = [&](const auto& all) {
+            return std::vector(all.begin() + static_cast<ptrdiff_t>(from),
+                               all.begin() + static_cast<ptrdiff_t>(to));
+        };
+        return second.restore(file.fd(), cut(kept), cut(sums));
+    };
+    check(first.save(file.fd(), kept, sums) == 0 && sums.size() == parts, "weights are not saved");
+    std::vector<uint64_t> none;
+    check(first.save(-1, kept, none) != 0, "a closed file takes weights");
+    check(restore(0, 2) && restore(2, parts), "saved weights are refused");
     check(same(second.weight(0, bytes), floats.data(), bytes), "saved weights are others");
-    check(!second.restore(file.fd(), {}, 0, 0) && !second.restore(file.fd(), sums, -1, 1) &&
-              !second.restore(file.fd(), sums, 0, parts + 1),
-          "parts that there are not are read");
-    const uint8_t wrong = static_cast<uint8_t>(floats.data()[bytes - 1] ^ 1);
+    check(!second.restore(file.fd(), kept, {}), "parts without sums are read");
+    for (const Executor::Kept wrong :
+         {Executor::Kept{-64, 0, 64}, {bytes, 0, 64}, {0, 0, bytes + 64}}) {
+        bool refused = false;
+        try {
+            second.restore(file.fd(), {wrong}, {0});
+        } catch (const std::invalid_argument&) {
+            refused = true;
+        }
+        check(refused, "a part outside the region is read");
+    }
+    const uint8_t wrong = static_cast<uint8_t>(floats.data()[(1 << 20) - 1] ^ 1);
     file.write(&wrong, 1, bytes - 1);
-    check(second.restore(file.fd(), sums, 0, parts - 1), "parts that are whole are refused");
-    check(!second.restore(file.fd(), sums, parts - 1, parts), "a changed byte is not told");
+    check(restore(0, parts - 1), "parts that are whole are refused");
+    check(!restore(parts - 1, parts), "a changed byte is not told");
     check(zeros(second.weight(0, bytes), bytes), "damaged weights stay");
 }
 

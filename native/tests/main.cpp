@@ -48,6 +48,7 @@ int main() {
     }
     check(passed > 0, "no ISA was tested");
     test_pieces();
+    test_residency();
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed),
                 static_cast<long long>(failed));
     return failed != 0;

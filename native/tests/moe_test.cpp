@@ -1,6 +1,7 @@
 // Experts: how they are chosen, where their rows go, what comes back; and ops that would reach
 // outside the arena refused.
 #include <algorithm>
+#include <cstdio>
 #include <numeric>
 #include <stdexcept>
 
@@ -231,17 +232,52 @@ void test_expert_refusals(const Kernels& kernels) {
     refuse("a column past the row", OpKind::expert_matmul, [](Op& o) { o.parts[0].column = 512; });
     refuse("a lone row past the arena", OpKind::expert_matmul, [&](Op& o) { o.b.offset = end; });
     refuse("a sum that is quantized", OpKind::combine, [](Op& o) { o.quantized = true; });
+    refuse("reads of experts that have no file", OpKind::expert_read, [](Op&) {});
     refuse("routes past the arena", OpKind::combine, [&](Op& o) { o.routes.offset = end; });
     check(e.expert_counts().size() == experts, "%s executor: counts of a refused op", kernels.name);
+    const auto slots_refused = [&](int64_t offset, int64_t bytes, int64_t slots, auto change,
+                                   bool run = false) {
+        Executor with(1, kernels.name, 1 << 16, 1 << 18, {tokens, 1, 1, 1, 8},
+                      {1, 16, KvType::bf16, {{4096, 1, {}}}});
+        try {
+            with.keep_experts(offset, bytes, slots, 1, experts);
+            Op route = op(OpKind::route), product = op(OpKind::expert_matmul);
+            product.parts[0].weight = with.residency()->memory();
+            change(route, product);
+            with.add(route);
+            with.add(product);
+            const int32_t zero = 0;
+            if (run) with.run({&zero, &zero, &zero, 1, &zero, 1, 1, 1});
+        } catch (const std::invalid_argument&) {
+            return true;
+        }
+        return false;
+    };
+    const auto none = [](Op&, Op&) {};
+    check(!slots_refused(0, 4096, 8, none), "%s executor refuses slots", kernels.name);
+    check(slots_refused(0, 4096, 8, none, true), "%s executor runs without a file", kernels.name);
+    check(slots_refused(1 << 15, 4096, 9, none) && slots_refused(0, 4000, 8, none) &&
+              slots_refused(32, 4096, 8, none) && slots_refused(0, int64_t(1) << 60, 8, none),
+          "%s executor accepts slots outside the region", kernels.name);
+    check(slots_refused(0, 4096, 7, none), "%s executor accepts too few slots", kernels.name);
+    check(slots_refused(0, 4096, 8, [](Op& r, Op&) { r.set = 1; }),
+          "%s executor accepts a set that there is not", kernels.name);
+    check(slots_refused(0, 4096, 8, [](Op&, Op& p) { p.parts[0].weight += 64; }),
+          "%s executor accepts an expert past its slot", kernels.name);
 }
 
 // Embeddings through one layer of experts; gives the rows of all tokens, run `chunk` at a time.
-std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens, int64_t chunk) {
+// With `slots`, experts are read from a file.
+std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens, int64_t chunk,
+                             int64_t slots = 0) {
     constexpr int64_t hidden = 64, width = 32, experts = 8, choices = 3, vocab = 40;
     const KvShape kv{1, 16, KvType::bf16, {{4096, 2, {}}}};
-    Executor e(threads, kernels.name, 1 << 18, 1 << 19, {chunk, chunk, 1, 2, vocab}, kv);
+    Executor e(threads, kernels.name, 1 << 19, 1 << 19, {chunk, chunk, 1, 2, vocab}, kv);
+    constexpr int64_t slot_bytes = 3 << 12;
+    if (slots) e.keep_experts(1 << 18, slot_bytes, slots, 1, experts);
+    std::vector<Executor::Kept> kept[experts];
     Random random(9);
-    int64_t weights = 0, arena = 0;
+    int64_t weights = 0, arena = 0, in_slot = 0;
     const auto space = [&](int64_t floats, int64_t rows) {
         const Ref ref{arena, round_up(floats * 4, 64)};
         arena += ref.stride * round_up(rows, kActRows);
@@ -255,8 +291,15 @@ std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens
         weights += round_up(packed_bytes(format, rows, cols), 64);
         return MatmulPart{at, format, static_cast<int32_t>(rows), column, nullptr};
     };
-    const auto of_experts = [&](MatmulPart all) {
+    const auto of_experts = [&](MatmulPart all, int64_t cols) {
         all.rows /= static_cast<int32_t>(experts);
+        if (!slots) return all;
+        const int64_t bytes = packed_bytes(all.format, all.rows, cols);
+        const int64_t first = all.weight - e.weight(0, 0);
+        for (int64_t i = 0; i < experts; ++i)
+            kept[i].push_back({first + i * bytes, first + i * bytes, bytes});
+        all.weight = e.residency()->memory() + in_slot;
+        in_slot += bytes;
         return all;
     };
     const int64_t most = expert_rows(chunk, choices, experts);
@@ -279,14 +322,26 @@ std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens
     add(OpKind::quantize, h, {}, a12, hidden, true);
     add(OpKind::expert_gather, a12, {}, x, hidden, true);
     add(OpKind::expert_matmul, x, a12, both, hidden, true,
-        {of_experts(part(Format::q4_0, experts * width, hidden, 0)),
-         of_experts(part(Format::q5_1, experts * width, hidden, width))});
+        {of_experts(part(Format::q4_0, experts * width, hidden, 0), hidden),
+         of_experts(part(Format::q5_1, experts * width, hidden, width), hidden)});
     const Ref up{both.offset + width * 4, both.stride};
     add(OpKind::expert_activate, both, up, act, width, true);
     add(OpKind::expert_matmul, act, {}, y, width, true,
-        {of_experts(part(Format::q8_0, experts * hidden, width, 0))});
+        {of_experts(part(Format::q8_0, experts * hidden, width, 0), width)});
     add(OpKind::combine, y, h, out, hidden, false);
     add(OpKind::gather, out, {}, last, hidden, false, {}, true);
+    if (slots) {
+        std::FILE* file = std::tmpfile();
+        std::vector<Residency::Piece> pieces;
+        for (const auto& expert : kept) {
+            std::vector<uint64_t> sums;
+            check(e.save(fileno(file), expert, sums) == 0, "experts are not saved");
+            for (size_t p = 0; p < expert.size(); ++p)
+                pieces.push_back({expert[p].at, expert[p].bytes, sums[p]});
+        }
+        e.residency()->open(fileno(file), pieces);
+        std::fclose(file);  // it has a descriptor of its own
+    }
     std::vector<float> rows;
     const int32_t tables[] = {0, 1};
     for (int64_t first = 0; first < tokens; first += chunk) {
@@ -320,9 +375,11 @@ void test_layer(const Kernels& kernels) {
     check(finite, "%s experts: results are not finite", kernels.name);
     for (const int threads : {1, 2, 3})
         for (const int64_t chunk : {1, 2, 19, 37})
-            check(run_layer(kernels, threads, 37, chunk) == want,
-                  "%s experts: chunks of %lld on %d threads differ", kernels.name,
-                  static_cast<long long>(chunk), threads);
+            for (const int64_t slots : {int64_t(0), std::min<int64_t>(8, 3 * chunk)})
+                check(run_layer(kernels, threads, 37, chunk, slots) == want,
+                      "%s experts: chunks of %lld on %d threads with %lld slots differ",
+                      kernels.name, static_cast<long long>(chunk), threads,
+                      static_cast<long long>(slots));
 }
 
 }  // namespace

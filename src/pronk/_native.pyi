@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 PANEL: int = 16
 
+class ExpertReadError(OSError):
+    pass
+
 GROUP: int = 32
 
 KV_BLOCK: int = 32
@@ -108,7 +111,7 @@ class Executor:
     def kv_block(self, group: int, block: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), device='cpu')]:
         """The bytes of a KV block; to be read and written between steps only."""
 
-    def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
+    def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, set: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
 
     def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None: ...
 
@@ -131,6 +134,26 @@ class Executor:
 
     def reset_experts(self) -> None:
         """Counts from zero."""
+
+    def keep_experts(self, offset: int, slot_bytes: int, slots: int, sets: int, experts: int) -> None:
+        """
+        Experts lie in slots from an offset on, and in a file; `sets`: of a layer each.
+        """
+
+    def open_experts(self, fd: int, pieces: Sequence[tuple[int, int]], sums: Sequence[int]) -> None:
+        """
+        Experts are read from a file: (its place, bytes) of each piece, set by set.
+        """
+
+    @property
+    def expert_reads(self) -> tuple[int, int, int]:
+        """
+        Experts that steps found in a slot, those they had to read, and the bytes of these.
+        """
+
+    @property
+    def experts_held(self) -> list[int]:
+        """What each slot holds, set * experts + expert, or -1."""
 
 def isa(name: str = '') -> str:
     """The ISA whose kernels run: the best, or the one named."""
@@ -157,19 +180,19 @@ def trim() -> None:
 
 PACK_VERSION: int = 1
 
-SUM_BYTES: int = 1048576
-
 def load_weights(executor: Executor, matrices: Sequence[tuple[str, int, int, int, int, int, int]]) -> tuple[int, float]:
     """
     Reads and packs matrices (format, offset, rows, cols, fd, at, pairs); gives the index of one that its file does not hold, or -1, and the processor seconds of packing.
     """
 
-def save_weights(executor: Executor, fd: int) -> list[int]:
-    """Writes the packed weights to a file; gives a sum per part."""
-
-def restore_weights(executor: Executor, fd: int, sums: Sequence[int], first: int, last: int) -> bool:
+def save_weights(executor: Executor, fd: int, parts: Sequence[tuple[int, int, int]]) -> list[int]:
     """
-    Reads parts of what save_weights wrote; False, and no weights, if it is not that.
+    Writes parts of packed weights (offset, place in the file, bytes); gives their sums.
+    """
+
+def restore_weights(executor: Executor, fd: int, parts: Sequence[tuple[int, int, int]], sums: Sequence[int]) -> bool:
+    """
+    Reads parts that save_weights wrote; False, and no weights, if they are not those.
     """
 
 def xxh64(data: bytes) -> int:

@@ -23,7 +23,7 @@ from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
 from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
-from pronk.engine.runner import Recording, Runner
+from pronk.engine.runner import ExpertReads, Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
@@ -36,7 +36,7 @@ from pronk.graph.program import (
     stored_dtypes,
 )
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
-from pronk.units import format_bytes
+from pronk.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from pronk.engine.service import Service
@@ -437,6 +437,10 @@ class Model:
         """Mean number of experts that a token went to in a layer; 0 where there are none."""
         return self._open().experts_per_token()
 
+    def expert_reads(self) -> ExpertReads:
+        """How often experts were in memory since loading, and what was read of the others."""
+        return self._open().expert_reads()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -480,6 +484,7 @@ def load(
     kv_tokens: int | None = None,
     max_sequences: int = 16,
     target_tpot: float | None = None,
+    expert_memory: int | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -517,6 +522,10 @@ def load(
     target_tpot : float, optional
         Seconds an output token may take while prompts of others are computed: they get smaller
         parts of a step.
+    expert_memory : int or str, optional
+        Bytes of memory for a mixture's experts, or a size such as ``"200MB"``. The hot ones are
+        kept there, and the others are read from packed weights on disk when they are chosen. The
+        logits are the same. All experts are in memory unless given.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -547,8 +556,14 @@ def load(
         if experts:
             spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
+        if isinstance(expert_memory, str):
+            expert_memory = parse_size(expert_memory)
         limits = Limits(
-            context, kv_dtype=kv_dtype, kv_tokens=kv_tokens, max_sequences=max_sequences
+            context,
+            kv_dtype=kv_dtype,
+            kv_tokens=kv_tokens,
+            max_sequences=max_sequences,
+            expert_memory=expert_memory,
         )
         program = compile_checkpoint(checkpoint, limits, spec)
         budget = checkpoint.budget

@@ -15,15 +15,12 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pronk import _native
 from pronk.checkpoint import cache
 from pronk.errors import RequestError
 from pronk.units import format_bytes, parse_size
-
-if TYPE_CHECKING:
-    from pronk._native import Executor
 
 __all__ = [
     "ENVIRONMENT",
@@ -42,7 +39,7 @@ ENVIRONMENT = "PRONK_PACKED_CACHE"
 
 DEFAULT_LIMIT = 10_000_000_000
 
-_FORMAT = 1
+_FORMAT = 2
 _END = struct.Struct("<QQ8s")  # length of the JSON, its sum, mark
 _MARK = b"PRONKPK\1"
 _MOST_JSON = 1 << 26
@@ -137,20 +134,18 @@ def clear() -> int:
 
 
 def restore(
-    key: Key,
-    executor: Executor,
-    last: int = 0,
-    before_last: Callable[[], object] | None = None,
+    key: Key, size: int, read: Callable[[int, Path, list[int]], bool]
 ) -> dict[str, Any] | None:
-    """Read packed weights into an executor; None, and no weights, where there are none.
+    """Read packed weights; None where there are none.
 
     Parameters
     ----------
     key : Key
-    executor : Executor
-    last : int
-        Bytes that are read only after `before_last` has returned.
-    before_last : callable, optional
+    size : int
+        Their bytes.
+    read : callable
+        Called with a descriptor, the path and the sums of what `store` wrote; tells whether the
+        weights are those of the sums.
 
     Returns
     -------
@@ -167,10 +162,11 @@ def restore(
     except OSError:
         return None
     try:
-        facts = _restore(fd, executor, last, before_last)
-        if facts is not None:
+        found = _end_of(fd, size)
+        if found is not None and read(fd, path, found["sums"]):
             with contextlib.suppress(OSError):
                 os.utime(path)  # those used longest ago go first
+            facts: dict[str, Any] = found["facts"]
             return facts
     finally:
         os.close(fd)
@@ -179,10 +175,8 @@ def restore(
     return None
 
 
-def _restore(
-    fd: int, executor: Executor, last: int, before_last: Callable[[], object] | None
-) -> dict[str, Any] | None:
-    size = executor.weight_bytes
+def _end_of(fd: int, size: int) -> dict[str, Any] | None:
+    """What follows `size` bytes of weights; None if it is not what `store` wrote."""
     end = os.fstat(fd).st_size - _END.size
     if end < size:
         return None
@@ -192,32 +186,31 @@ def _restore(
     raw = os.pread(fd, length, size)
     if len(raw) != length or _native.xxh64(raw) != total:
         return None
-    data = json.loads(raw)
-    sums = data["sums"]
-    first = max(0, size - max(last, 0)) // _native.SUM_BYTES
-    if not _native.restore_weights(executor, fd, sums, 0, first):
-        return None
-    if before_last:
-        before_last()
-    if not _native.restore_weights(executor, fd, sums, first, len(sums)):
-        return None
-    facts: dict[str, Any] = data["facts"]
-    return facts
+    data: dict[str, Any] = json.loads(raw)
+    return data
 
 
-def store(key: Key, executor: Executor, facts: dict[str, Any]) -> str:
-    """Keep an executor's packed weights; gives the reason if they are not kept, or "".
+def store(
+    key: Key,
+    size: int,
+    write: Callable[[int], tuple[list[int], dict[str, Any]]],
+    *,
+    wait: bool = False,
+) -> str:
+    """Keep packed weights; gives the reason if they are not kept, or "".
 
     Atomic, and safe beside other processes: one of them writes, the others go without.
 
     Parameters
     ----------
     key : Key
-    executor : Executor
-    facts : dict
-        What `restore` shall give, as JSON can hold it.
+    size : int
+        Their bytes.
+    write : callable
+        Writes them to a descriptor; gives sums, and facts as JSON can hold them.
+    wait : bool
+        Wait for another process that writes, rather than go without.
     """
-    size = executor.weight_bytes
     most = limit()
     if not most:
         return "it is turned off"
@@ -226,13 +219,19 @@ def store(key: Key, executor: Executor, facts: dict[str, Any]) -> str:
     folder = _folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, wait=False) as mine:
-            return _store(folder, key, executor, facts, most) if mine else "another process writes"
+        with _locked(folder, wait) as mine:
+            return _store(folder, key, size, write, most) if mine else "another process writes"
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror or error})"
 
 
-def _store(folder: Path, key: Key, executor: Executor, facts: dict[str, Any], most: int) -> str:
+def _store(
+    folder: Path,
+    key: Key,
+    size: int,
+    write: Callable[[int], tuple[list[int], dict[str, Any]]],
+    most: int,
+) -> str:
     for stale in folder.glob("*" + _WRITING):  # of a process that was killed: the lock is ours
         stale.unlink(missing_ok=True)
     identity = _identity(key.files)
@@ -241,12 +240,11 @@ def _store(folder: Path, key: Key, executor: Executor, facts: dict[str, Any], mo
         return "the checkpoint changes while it is read"
     path = folder / _name(content, key.program)
     if not path.exists():
-        size = executor.weight_bytes
         _evict(folder, most - size)
         if _free(folder) < size + _SPARE:
             return f"the disk of {folder} has too little room"
         with _written(path) as fd:
-            sums = _native.save_weights(executor, fd)
+            sums, facts = write(fd)
             raw = json.dumps({"sums": sums, "facts": facts}).encode()
             end = _END.pack(len(raw), _native.xxh64(raw), _MARK)
             os.lseek(fd, size, os.SEEK_SET)

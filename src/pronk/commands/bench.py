@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_time: float) -> None:
     from pronk.device.limits import measure_limits
-    from pronk.evaluate.experts import expert_load, format_load
-    from pronk.evaluate.latency import latency
+    from pronk.evaluate.experts import expert_load, expert_traffic, format_load
+    from pronk.evaluate.latency import latency, turned
 
     figures = latency(model, prompt, args.tokens, args.runs)
     peak = peak_memory()  # before the limits are measured: those need memory of their own
@@ -75,6 +75,10 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
     parameters = _prompt_parameters(model)
     streamed = _bytes_per_token(model)
     path = str(model.path)
+    traffic = None
+    if args.experts:  # on a prompt of its own, as those before
+        own = turned(prompt, args.runs + 1)
+        traffic = expert_traffic(model, own, args.tokens)
     load = expert_load(model.expert_counts(), model.experts_per_token())
     drafted, accepted = model.speculation.drafted, model.speculation.accepted
     model.close()
@@ -101,8 +105,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.commands.depth import measure
 
         result["depth"] = measure(args, path)
-    if args.experts:
-        result["experts"] = load.to_dict()
+    if traffic is not None:
+        result["experts"] = load.to_dict() | {"traffic": traffic.to_dict()}
     if args.json:
         common.print_json(result)
         return
@@ -127,8 +131,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.evaluate.depth import format_depth
 
         print(*format_depth(result["depth"]), sep="\n")
-    if args.experts:
-        print(*format_load(load), sep="\n")
+    if traffic is not None:
+        print(*format_load(load), traffic.format(), sep="\n")
 
 
 def _profile(args: argparse.Namespace, model: Model, prompt: list[int]) -> None:

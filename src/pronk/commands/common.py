@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_attention",
     "add_context",
+    "add_expert_memory",
     "add_experts",
     "add_json",
     "add_kv",
@@ -79,11 +80,21 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
 
 
 def add_experts(parser: argparse.ArgumentParser) -> None:
-    """``--dynamic-experts``."""
+    """``--dynamic-experts`` and ``--expert-memory``."""
     parser.add_argument(
         "--dynamic-experts", default="", metavar="P[:N]",
         help="experts of a token: the likeliest that make up the share P, at least N (1); or "
         "top-p=P,min=N,max=N",
+    )  # fmt: skip
+    add_expert_memory(parser)
+
+
+def add_expert_memory(parser: argparse.ArgumentParser) -> None:
+    """``--expert-memory``."""
+    parser.add_argument(
+        "--expert-memory", metavar="SIZE",
+        help="memory for a mixture's experts: the hot ones are kept there, the others are read "
+        "from disk when they are chosen (default: all are in memory)",
     )  # fmt: skip
 
 
@@ -172,6 +183,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
         attention=attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
         experts=getattr(args, "dynamic_experts", ""),
+        expert_memory=getattr(args, "expert_memory", None),
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pronk.commands import common
-from pronk.units import format_bytes
+from pronk.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from pronk.graph.kv import KvPool
+    from pronk.graph.program import Program
 
 __all__ = ["configure", "run"]
 
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="plan memory for so many tokens")
     common.add_kv(parser)
     common.add_attention(parser)
+    common.add_expert_memory(parser)
     parser.add_argument("--graph", action="store_true", help="print the graph that would run")
     parser.add_argument("--tensors", action="store_true", help="print every tensor")
     common.add_json(parser)
@@ -42,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
     with open_checkpoint(path) as checkpoint:
         spec = adapted(checkpoint.spec, attention, args.rope_scaling)
         context = choose_context(spec, args.context, checkpoint.budget)
-        program = compile_checkpoint(checkpoint, Limits(context, kv_dtype=args.kv), spec)
+        room = parse_size(args.expert_memory) if args.expert_memory else None
+        limits = Limits(context, kv_dtype=args.kv, expert_memory=room)
+        program = compile_checkpoint(checkpoint, limits, spec)
         tensors = list(checkpoint.tensors.values())
         kind = checkpoint.format
     memory = program.memory(measure(path))
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
                 }
                 for pool in program.kv_pools
             ],
+            "experts": _experts(program),
             "runtime_formats": dict(runtime),
             "tensors": [
                 {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
@@ -92,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"memory at a context of {context}:")
     for part, size in memory.to_dict().items():
         print(f"  {part:<9} {format_bytes(size):>10}")
+        if part == "weights" and program.layout.experts:
+            print(f"  {'':<9} {_held(program)}")
         if part == "kv":
             for pool in program.kv_pools:
                 print(f"  {'':<9} {format_bytes(pool.nbytes):>10}  {_kind(pool)}")
@@ -100,6 +107,28 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {t.name:<48} {t.dtype:<6} {list(t.shape)!s:<16} {format_bytes(t.nbytes)}")
     if args.graph:
         print(program.graph.format())
+
+
+def _experts(program: Program) -> dict[str, int] | None:
+    """Experts in memory, out of how many, and the bytes of both; None where there are none."""
+    layout = program.layout
+    if not layout.experts:
+        return None
+    count = held = sum(one.experts for one in layout.experts)
+    memory = layout.expert_bytes
+    if layout.slots is not None:
+        held, memory = layout.slots.count, layout.slots.count * layout.slots.nbytes
+    return {"experts": count, "in_memory": held, "bytes": layout.expert_bytes, "memory": memory,
+            "least": layout.least}  # fmt: skip
+
+
+def _held(program: Program) -> str:
+    """`_experts` for people."""
+    found = _experts(program) or {}
+    return (
+        f"{format_bytes(found['memory']):>10}  {found['in_memory']} of {found['experts']} experts "
+        f"({format_bytes(found['bytes'])}; --expert-memory from {format_bytes(found['least'])} on)"
+    )
 
 
 def _kind(pool: KvPool) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from pronk.commands import common
 from pronk.device.memory import peak_memory
+from pronk.engine.runner import ExpertReads
 from pronk.errors import RequestError
 from pronk.model import Piece, Speculation
 from pronk.units import format_bytes
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         messages = [{"role": "system", "content": args.system}] if args.system else []
         ids = model.render([*messages, {"role": "user", "content": prompt}])
     answer = Answer(model.generate(ids, params), start, show=not args.json)
-    peak = peak_memory()
+    peak, reads = peak_memory(), model.expert_reads()
     figures = {
         "prompt_tokens": len(ids),
         "tokens": answer.tokens,
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
         "accepted": model.speculation.accepted,
         "load_time": load_time,
         "peak_memory": peak,
+        "expert_reads": reads.to_dict(),
     }
     if args.json:
         common.print_json({"text": answer.text, "finish_reason": answer.finish_reason, **figures})
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         common.note(
             f"{len(ids)} prompt tokens, first token {answer.ttft * 1000:.0f} ms, "
             f"{answer.tokens} tokens at {answer.decode:.1f}/s{drafts(model.speculation)}, "
+            f"{found(reads)}"
             f"peak memory {format_bytes(peak)}, loaded in {load_time:.2f} s"
         )
 
@@ -75,6 +78,13 @@ def run(args: argparse.Namespace) -> None:
 def drafts(done: Speculation) -> str:
     """How drafting went, for a line of figures; empty where nothing was drafted."""
     return f" ({done.accepted} of {done.drafted} drafted tokens held)" if done.drafted else ""
+
+
+def found(reads: ExpertReads) -> str:
+    """How many experts were in memory, for a line of figures; empty where all are."""
+    if reads.slots == reads.experts:
+        return ""
+    return f"{reads.hit_rate:.0%} of experts found in {format_bytes(reads.memory)}, "
 
 
 class Answer:

@@ -6,21 +6,28 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from pronk import _native
 from pronk.aside import Aside
 from pronk.checkpoint import packed_cache
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.packed_cache import Key
 from pronk.engine.runner import Runner
-from pronk.engine.weights import Conversion, load_weights
+from pronk.engine.weights import Conversion, Loaded, Loader, Place, load_weights, places
+from pronk.errors import RequestError
+from pronk.graph.memory import Layout
 from pronk.graph.rope import model_frequencies
 
 __all__ = ["Weights", "provide_weights"]
 
 WORTHWHILE = 0.1
 """Seconds that a later start must save for a copy on disk to be worth its bytes."""
+
+_SUM_BYTES = 1 << 20  # of weights that are no experts, which have sums of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ def provide_weights(
 ) -> Weights:
     """Fill the executor of a program with the weights of a checkpoint.
 
+    Experts that have slots stay in the file of packed weights, which is made if it is not there.
+
     Parameters
     ----------
     checkpoint, runner, progress, last, before_last
@@ -74,40 +83,178 @@ def provide_weights(
     ------
     CheckpointError
         If a file has become shorter since its header was read.
+    RequestError
+        If experts have slots, and packed weights cannot be kept on disk.
     """
     key = Key(checkpoint.files, _program(checkpoint, runner))
+    layout = runner.program.layout
     use_cache = use_cache and bool(key.files) and packed_cache.limit() > 0
+    if layout.slots is not None:
+        return _provide_slots(checkpoint, runner, key, progress, use_cache, before_last)
+    parts = [(at, at, nbytes) for at, nbytes in _parts(layout)]
     if use_cache:
-        facts = packed_cache.restore(key, runner.executor, last, before_last)
+
+        def read(fd: int, path: Path, sums: list[int]) -> bool:
+            cut = _cut(parts, layout.file_bytes - max(last, 0))
+            if not _native.restore_weights(runner.executor, fd, parts[:cut], sums[:cut]):
+                return False
+            if before_last:
+                before_last()
+            return _native.restore_weights(runner.executor, fd, parts[cut:], sums[cut:])
+
+        facts = packed_cache.restore(key, layout.file_bytes, read)
         if facts is not None:
-            size = sum(t.nbytes for t in checkpoint.tensors.values())
-            if progress:
-                progress(size, size)
-            return Weights(tuple(Conversion(**c) for c in facts["conversions"]), cached=True)
+            return _restored(checkpoint, facts, progress)
     loaded = load_weights(checkpoint, runner, progress, last=last, before_last=before_last)
     if not use_cache:
         return Weights(loaded.conversions, note="it is turned off")
     if loaded.packing < WORTHWHILE:
         return Weights(loaded.conversions, note=f"it would save {loaded.packing * 1000:.0f} ms")
-    facts = {"conversions": [asdict(c) for c in loaded.conversions]}
+
+    def write(fd: int) -> tuple[list[int], dict[str, Any]]:
+        return _native.save_weights(runner.executor, fd, parts), _facts(loaded)
+
     # The checkpoint is closed before the writer has read what it needs.
     key = Key(tuple(os.dup(fd) for fd in key.files), key.program)
-    return Weights(loaded.conversions, writer=Aside(lambda: _keep(key, runner, facts)))
+    return Weights(loaded.conversions, writer=Aside(lambda: _keep(key, layout.file_bytes, write)))
 
 
-def _keep(key: Key, runner: Runner, facts: dict[str, object]) -> str:
+def _provide_slots(
+    checkpoint: Checkpoint,
+    runner: Runner,
+    key: Key,
+    progress: Callable[[int, int], None] | None,
+    use_cache: bool,
+    before_last: Callable[[], object] | None,
+) -> Weights:
+    """Weights of a program whose experts are read from a file when they are chosen."""
+    if not use_cache:
+        raise RequestError(
+            f"experts without room in memory are read from packed weights on disk, which are "
+            f"turned off: leave out --no-packed-cache, unset {packed_cache.ENVIRONMENT}, or give "
+            "room to all experts"
+        )
+    if before_last:  # what it gives back makes room for the weights
+        before_last()
+    executor, layout = runner.executor, runner.program.layout
+    parts = _parts(layout)
+    dense = [(at, at, nbytes) for at, nbytes in parts if at < layout.dense_bytes]
+
+    def read(fd: int, path: Path, sums: list[int]) -> bool:
+        if not _native.restore_weights(executor, fd, dense, sums[: len(dense)]):
+            return False
+        executor.open_experts(fd, parts[len(dense) :], sums[len(dense) :])
+        runner.expert_file = path
+        return True
+
+    def write(fd: int) -> tuple[list[int], dict[str, Any]]:
+        loader = Loader(checkpoint, runner, progress)
+        loader.load(places(runner.program))
+        sums = _native.save_weights(executor, fd, dense)
+        for wanted, kept in _batches(runner, parts[len(dense) :]):
+            loader.load(wanted)
+            sums += _native.save_weights(executor, fd, kept)
+        return sums, _facts(loader.loaded)
+
+    facts = packed_cache.restore(key, layout.file_bytes, read)
+    if facts is not None:
+        return _restored(checkpoint, facts, progress)
+    why = packed_cache.store(key, layout.file_bytes, write, wait=True)
+    facts = None if why else packed_cache.restore(key, layout.file_bytes, read)
+    if facts is None:
+        raise RequestError(
+            f"experts without room in memory are read from packed weights on disk, which cannot "
+            f"be kept: {why or 'they are gone again'}; make room for them (see pronk list), set "
+            f"{packed_cache.ENVIRONMENT} to a larger size, or give room to all experts"
+        )
+    return Weights(_conversions(facts))
+
+
+def _batches(
+    runner: Runner, pieces: list[tuple[int, int]]
+) -> Iterator[tuple[list[Place], list[tuple[int, int, int]]]]:
+    """Experts, as many as have slots at a time: where their rows go, and where these are kept."""
+    layout, weights = runner.program.layout, runner.program.graph.weights
+    slots = layout.slots
+    assert slots is not None
+    of_expert = iter(pieces)
+    wanted: list[Place] = []
+    kept: list[tuple[int, int, int]] = []
+    held = 0
+    for one in layout.experts:
+        for expert in range(one.experts):
+            offset = slots.offset + held * slots.nbytes
+            for name, nbytes in zip(one.matrices, one.sizes, strict=True):
+                rows = weights[name].rows // one.experts
+                wanted.append(Place(weights[name], expert * rows, rows, offset))
+                kept.append((offset, *next(of_expert)))
+                offset += nbytes
+            held += 1
+            if held == slots.count:
+                yield wanted, kept
+                wanted, kept, held = [], [], 0
+    if held:
+        yield wanted, kept
+
+
+def _parts(layout: Layout) -> list[tuple[int, int]]:
+    """Where parts of weights that have a sum each lie in a file, and their bytes.
+
+    First all weights but experts, then each expert of each set, matrix by matrix.
+    """
+    parts = [
+        (at, min(_SUM_BYTES, layout.dense_bytes - at))
+        for at in range(0, layout.dense_bytes, _SUM_BYTES)
+    ]
+    for one in layout.experts:
+        parts += [
+            (layout.weight_offsets[name] + expert * nbytes, nbytes)
+            for expert in range(one.experts)
+            for name, nbytes in zip(one.matrices, one.sizes, strict=True)
+        ]
+    return parts
+
+
+def _cut(parts: list[tuple[int, int, int]], first: int) -> int:
+    """How many parts hold the first so many bytes, or a little less."""
+    held = 0
+    for i, (_, _, nbytes) in enumerate(parts):
+        held += nbytes
+        if held > first:
+            return i
+    return len(parts)
+
+
+def _facts(loaded: Loaded) -> dict[str, Any]:
+    return {"conversions": [asdict(c) for c in loaded.conversions]}
+
+
+def _conversions(facts: dict[str, Any]) -> tuple[Conversion, ...]:
+    return tuple(Conversion(**c) for c in facts["conversions"])
+
+
+def _restored(
+    checkpoint: Checkpoint, facts: dict[str, Any], progress: Callable[[int, int], None] | None
+) -> Weights:
+    size = sum(t.nbytes for t in checkpoint.tensors.values())
+    if progress:
+        progress(size, size)
+    return Weights(_conversions(facts), cached=True)
+
+
+def _keep(key: Key, size: int, write: Callable[[int], tuple[list[int], dict[str, Any]]]) -> str:
     try:
         # Below everything else: on Linux a thread has a niceness of its own.
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        return packed_cache.store(key, runner.executor, facts)
+        return packed_cache.store(key, size, write)
     finally:
         for fd in key.files:
             os.close(fd)
 
 
 def _program(checkpoint: Checkpoint, runner: Runner) -> str:
-    """All that decides what lies where in the weight region, besides the checkpoint's bytes."""
+    """All that decides what lies where in a file of weights, besides the checkpoint's bytes."""
     program = runner.program
     spec, offsets = program.spec, program.layout.weight_offsets
     weights = [[w.name, w.dtype, w.rows, w.cols, offsets[w.name]]
@@ -117,4 +264,4 @@ def _program(checkpoint: Checkpoint, runner: Runner) -> str:
     # These lie among the weights, and some follow from the context.
     computed = (model_frequencies(spec, name, program.limits.context) for name in offsets)
     ropes = [frequencies.tolist() for frequencies in computed if frequencies is not None]
-    return json.dumps([runner.executor.isa, runner.executor.weight_bytes, kind, ropes, weights])
+    return json.dumps([runner.executor.isa, program.layout.file_bytes, kind, ropes, weights])

@@ -5,19 +5,68 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk._native import Executor
-from pronk.errors import RequestError
+from pronk._native import Executor, ExpertReadError
+from pronk.errors import CheckpointError, RequestError
 from pronk.graph.cost import Step
 from pronk.graph.lower import lower
 from pronk.graph.program import Program
 from pronk.graph.reference import normed
 
-__all__ = ["OpTime", "Recording", "Runner"]
+__all__ = ["ExpertReads", "OpTime", "Recording", "Runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertReads:
+    """Experts in memory, and those that were read from their file.
+
+    Parameters
+    ----------
+    experts, slots : int
+        Experts of all layers, and how many of them memory holds.
+    memory : int
+        Bytes of these.
+    hits, misses : int
+        Experts that steps went to and found in memory, or had to read. A step counts an expert
+        once, however many of its tokens go there.
+    read : int
+        Bytes that were read.
+    tokens : int
+        Tokens that ran meanwhile.
+    """
+
+    experts: int
+    slots: int
+    memory: int
+    hits: int
+    misses: int
+    read: int
+    tokens: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts that steps went to which was in memory."""
+        return self.hits / (self.hits + self.misses) if self.misses else 1.0
+
+    @property
+    def read_per_token(self) -> float:
+        """Bytes read, by token."""
+        return self.read / self.tokens if self.tokens else 0.0
+
+    def since(self, earlier: ExpertReads) -> ExpertReads:
+        """What has come to it since an earlier reading."""
+        return replace(
+            self, hits=self.hits - earlier.hits, misses=self.misses - earlier.misses,
+            read=self.read - earlier.read, tokens=self.tokens - earlier.tokens)  # fmt: skip
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain data under stable names."""
+        return {**asdict(self), "hit_rate": self.hit_rate, "read_per_token": self.read_per_token}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +101,15 @@ class Runner:
     seconds : float
         What the last `run` and its calls of `head` took of the calling thread's core: what other
         processes took meanwhile is left out.
+    expert_file : Path or None
+        Packed weights that experts are read from, where they have slots.
     """
 
     def __init__(self, program: Program, threads: int, isa: str = "") -> None:
         spec, limits = program.spec, program.limits
         self.program = program
         self.seconds = 0.0
+        self.expert_file: Path | None = None
         pools = program.kv_pools
         groups = [pool.group for pool in pools]
         self._process = os.getpid()
@@ -79,6 +131,12 @@ class Runner:
                 for pool, g in zip(pools, groups, strict=True)
             ],
         )
+        layout = program.layout
+        if layout.slots is not None:
+            slots, sets = layout.slots, layout.experts
+            self.executor.keep_experts(
+                slots.offset, slots.nbytes, slots.count, len(sets), sets[0].experts
+            )
         self._owners = lower(
             program.graph, program.layout, self.executor, groups, program.kv_layer_bytes
         )
@@ -110,6 +168,8 @@ class Runner:
             If an id, a position or a block is out of range.
         RequestError
             If this process was forked from the one that loaded the model.
+        CheckpointError
+            If an expert that is not in memory cannot be read; its file is removed.
         """
         if self._process != os.getpid() and self.executor.threads > 1:
             raise RequestError(
@@ -121,12 +181,20 @@ class Runner:
             for table, numbers in zip(tables, held, strict=True):
                 table[i, : len(numbers)] = numbers
         start = time.thread_time()
-        self.executor.run(
-            np.array(ids, np.int32),
-            np.array(positions, np.int32),
-            np.array(sequences, np.int32),
-            np.ascontiguousarray(tables),
-        )
+        try:
+            self.executor.run(
+                np.array(ids, np.int32),
+                np.array(positions, np.int32),
+                np.array(sequences, np.int32),
+                np.ascontiguousarray(tables),
+            )
+        except ExpertReadError as error:
+            if self.expert_file:
+                self.expert_file.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"the packed weights of an expert cannot be read ({error}): start again, and they "
+                "are packed anew"
+            ) from None
         self.seconds = time.thread_time() - start
         if self._steps is not None:
             self._steps.append(Step.of(positions, sequences))
@@ -202,6 +270,15 @@ class Runner:
         """Mean number of experts that a token went to in a layer, over the same time."""
         counts, tokens = self.expert_counts(), self.executor.routed_tokens
         return float(counts.sum()) / (len(counts) * tokens) if tokens else 0.0
+
+    def expert_reads(self) -> ExpertReads:
+        """How often experts were in memory, over the same time."""
+        layout, tokens = self.program.layout, self.executor.routed_tokens
+        experts = sum(one.experts for one in layout.experts)
+        count, nbytes = experts, layout.expert_bytes
+        if layout.slots is not None:
+            count, nbytes = layout.slots.count, layout.slots.count * layout.slots.nbytes
+        return ExpertReads(experts, count, nbytes, *self.executor.expert_reads, tokens)
 
     def reset_experts(self) -> None:
         """Count from zero."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,10 @@ from pronk.engine.runner import Runner
 from pronk.errors import CheckpointError
 from pronk.graph.ir import Weight
 from pronk.graph.pack import PANEL
+from pronk.graph.program import Program
 from pronk.graph.rope import model_frequencies
 
-__all__ = ["Conversion", "Loaded", "load_weights"]
+__all__ = ["Conversion", "Loaded", "Loader", "Place", "load_weights", "places"]
 
 _CHUNK = 1 << 18  # bytes read at once: temporaries are bytes that the user pays for
 _STRETCH = 1 << 26  # bytes loaded between two reports of progress
@@ -56,6 +57,28 @@ class Loaded:
     packing: float
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rows of a weight, and where they go in the weight region, as a matrix of their own."""
+
+    weight: Weight
+    first: int
+    rows: int
+    offset: int
+
+
+def places(program: Program) -> list[Place]:
+    """Where all weights go, but those of experts that have slots."""
+    layout = program.layout
+    sets = layout.experts if layout.slots is not None else ()
+    elsewhere = {name for one in sets for name in one.matrices}
+    return [
+        Place(weight, 0, weight.rows, layout.weight_offsets[name])
+        for name, weight in program.graph.weights.items()
+        if name not in elsewhere
+    ]
+
+
 class _Errors:
     """What conversions lose, by pair of formats."""
 
@@ -82,7 +105,7 @@ def load_weights(
     last: int = 0,
     before_last: Callable[[], object] | None = None,
 ) -> Loaded:
-    """Pack every weight of a program from a checkpoint.
+    """Pack every weight of a program from a checkpoint, but experts that have slots.
 
     Parameters
     ----------
@@ -99,41 +122,86 @@ def load_weights(
     CheckpointError
         If a file has become shorter since its header was read.
     """
-    weights = runner.program.graph.weights
-    tensors = checkpoint.tensors
-    total = sum(tensors[name].nbytes for name in weights if name in tensors)
-    done, packing = 0, 0.0
-    errors = _Errors()
-    here: _Part = []  # bytes in the file, and what the native loader takes
+    loader = Loader(checkpoint, runner, progress)
+    loader.load(places(runner.program), last, before_last)
+    return loader.loaded
 
-    def report(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total)
 
-    for name, weight in weights.items():
-        matrix = _stored(checkpoint, runner, weight)
-        if matrix is not None:
-            here.append((tensors[name].nbytes, matrix))
-        elif weight.rows == 1:
-            _load_vector(checkpoint, runner, weight)
-            report(tensors[name].nbytes if name in tensors else 0)
-        else:
-            packing += _load_matrix(checkpoint, runner, weight, errors)
-            report(tensors[name].nbytes)
-    first, rest = _split(here, last)
-    for part in (first, rest):
-        if part is rest and before_last:
-            before_last()
-        # In one call, unless somebody watches: between two of them the interpreter may be taken.
-        for stretch in _stretches(part, _STRETCH if progress else total):
-            failed, seconds = load_native(runner.executor, [matrix for _, matrix in stretch])
-            if failed >= 0:
-                raise CheckpointError(f"{checkpoint.path} ended while its tensors were read")
-            packing += seconds / runner.executor.threads
-            report(sum(nbytes for nbytes, _ in stretch))
-    return Loaded(errors.conversions(), packing)
+class Loader:
+    """Packs weights of a checkpoint, in one go or a few at a time.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    runner : Runner
+    progress : callable, optional
+        Called with (bytes done, bytes of all weights).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: Runner,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._checkpoint, self._runner, self._progress = checkpoint, runner, progress
+        tensors, weights = checkpoint.tensors, runner.program.graph.weights
+        self._total = sum(tensors[name].nbytes for name in weights if name in tensors)
+        self._done, self._packing = 0, 0.0
+        self._errors = _Errors()
+
+    @property
+    def loaded(self) -> Loaded:
+        """What it took so far."""
+        return Loaded(self._errors.conversions(), self._packing)
+
+    def _report(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress:
+            self._progress(self._done, self._total)
+
+    def load(
+        self,
+        wanted: Sequence[Place],
+        last: int = 0,
+        before_last: Callable[[], object] | None = None,
+    ) -> None:
+        """Pack some weights; `last` and `before_last` as `load_weights` takes them.
+
+        Raises
+        ------
+        CheckpointError
+            If a file has become shorter since its header was read.
+        """
+        checkpoint, runner = self._checkpoint, self._runner
+        here: _Part = []  # bytes in the file, and what the native loader takes
+        for place in wanted:
+            matrix = _stored(checkpoint, place)
+            if matrix is not None:
+                here.append((_nbytes(checkpoint, place), matrix))
+                continue
+            if place.weight.rows == 1:
+                _load_vector(checkpoint, runner, place)
+            else:
+                self._packing += _load_matrix(checkpoint, runner, place, self._errors)
+            self._report(_nbytes(checkpoint, place))
+        first, rest = _split(here, last)
+        for part in (first, rest):
+            if part is rest and before_last:
+                before_last()
+            # In one call, unless somebody watches: between two the interpreter may be taken.
+            for stretch in _stretches(part, _STRETCH if self._progress else self._total):
+                failed, seconds = load_native(runner.executor, [matrix for _, matrix in stretch])
+                if failed >= 0:
+                    raise CheckpointError(f"{checkpoint.path} ended while its tensors were read")
+                self._packing += seconds / runner.executor.threads
+                self._report(sum(nbytes for nbytes, _ in stretch))
+
+
+def _nbytes(checkpoint: Checkpoint, place: Place) -> int:
+    """Bytes of a place's rows in the file."""
+    info = checkpoint.tensors.get(place.weight.name)
+    return 0 if info is None else info.nbytes * place.rows // place.weight.rows
 
 
 def _split(here: _Part, last: int) -> tuple[_Part, _Part]:
@@ -158,8 +226,9 @@ def _stretches(part: _Part, most: int) -> Iterator[_Part]:
         yield run
 
 
-def _stored(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> _Matrix | None:
+def _stored(checkpoint: Checkpoint, place: Place) -> _Matrix | None:
     """What the native loader takes; None if the rows must be converted or put together."""
+    weight = place.weight
     if weight.name not in checkpoint.tensors:
         return None
     info = checkpoint.tensors[weight.name]
@@ -167,35 +236,34 @@ def _stored(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> _Matrix |
     dtype = "f32" if weight.rows == 1 else weight.dtype
     if span is None or info.dtype != dtype or span.pairs % PANEL:
         return None
-    offset = runner.program.layout.weight_offsets[weight.name]
-    return dtype, offset, weight.rows, weight.cols, span.fd, span.offset, span.pairs
+    at = span.offset + info.nbytes * place.first // weight.rows
+    return dtype, place.offset, place.rows, weight.cols, span.fd, at, span.pairs
 
 
-def _load_vector(checkpoint: Checkpoint, runner: Runner, weight: Weight) -> None:
-    program = runner.program
-    values = model_frequencies(program.spec, weight.name, program.limits.context)
+def _load_vector(checkpoint: Checkpoint, runner: Runner, place: Place) -> None:
+    program, name = runner.program, place.weight.name
+    values = model_frequencies(program.spec, name, program.limits.context)
     if values is None:
-        values = checkpoint.read_float(weight.name).reshape(-1)
-    offset = runner.program.layout.weight_offsets[weight.name]
-    runner.executor.write(offset, np.ascontiguousarray(values, np.float32))
+        values = checkpoint.read_float(name).reshape(-1)
+    runner.executor.write(place.offset, np.ascontiguousarray(values, np.float32))
 
 
-def _load_matrix(checkpoint: Checkpoint, runner: Runner, weight: Weight, errors: _Errors) -> float:
+def _load_matrix(checkpoint: Checkpoint, runner: Runner, place: Place, errors: _Errors) -> float:
     """Pack a matrix through Python; gives the seconds spent on more than reading."""
+    weight = place.weight
     info = checkpoint.tensors[weight.name]
-    offset = runner.program.layout.weight_offsets[weight.name]
     # Conversion goes through float32, so the same bytes make fewer rows.
     row = info.nbytes // weight.rows if info.dtype == weight.dtype else 4 * weight.cols
     step = max(1, _CHUNK // max(1, row) // PANEL) * PANEL
     spent = time.thread_time()
-    for start in range(0, weight.rows, step):
-        stop = min(start + step, weight.rows)
-        rows = checkpoint.read_rows(weight.name, start, stop)
+    for start in range(0, place.rows, step):
+        stop = min(start + step, place.rows)
+        rows = checkpoint.read_rows(weight.name, place.first + start, place.first + stop)
         if info.dtype != weight.dtype:
             exact = dequantize(rows, info.dtype, weight.cols)
             rows = quantize(exact, weight.dtype)
             difference = dequantize(rows, weight.dtype, weight.cols)
             difference -= exact
             errors.of(info.dtype, weight.dtype, weight.name).add(difference, exact)
-        runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, start, rows)
+        runner.executor.pack(weight.dtype, place.offset, place.rows, weight.cols, start, rows)
     return time.thread_time() - spent

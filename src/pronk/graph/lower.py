@@ -9,6 +9,7 @@ from pronk.graph.ir import Graph, Op, Ref
 from pronk.graph.kv import KvGroup, place
 from pronk.graph.memory import Layout
 from pronk.graph.reference import alibi_slopes
+from pronk.graph.slots import sets_of_plans
 
 __all__ = ["lower"]
 
@@ -29,6 +30,8 @@ class _Lowering:
         self.graph, self.layout, self.executor = graph, layout, executor
         self.groups, self.layer_bytes = groups, layer_bytes
         self.routing: Op | None = None
+        sets = {one.matrices: i for i, one in enumerate(layout.experts)}
+        self.sets = {plan: sets[names] for plan, names in sets_of_plans(graph).items()}
 
     def slot(self, ref: Ref) -> tuple[int, int]:
         value = self.graph.values[ref.value]
@@ -158,7 +161,8 @@ class _Lowering:
         self.executor.route(
             self.slot(route.inputs[0]), self._sizes(op), route.attrs["score"] == "softmax",
             bool(route.attrs["normalize"]), float(route.attrs["threshold"]),
-            route.integer("least"), self.slot(op.inputs[0]), out, grain)  # fmt: skip
+            route.integer("least"), self.sets[op.output], self.slot(op.inputs[0]), out,
+            grain)  # fmt: skip
 
     def _expert_gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
         x, plan = (self.slot(ref) for ref in op.inputs)
@@ -170,8 +174,13 @@ class _Lowering:
         x, plan, *lone = (self.slot(ref) for ref in op.inputs)
         parts: list[tuple[str, int, int, int, int]] = []
         column = 0
+        slots, held = self.layout.slots, self.layout.experts[self.sets[op.inputs[1].value]]
         for name in op.weights:
-            parts.append(self._part(name, column))
+            part = self._part(name, column)
+            if slots is not None:  # in the first slot
+                at = sum(held.sizes[: held.matrices.index(name)])
+                part = (part[0], slots.offset + at, *part[2:])
+            parts.append(part)
             column += self.graph.weights[name].rows // op.integer("experts")
         self.executor.expert_matmul(
             x, lone[0] if lone else _NONE, plan, self._sizes(op), parts, op.integer("cols"),

@@ -50,6 +50,9 @@ class Limits:
         see a part of a sequence hold that part of as many full sequences.
     kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache.
+    expert_memory : int or None
+        Bytes of memory for experts; those that have no room are read when they are chosen. None
+        means that all are in memory.
     """
 
     context: int
@@ -58,6 +61,7 @@ class Limits:
     max_sequences: int = 16
     kv_tokens: int | None = None
     kv_dtype: str = "bf16"
+    expert_memory: int | None = None
 
     @property
     def max_blocks(self) -> int:
@@ -172,6 +176,8 @@ def compile_program(
     ------
     CheckpointError
         If the model has sizes that the kernels cannot take.
+    RequestError, BudgetError
+        If the memory for experts is no use to the model, or too little.
     """
     widths = (spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
     if spec.vocab_size < 2:
@@ -187,7 +193,8 @@ def compile_program(
     _check_experts(spec)
     graph = build_decoder(spec, dtype_of)
     graph = run_passes(graph, CPU_PASSES if passes is None else passes)
-    return Program(spec, limits, graph, plan_layout(graph, limits.max_tokens, limits.max_rows))
+    layout = plan_layout(graph, limits.max_tokens, limits.max_rows, limits.expert_memory)
+    return Program(spec, limits, graph, layout)
 
 
 def _check_experts(spec: ModelSpec) -> None:
