@@ -63,6 +63,7 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
         ("--port", int, 8000, "N", "0 takes a free one (8000)"),
         ("--api-key-file", Path, None, "FILE",
          "a name and a key a line: every route but /health and /ready then wants one"),
+        ("--audit", Path, None, "FILE", "append who asked for what, sealed, without any text"),
         ("--tls-cert", Path, None, "FILE", "a PEM certificate"),
         ("--tls-key", Path, None, "FILE", "its PEM key"),
     ):  # fmt: skip
@@ -99,6 +100,7 @@ def _config(args: argparse.Namespace) -> ServeConfig:
         host=args.host, port=args.port, key_file=args.api_key_file,
         origins=tuple(args.cors_origin), hosts=tuple(args.allow_host),
         tls_cert=args.tls_cert, tls_key=args.tls_key,
+        audit=args.audit,
         limits=limits,
     )  # fmt: skip
 

@@ -72,6 +72,8 @@ class ServeConfig:
         Further names that clients may know a server on the loopback by.
     tls_cert, tls_key : Path or None
         PEM files; both or none.
+    audit : Path or None
+        Where the log of requests goes: see `pronk.serve.audit`.
     limits : ServeLimits
 
     Raises
@@ -87,6 +89,7 @@ class ServeConfig:
     hosts: tuple[str, ...] = ()
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    audit: Path | None = None
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:

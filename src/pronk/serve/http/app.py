@@ -16,9 +16,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from pronk.errors import PronkError
+from pronk.serve.audit import AuditLog
 from pronk.serve.auth import read_keys
 from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
+from pronk.serve.generate import Tally
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.http import chat, completions, more
 from pronk.serve.http.context import Context
@@ -59,12 +61,16 @@ class Served:
     gauge : Gauge
     """
 
-    def __init__(self, app: ASGIApp, api: FastAPI, context: Context) -> None:
+    def __init__(
+        self, app: ASGIApp, api: FastAPI, context: Context, audit: AuditLog | None
+    ) -> None:
         self.app, self.api, self.context = app, api, context
-        self.gauge = context.gauge
+        self.gauge, self._audit = context.gauge, audit
 
     def close(self) -> None:
-        """After the last request."""
+        """After the last request: write what is left of the audit log."""
+        if self._audit is not None:
+            self._audit.close()
 
 
 def make_app(
@@ -87,9 +93,10 @@ def make_app(
     """
     keys = read_keys(config.key_file) if config.key_file else None
     metrics = Metrics(models, resident)
+    audit = AuditLog(config.audit) if config.audit else None
     gauge = Gauge()
     context = Context(
-        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}"
+        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit
     )
 
     @asynccontextmanager
@@ -109,7 +116,18 @@ def make_app(
         api.include_router(router)
     _handle_errors(api, metrics)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
-    return Served(Gateway(api, config, keys, metrics, gauge), api, context)
+    sink = None
+    if audit is not None:
+        sink = lambda entry: audit.write(_audited(entry))  # noqa: E731
+    return Served(Gateway(api, config, keys, metrics, gauge, sink), api, context, audit)
+
+
+def _audited(entry: dict[str, object]) -> dict[str, object]:
+    """An entry as the log has it: numbers and names, no text."""
+    tokens = entry.pop("tokens", None)
+    if isinstance(tokens, Tally):
+        entry.update(prompt_tokens=tokens.prompt, completion_tokens=tokens.completion)
+    return entry
 
 
 async def _warm_up(models: Sequence[Hosted]) -> None:

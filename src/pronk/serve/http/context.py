@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from pronk.serve.audit import AuditLog
 from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError
 from pronk.serve.hosted import Hosted
@@ -31,6 +32,7 @@ class Context:
     metrics: Metrics
     gauge: Gauge
     fingerprint: str
+    audit: AuditLog | None = None
 
     def model(self, name: str | None) -> Hosted:
         """The model of a name; the first, where none is given.

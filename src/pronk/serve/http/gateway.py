@@ -119,7 +119,8 @@ class Gateway:
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.answers.labels(path, str(status or 499)).inc()
-            if self._audit is not None and path not in OPEN_ROUTES:
+            # Probes and pages that are only read leave no line.
+            if self._audit is not None and (scope["method"] == "POST" or status >= 400):
                 self._audit({
                     "request": request_id, "key": state.get("key"), "method": scope["method"],
                     "route": path, "status": status or 499,

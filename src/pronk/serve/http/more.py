@@ -124,6 +124,8 @@ async def ready(request: Request) -> Response:
     cold = [model.name for model in context.models.values() if not model.warm]
     if context.gauge.draining:
         return JSONResponse({"status": "draining"}, 503)
+    if context.audit is not None and context.audit.error is not None:
+        return JSONResponse({"status": f"no audit log: {context.audit.error.strerror}"}, 503)
     if cold:
         return JSONResponse({"status": "warming up", "models": cold}, 503)
     return JSONResponse({"status": "ready"})
