@@ -346,9 +346,23 @@ def moe(result: Result) -> str:
     return "\n\n".join([markdown(head, rows), text, _limits(result["limits"])])
 
 
+def serve(result: Result) -> str:
+    """The table of a `serve.py` result."""
+    head = ["clients", "side", "tokens/s", "TTFT p50, p90, p99, ms", "TPOT p50, p90, p99, ms"]
+    rows = []
+    for run in sorted(result["runs"], key=lambda run: run["clients"]):
+        spans = [
+            ", ".join(f"{1000 * value:,.0f}" for value in run[key].values()) if key in run else ""
+            for key in ("ttft", "tpot")
+        ]
+        rows.append([str(run["clients"]), run["side"], f"{run['tokens_per_second']:.0f}", *spans])
+    lost = ", ".join(f"{share:.0%} at {count}" for count, share in result["overhead"].items())
+    return "\n\n".join([markdown(head, rows), f"HTTP, JSON and text cost (clients): {lost}."])
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
               "fitting": fitting, "speculation": speculation, "moe": moe,
-              "long_context": long_context}  # fmt: skip
+              "long_context": long_context, "serve": serve}  # fmt: skip
     return makers[result["benchmark"]](result)

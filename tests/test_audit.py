@@ -1,0 +1,145 @@
+"""The audit log: what is changed, removed or moved is found; what is killed goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import httpx
+import pytest
+
+from pronk.cli import main
+from pronk.errors import RequestError
+from pronk.serve.audit import AuditError, AuditLog, verify
+
+
+def written(path, count: int = 5, **options):
+    log = AuditLog(path, **options)
+    for number in range(count):
+        log.write({"request": f"r{number}", "said": 'a ","hash":" in a text'})
+    log.close()
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return written(tmp_path / "audit.log")
+
+
+def test_what_was_written_verifies_and_goes_on(file):
+    first = verify(file)
+    assert (first.lines, first.last, first.cut) == (5, 4, 0)
+    written(file, 3)
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [entry["n"] for entry in entries] == list(range(8))
+    assert entries[4]["hash"] == first.hash and verify(file).hash == entries[-1]["hash"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("line", [0, 2, 4])
+def test_a_changed_line_is_found(file, line):
+    lines = file.read_text().splitlines(keepends=True)
+    lines[line] = lines[line].replace(f"r{line}", "rX")
+    file.write_text("".join(lines))
+    with pytest.raises(AuditError, match=f"line {line + 1} of"):
+        verify(file)
+
+
+@pytest.mark.parametrize("line", [0, 1, 3])
+def test_a_removed_line_is_found(file, line):
+    lines = file.read_text().splitlines(keepends=True)
+    del lines[line]
+    file.write_text("".join(lines))
+    with pytest.raises(AuditError):
+        verify(file)
+
+
+def test_moved_repeated_and_foreign_lines_are_found(file):
+    lines = file.read_text().splitlines(keepends=True)
+    for wrong in (
+        [lines[1], lines[0], *lines[2:]],
+        [*lines[:2], lines[1], *lines[2:]],
+        [*lines, "{}\n"],
+        [*lines, "no json\n"],
+        [*lines[:-1], lines[-1].replace('"n":4', '"n":5')],
+    ):
+        file.write_text("".join(wrong))
+        with pytest.raises(AuditError):
+            verify(file)
+
+
+def test_a_cut_line_is_dropped_and_nothing_else(file):
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"n":5,"ti')
+    assert verify(file).cut == 10
+    written(file, 1)
+    assert file.read_bytes().startswith(whole) and verify(file).lines == 6
+
+
+def test_rotation_goes_on_with_the_chain(tmp_path):
+    path = tmp_path / "audit.log"
+    for _ in range(6):
+        written(path, 4, most=600)
+    parts = sorted(tmp_path.glob("audit.log.*"), key=lambda p: int(p.suffix[1:]))
+    assert len(parts) >= 2
+    previous = None
+    for part in [*parts, path]:
+        found = verify(part)
+        first = json.loads(part.read_text().splitlines()[0])
+        if previous is not None:
+            assert first["before"] == previous.hash and first["n"] == previous.last + 1
+        previous = found
+
+
+def test_who_may_write(file, tmp_path):
+    log = AuditLog(file)
+    with pytest.raises(RequestError, match="another server"):
+        AuditLog(file)
+    log.close()
+    with pytest.raises(RequestError, match="cannot be written"):
+        AuditLog(tmp_path / "none" / "audit.log")
+    file.write_text(file.read_text().replace("r1", "rX"))
+    with pytest.raises(AuditError):  # a log that does not hold is not gone on with
+        AuditLog(file)
+
+
+def test_the_command(file, capsys):
+    assert main(["audit", "verify", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lines"] == 5
+    assert main(["audit", "verify", str(file)]) == 0
+    assert "5 lines hold" in capsys.readouterr().out
+    file.write_text(file.read_text().replace("r3", "rX"))
+    assert main(["audit", "verify", str(file)]) == 2
+    assert "line 4 of" in capsys.readouterr().err
+    assert main(["audit", "verify", str(file) + ".none"]) == 2
+
+
+def test_a_server_that_is_killed_leaves_a_log_that_holds(tmp_path):
+    pytest.importorskip("fastapi")
+    from checkpoints import tiny_llama_dir
+    from servers import process
+
+    tiny = tiny_llama_dir(tmp_path / "tiny")
+    log = tmp_path / "audit.log"
+    args = (f"tiny={tiny}", "--context", "256", "--threads", "1", "--audit", str(log))
+    secret = "the secret of the house"
+    ask = {"model": "tiny", "prompt": secret, "max_tokens": 200, "stream": True, "n": 4}
+    with process(*args) as (url, child):
+        for _ in range(3):
+            assert httpx.post(f"{url}/v1/completions", json={**ask, "stream": False}).is_success
+        assert httpx.post(f"{url}/v1/completions", json={}).status_code == 400
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask) as stream:
+            next(stream.iter_lines())
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+    before = verify(log)
+    with process(*args) as (url, child):
+        assert httpx.post(f"{url}/v1/completions", json={**ask, "stream": False}).is_success
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+    after = verify(log)
+    assert after.lines == before.lines + 1
+    assert secret not in log.read_text()
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["route"] == "/v1/completions" and last["status"] == 200
+    assert last["key"] == "anyone" and last["model"] == "tiny" and last["completion_tokens"] > 0
