@@ -81,7 +81,8 @@ ARROWS = {
     "checkpoint": {"spec", "errors", "units"},
     "device": {"spec", "errors", "units", "graph", "checkpoint"},
     "engine": {"aside", "spec", "errors", "graph", "checkpoint"},
-    "serve": {"spec", "errors", "units", "engine"},
+    # Requests become ids, and ids text, by the tokenizer that came with the checkpoint.
+    "serve": {"spec", "errors", "units", "checkpoint", "engine"},
     "model": {
         "aside", "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve",
     },

@@ -16,6 +16,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "run": ("pronk.commands.run", "answer one prompt"),
     "chat": ("pronk.commands.chat", "talk with a model"),
+    "serve": ("pronk.commands.serve", "serve models over HTTP, as OpenAI's clients expect"),
     "pull": ("pronk.commands.pull", "fetch a model into the cache"),
     "list": ("pronk.commands.list", "show the models at hand"),
     "inspect": ("pronk.commands.inspect", "show what a model is and what memory it needs"),

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 
+_MOST_CONTEXTS = 1024
 _BUILDING = 400  # bytes a token that building a tokenizer takes and gives back
 
 
@@ -189,6 +190,12 @@ class Model:
         if self._runner is None:
             raise RequestError("the model is closed")
         return self._runner
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the model, for a thread that takes it over: this object is then not driven."""
+        self._open()
+        return self._engine
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text as it stands, with the special tokens the model wants around it.
@@ -414,6 +421,7 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    kv_contexts: int = 1,
     attention: str | AttentionPolicy | None = None,
     rope_scaling: str | None = None,
     packed_cache: bool = True,
@@ -434,6 +442,8 @@ def load(
     kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache. ``"int8"`` halves it, which makes long contexts faster and
         the logits less exact (``pronk eval --kv int8`` says by how much).
+    kv_contexts : int
+        Full contexts that the KV cache holds, for as many long sequences or more short ones.
     attention : str or AttentionPolicy, optional
         Full attention on some layers alone: ``"window=512,global-every=4,sinks=4"`` gives all but
         every fourth a window of 512 positions and 4 attention sinks. Long contexts take less
@@ -465,6 +475,8 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "int8", "f32"):
         raise RequestError(f"kv_dtype must be bf16, int8 or f32, not {kv_dtype!r}")
+    if not 1 <= kv_contexts <= _MOST_CONTEXTS:
+        raise RequestError(f"kv_contexts must be in [1, {_MOST_CONTEXTS}], not {kv_contexts}")
     path = resolve(os.fspath(model))
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
@@ -472,7 +484,7 @@ def load(
         if experts:
             spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
-        limits = Limits(context, kv_dtype=kv_dtype)
+        limits = Limits(context, kv_tokens=kv_contexts * context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits, spec)
         budget = checkpoint.budget
         regions = program.memory(0).total

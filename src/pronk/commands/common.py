@@ -169,6 +169,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     model = load(
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
+        kv_contexts=getattr(args, "kv_contexts", 1),
         attention=attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
         experts=getattr(args, "dynamic_experts", ""),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pronk.engine.blocks import Holding
 from pronk.engine.sampler import Sample, Sampler
@@ -10,7 +14,27 @@ from pronk.engine.speculate import Lookup
 from pronk.errors import PronkError
 from pronk.spec import SamplingParams
 
-__all__ = ["Event", "Request"]
+__all__ = ["Constraint", "Event", "Request"]
+
+
+class Constraint(Protocol):
+    """What a request's tokens must keep to, such as a grammar. It follows the tokens drawn.
+
+    The engine asks on its own thread, and for one request never twice at a time. What a call
+    raises ends the request with an error.
+    """
+
+    def mask(self) -> NDArray[Any]:
+        """The tokens that may come next: bool [vocab], or 32 a word from the lowest bit on.
+
+        Words are int32 or uint32, as ``llguidance`` and ``xgrammar`` fill them.
+        """
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that was drawn, an end token included."""
+
+    def valid(self, tokens: list[int]) -> int:
+        """How many of these tokens may come next, one after the other; changes nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -18,18 +42,27 @@ class Request:
     """A prompt, what has been generated from it, and the KV blocks it holds.
 
     ``tokens`` is prompt and output; the first ``computed`` of them have keys and values in the
-    cache.
+    cache. Of the prompt's ``prompt`` tokens, ``cached`` were there before. A request without a
+    sampler asks for the sum of its tokens' last hidden states, ``hidden``.
     """
 
     id: int
     tokens: list[int]
     max_length: int
     params: SamplingParams
-    sampler: Sampler
+    sampler: Sampler | None
     holding: Holding
+    priority: int = 0
     session: str | None = None
     lookup: Lookup | None = None
+    constraint: Constraint | None = None
+    hidden: NDArray[np.float32] | None = None
     computed: int = 0
+    cached: int = 0
+    prompt: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.tokens)
 
     @property
     def pending(self) -> int:
@@ -41,11 +74,24 @@ class Request:
 class Event:
     """A generated token, or the end of a request, or both.
 
-    ``finish_reason`` is None while it goes on, else ``"stop"`` (an end token), ``"length"``, or
-    ``"error"``: then there is no sample, and ``error`` says why.
+    Parameters
+    ----------
+    request_id : int
+    sample : Sample or None
+        The token, unless the request ended without one.
+    finish_reason : str or None
+        None while it goes on, else ``"stop"`` (an end token), ``"length"``, ``"abort"``, or
+        ``"error"``: then there is no sample, and ``error`` says why.
+    error : PronkError or None
+    cached_tokens : int
+        Tokens of the prompt whose keys and values were there before the request.
+    embedding : ndarray, float32 [hidden size], or None
+        What a request for an embedding ends with.
     """
 
     request_id: int
     sample: Sample | None
     finish_reason: str | None
     error: PronkError | None = None
+    cached_tokens: int = 0
+    embedding: NDArray[np.float32] | None = None

@@ -1,0 +1,159 @@
+"""``pronk serve``: models over HTTP, as OpenAI's clients expect them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pronk.commands import common
+from pronk.errors import RequestError
+from pronk.serve.config import ServeConfig, ServeLimits
+from pronk.units import format_bytes, parse_size
+
+if TYPE_CHECKING:
+    from pronk.model import Model
+    from pronk.serve.hosted import Hosted
+
+__all__ = ["configure", "run"]
+
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(?!=)(.+)", re.DOTALL)
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+_CONTEXTS = 4  # full sequences that the KV cache holds, unless told
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+",
+        help="a name, an address or a path; NAME=MODEL serves it as NAME",
+    )  # fmt: skip
+    common.add_context(parser)
+    common.add_runtime(parser)
+    common.add_experts(parser)
+    common.add_speculation(parser, default=True)
+    parser.add_argument(
+        "--kv-contexts", type=int, default=_CONTEXTS, metavar="N",
+        help=f"full contexts that the KV cache holds over all requests ({_CONTEXTS})",
+    )  # fmt: skip
+    _add_reach(parser)
+    _add_limits(parser)
+    common.add_json(parser)
+
+
+def _add_reach(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reach")
+    for name, kind, default, metavar, what in (
+        ("--host", str, "127.0.0.1", "ADDRESS", "where to listen (127.0.0.1)"),
+        ("--port", int, 8000, "N", "0 takes a free one (8000)"),
+        ("--api-key-file", Path, None, "FILE",
+         "a name and a key a line: every route but /health and /ready then wants one"),
+        ("--tls-cert", Path, None, "FILE", "a PEM certificate"),
+        ("--tls-key", Path, None, "FILE", "its PEM key"),
+    ):  # fmt: skip
+        group.add_argument(name, type=kind, default=default, metavar=metavar, help=what)
+    for name, metavar, what in (
+        ("--cors-origin", "ORIGIN", "a web origin whose pages may call the server; repeatable"),
+        ("--allow-host", "NAME", "another name of a server on the loopback; repeatable"),
+    ):
+        group.add_argument(name, action="append", default=[], metavar=metavar, help=what)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group, most = parser.add_argument_group("limits"), ServeLimits()
+    for name, kind, default, metavar, what in (
+        ("--max-body", str, str(most.body), "BYTES", "of a request (2MiB)"),
+        ("--max-queue", int, most.queue, "N",
+         f"generations that may wait; more are refused at once ({most.queue})"),
+        ("--key-rate", float, None, "N", "requests a minute of a key (any number)"),
+        ("--key-concurrency", int, None, "N", "requests of a key at once (any number)"),
+        ("--max-completions", int, most.completions, "N",
+         f"texts of one request: prompts times n ({most.completions})"),
+        ("--drain", float, most.drain, "SECONDS",
+         f"what running requests get after SIGTERM ({most.drain:g})"),
+    ):  # fmt: skip
+        group.add_argument(name, type=kind, default=default, metavar=metavar, help=what)
+
+
+def _config(args: argparse.Namespace) -> ServeConfig:
+    limits = ServeLimits(
+        body=parse_size(args.max_body), queue=args.max_queue, per_minute=args.key_rate,
+        concurrent=args.key_concurrency, completions=args.max_completions, drain=args.drain,
+    )  # fmt: skip
+    return ServeConfig(
+        host=args.host, port=args.port, key_file=args.api_key_file,
+        origins=tuple(args.cors_origin), hosts=tuple(args.allow_host),
+        tls_cert=args.tls_cert, tls_key=args.tls_key,
+        limits=limits,
+    )  # fmt: skip
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    """Addresses by the names to serve them as."""
+    named: dict[str, str] = {}
+    for given in models:
+        match = _NAMED.fullmatch(given)
+        name, address = match.groups() if match else (Path(given).stem or given, given)
+        if name in named:
+            raise RequestError(f"two models would be served as {name}: give them names, NAME=MODEL")
+        named[name] = address
+    return named
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"pronk serve needs {missing[0]}, which is not installed: pip install 'pronk[serve]'"
+        )
+    config, named = _config(args), _named(args.models)
+    from pronk import __version__
+    from pronk.device.memory import resident_memory
+
+    # Before models are loaded, so that their plans count what this takes.
+    from pronk.serve.http.app import make_app
+    from pronk.serve.http.run import Server, bind, serve
+
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(bind(config))
+        hosted = [_open(name, address, args, stack) for name, address in named.items()]
+        served = make_app(hosted, config, resident_memory, __version__)
+        stack.callback(served.close)
+        logging.basicConfig(level=logging.WARNING, format="pronk: %(message)s", stream=sys.stderr)
+        host, port = sock.getsockname()[:2]
+        scheme = "https" if config.tls_cert else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+        def started(server: Server) -> None:
+            if args.json:
+                print(json.dumps({"url": url, "models": list(named)}), flush=True)
+            else:
+                common.note(f"pronk: {', '.join(named)} at {url} (chat: /, figures: /dashboard)")
+
+        serve(served, config, sock, started)
+
+
+def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Hosted:
+    """Load a model and start its engine's thread; the stack ends both."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from pronk.serve.hosted import Hosted
+    from pronk.serve.worker import EngineThread
+
+    model: Model
+    model, seconds = common.open_model(address, args, args.context)
+    stack.callback(model.close)
+    common.note(f"pronk: {name}: {format_bytes(model.memory.total)} planned, "
+                f"loaded in {seconds:.1f} s")  # fmt: skip
+    pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pronk-text"))
+    engine = EngineThread(model.engine)
+    stack.callback(engine.close)
+    return Hosted(name, model.tokenizer, model.spec, model.memory, model.context, engine, pool)

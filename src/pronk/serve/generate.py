@@ -1,0 +1,202 @@
+"""From prompts to text that arrives piece by piece, for every choice of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pronk.engine.request import Constraint, Event
+from pronk.engine.sampler import Sample
+from pronk.errors import PronkError
+from pronk.serve.config import ServeLimits
+from pronk.serve.errors import ApiError, from_pronk
+from pronk.serve.hosted import Arrivals, Hosted
+from pronk.serve.metrics import Metrics
+from pronk.serve.stream import TextStream
+from pronk.spec import SamplingParams
+
+__all__ = ["Delta", "Job", "Tally", "admit", "generate", "whole"]
+
+
+@dataclass(slots=True)
+class Job:
+    """A prompt, and how to go on from it."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    constraint: Constraint | None = None
+    repeats: bool = False  # a prompt that another job has too: its tokens are counted once
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a request took so far, in tokens."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def usage(self) -> dict[str, Any]:
+        """As OpenAI counts."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice has gained: text that is certain, and the tokens behind it."""
+
+    index: int
+    text: str
+    samples: list[Sample] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class _Choice:
+    """One generation under way."""
+
+    def __init__(self, model: Hosted, job: Job, metrics: Metrics, start: float) -> None:
+        self.stream = TextStream(model.tokenizer.token_bytes, job.params.stop)
+        self.metrics, self.model = metrics.of(model.name), model
+        self.job = job
+        self.number = -1
+        self.start = self.last = start
+        self.tokens = 0
+        self.done = False
+
+    def submit(self, arrivals: Arrivals, index: int) -> None:
+        """Hand it to the engine."""
+        job = self.job
+        self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
+        self.model.waiting += 1
+
+    def end(self) -> None:
+        """Nobody waits for more of it."""
+        if self.number < 0:
+            return
+        if not self.tokens:
+            self.model.waiting -= 1
+        if not self.done:
+            self.done = True
+            self.model.engine.cancel(self.number)
+            self.metrics.finished("abort", self.tokens, time.perf_counter() - self.start)
+
+    def take(self, index: int, event: Event, tally: Tally) -> Delta:
+        """Turn an event into what the client sees of it."""
+        sample, reason = event.sample, event.finish_reason
+        if sample is None:
+            self.done = True
+            self.metrics.finished("error", self.tokens, time.perf_counter() - self.start)
+            raise event.error or PronkError("the request ended without a token")
+        now = time.perf_counter()
+        if not self.tokens:
+            self.model.waiting -= 1
+            self.metrics.first_token(now - self.start)
+            if not self.job.repeats:
+                tally.cached += event.cached_tokens
+        else:
+            self.metrics.next_token(now - self.last)
+        self.last = now
+        self.tokens += 1
+        tally.completion += 1
+        ended = reason == "stop"  # an end token is no text
+        text = "" if ended else self.stream.push(sample.token)
+        if self.stream.stopped:
+            if reason is None:
+                self.model.engine.cancel(self.number)
+            reason = "stop"
+        elif reason:
+            text += self.stream.flush()
+        if reason:
+            self.done = True
+            self.metrics.finished(reason, self.tokens, now - self.start)
+        return Delta(index, text, [] if ended else [sample], reason)
+
+
+async def generate(
+    model: Hosted, jobs: Sequence[Job], metrics: Metrics, tally: Tally
+) -> AsyncGenerator[Delta]:
+    """Run jobs side by side; ending the iteration ends them.
+
+    Yields
+    ------
+    Delta
+        With ``index`` the place of its job.
+
+    Raises
+    ------
+    ApiError
+        If the engine refuses or fails one: then the others are ended too.
+    """
+    arrivals = Arrivals()
+    start = time.perf_counter()
+    choices = [_Choice(model, job, metrics, start) for job in jobs]
+    try:
+        for index, choice in enumerate(choices):
+            choice.submit(arrivals, index)
+            if not choice.job.repeats:
+                tally.prompt += len(choice.job.prompt)
+                choice.metrics.began(len(choice.job.prompt))
+        left = len(choices)
+        while left:
+            index, event = await arrivals.get()
+            choice = choices[index]
+            if not choice.done:  # else what a step gave it beyond a stop string
+                delta = choice.take(index, event, tally)
+                left -= choice.done
+                yield delta
+    except PronkError as error:
+        raise from_pronk(error) from error
+    finally:
+        for choice in choices:
+            choice.end()
+
+
+async def whole(deltas: AsyncGenerator[Delta], count: int) -> list[Delta]:
+    """All of each choice, as one delta each."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    out = [Delta(index, "") for index in range(count)]
+    async with aclosing(deltas):
+        async for delta in deltas:
+            parts[delta.index].append(delta.text)
+            out[delta.index].samples += delta.samples
+            out[delta.index].finish_reason = delta.finish_reason
+    for delta, texts in zip(out, parts, strict=True):
+        delta.text = "".join(texts)
+    return out
+
+
+def admit(model: Hosted, prompts: Sequence[Sequence[int]], count: int, limits: ServeLimits) -> None:
+    """Refuse at once what could not be served.
+
+    Raises
+    ------
+    ApiError
+        400 for a prompt that is empty or too long, or too many texts; 503 for a full queue.
+    """
+    texts = len(prompts) * count
+    if texts > limits.completions:
+        raise ApiError(
+            400, f"the request asks for {texts} texts, of at most {limits.completions}: lower n "
+            "or send fewer prompts", "invalid_value", "n",
+        )  # fmt: skip
+    for prompt in prompts:
+        if not prompt:
+            raise ApiError(400, "the prompt is empty: give some text", "invalid_value", "prompt")
+        if len(prompt) >= model.context:
+            raise ApiError(
+                400, f"the prompt has {len(prompt)} tokens, but the context holds {model.context} "
+                "with at least one for the answer: shorten it", "context_length_exceeded",
+            )  # fmt: skip
+    if model.waiting + texts > limits.queue:
+        raise ApiError(
+            503, f"{model.waiting} requests wait already, of at most {limits.queue}: try again "
+            "later", "server_overloaded", retry_after=2,
+        )  # fmt: skip

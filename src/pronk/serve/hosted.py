@@ -1,0 +1,182 @@
+"""A model that is served: its engine's thread on one side, asyncio on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pronk.checkpoint.tokenizer import Tokenizer
+from pronk.engine.request import Constraint, Event
+from pronk.engine.service import Service
+from pronk.errors import RequestError
+from pronk.serve.grammar import Form, compile_form, grammar_tokenizer
+from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
+
+__all__ = ["Arrivals", "Hosted", "Mailbox"]
+
+T = TypeVar("T")
+_SHORT = 2048  # characters that are tokenized at once: less than handing them to a thread costs
+
+
+class Mailbox:
+    """Carries events from the engine's thread to the event loop, waking it once a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[tuple[Callable[[int, Event], None], int, Event]] = deque()
+        self._awake = False
+
+    def put(self, receiver: Callable[[int, Event], None], index: int, event: Event) -> None:
+        """Called on the engine's thread."""
+        self._items.append((receiver, index, event))
+        if not self._awake:
+            self._awake = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop is closed: nobody is left to hear
+                self._items.clear()
+
+    def _deliver(self) -> None:
+        self._awake = False  # before taking: what comes now wakes the loop again
+        while self._items:
+            receiver, index, event = self._items.popleft()
+            receiver(index, event)
+
+
+class Arrivals:
+    """The events of one HTTP request's generations, as they come."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def put(self, index: int, event: Event) -> None:
+        """Called on the event loop."""
+        self._queue.put_nowait((index, event))
+
+    async def get(self) -> tuple[int, Event]:
+        """The next event, and the generation that it belongs to."""
+        return await self._queue.get()
+
+
+@dataclass(slots=True)
+class Hosted:
+    """A model under the name that clients know it by.
+
+    Parameters
+    ----------
+    name : str
+    tokenizer : Tokenizer
+    spec : ModelSpec
+    memory : MemoryPlan
+    context : int
+        Most tokens of a prompt and its answer.
+    engine : Service
+    pool : Executor
+        Threads for what takes long beside the event loop: long texts, templates, grammars.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    spec: ModelSpec
+    memory: MemoryPlan
+    context: int
+    engine: Service
+    pool: Executor
+    created: int = 0
+    warm: bool = False
+    waiting: int = 0  # generations without a first token
+    mailbox: Mailbox | None = None
+    words: Any = None  # the vocabulary, as forms of output need it
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def attach(self) -> None:
+        """Belong to the running event loop."""
+        self.created = self.created or int(time.time())
+        self.mailbox = Mailbox(asyncio.get_running_loop())
+
+    async def aside(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function on a thread beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+
+    async def encode(self, prompt: str | Sequence[int], add_special: bool = True) -> list[int]:
+        """Token ids of a text; ids are taken as they are.
+
+        Raises
+        ------
+        RequestError
+            If there are none, or the text is none.
+        """
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty: give some text")
+        if len(prompt) <= _SHORT:
+            return self.tokenizer.encode(prompt, add_special)
+        return await self.aside(self.tokenizer.encode, prompt, add_special)
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], opening: str = "", **extra: Any
+    ) -> list[int]:
+        """Token ids of a conversation up to the assistant's turn, and of how it must begin."""
+        return await self.aside(self._render, messages, opening, extra)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], opening: str, extra: Mapping[str, Any]
+    ) -> list[int]:
+        from pronk.serve.chat import render
+
+        if self.tokenizer.chat_template is None:
+            raise RequestError(
+                f"the model {self.name} has no chat template: use /v1/completions with raw text"
+            )
+        text = render(
+            self.tokenizer.chat_template, messages,
+            bos_token=self.tokenizer.bos_token, eos_token=self.tokenizer.eos_token, **extra,
+        )  # fmt: skip
+        # The template writes the special tokens itself.
+        return self.tokenizer.encode(text + opening, add_special=False)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        arrivals: Arrivals,
+        index: int,
+        constraint: Constraint | None = None,
+    ) -> int:
+        """Queue a prompt whose events come to `arrivals` under `index`."""
+        mailbox = self.mailbox
+        assert mailbox is not None
+
+        def listen(event: Event) -> None:
+            mailbox.put(arrivals.put, index, event)
+
+        return self.engine.submit(prompt, params, listen, constraint=constraint)
+
+    async def constraint(self, form: Form, limit: int) -> Constraint:
+        """A form, compiled beside the event loop; at most `limit` bytes of it.
+
+        Raises
+        ------
+        RequestError
+            If it cannot be used.
+        """
+        return await self.aside(self._constraint, form, limit)
+
+    def _constraint(self, form: Form, limit: int) -> Constraint:
+        with self.lock:  # the first form takes a moment: the vocabulary is read once
+            if self.words is None:
+                self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)
+        return compile_form(form, self.words, limit)
+
+    def token_text(self, token: int) -> str:
+        """A token's text for people: special ones by their names."""
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace") or (
+            self.tokenizer.decode([token], skip_special=False)
+        )

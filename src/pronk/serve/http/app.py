@@ -1,0 +1,193 @@
+"""The application: routes, errors in OpenAI's shape, pages, warm-up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from pronk.errors import PronkError
+from pronk.serve.auth import read_keys
+from pronk.serve.config import ServeConfig
+from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
+from pronk.serve.hosted import Arrivals, Hosted
+from pronk.serve.http import chat, completions, more
+from pronk.serve.http.context import Context
+from pronk.serve.http.gateway import Gateway, Gauge
+from pronk.serve.http.replies import ErrorReply
+from pronk.serve.http.sse import ClientGoneError
+from pronk.serve.metrics import Metrics
+from pronk.spec import SamplingParams
+
+__all__ = ["Served", "make_app"]
+
+PAGES = Path(__file__).with_name("pages")
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
+_FILES = {
+    "/": "chat.html",
+    "/dashboard": "dashboard.html",
+    "/pages/chat.js": "chat.js",
+    "/pages/dashboard.js": "dashboard.js",
+    "/pages/style.css": "style.css",
+}
+_ERRORS = (400, 401, 403, 404, 405, 413, 429, 500, 503)
+_log = logging.getLogger("pronk.serve")
+
+
+class Served:
+    """A server's parts.
+
+    Attributes
+    ----------
+    app : ASGI application
+    api : FastAPI
+        Behind the gateway.
+    gauge : Gauge
+    """
+
+    def __init__(self, app: ASGIApp, api: FastAPI, context: Context) -> None:
+        self.app, self.api, self.context = app, api, context
+        self.gauge = context.gauge
+
+    def close(self) -> None:
+        """After the last request."""
+
+
+def make_app(
+    models: Sequence[Hosted], config: ServeConfig, resident: Callable[[], int], version: str
+) -> Served:
+    """Everything behind the socket.
+
+    Parameters
+    ----------
+    models : sequence of Hosted
+    config : ServeConfig
+    resident : callable
+        Bytes of memory that the process takes now.
+    version : str
+
+    Raises
+    ------
+    RequestError
+        If the file of keys cannot be used.
+    """
+    keys = read_keys(config.key_file) if config.key_file else None
+    metrics = Metrics(models, resident)
+    gauge = Gauge()
+    context = Context(
+        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}"
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for model in models:
+            model.attach()
+        task = asyncio.create_task(_warm_up(models))
+        yield
+        task.cancel()
+
+    api = FastAPI(
+        title="Pronk", version=version, lifespan=lifespan, docs_url=None, redoc_url=None,
+        responses={code: {"model": ErrorReply} for code in _ERRORS},
+    )  # fmt: skip
+    api.state.context = context
+    for router in (chat.router, completions.router, more.router, _pages()):
+        api.include_router(router)
+    _handle_errors(api, metrics)
+    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
+    return Served(Gateway(api, config, keys, metrics, gauge), api, context)
+
+
+async def _warm_up(models: Sequence[Hosted]) -> None:
+    """Run a few tokens through each model, so that the first request finds memory touched."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    for model in models:
+        arrivals, reason = Arrivals(), None
+        model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
+        while reason is None:
+            _, event = await arrivals.get()
+            reason = event.finish_reason
+        if event.error is not None:
+            _log.error("the model %s fails on its first tokens: %s", model.name, event.error)
+            continue
+        model.warm = True
+
+
+def _pages() -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    def page(file: str) -> Callable[[], Any]:
+        async def send() -> Response:
+            return FileResponse(PAGES / file, headers=_PAGE_HEADERS)
+
+        return send
+
+    for path, file in _FILES.items():
+        router.add_api_route(path, page(file), methods=["GET"], response_model=None)
+    return router
+
+
+def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
+    def answer(request: Request, error: ApiError) -> Response:
+        metrics.errors.labels(error.code or str(error.status)).inc()
+        request.state.record["error"] = error.code
+        return JSONResponse(error_body(error), error.status, error.headers)
+
+    @api.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return answer(request, error)
+
+    @api.exception_handler(PronkError)
+    async def pronk_error(request: Request, error: PronkError) -> Response:
+        return answer(request, from_pronk(error))
+
+    @api.exception_handler(RequestValidationError)
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, from_validation(error.errors()))
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            known = ApiError(404, f"there is no route {request.url.path[:200]}", "not_found")
+        elif error.status_code == 405:
+            known = ApiError(405, f"this route does not take {request.method}", "wrong_method")
+        elif error.status_code == 413:
+            known = ApiError(413, str(error.detail), "request_too_large")
+        else:
+            known = ApiError(error.status_code, str(error.detail), "invalid_request")
+        return answer(request, known)
+
+    @api.exception_handler(ClientGoneError)
+    async def client_gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=499)
+
+    @api.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return answer(request, ApiError(500, "the server failed on this request", "internal_error"))
+
+
+def _openapi(api: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, without the 422 that never comes."""
+    from fastapi.openapi.utils import get_openapi
+
+    if api.openapi_schema is None:
+        schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        api.openapi_schema = schema
+    return api.openapi_schema

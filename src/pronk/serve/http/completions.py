@@ -1,0 +1,129 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from pronk.serve.errors import ApiError, error_body
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
+from pronk.serve.hosted import Hosted
+from pronk.serve.http.chat import resumed
+from pronk.serve.http.context import Context, context_of
+from pronk.serve.http.prepare import completion_logprobs, form_of
+from pronk.serve.http.replies import CompletionReply
+from pronk.serve.http.schema import CompletionRequest
+from pronk.serve.http.sse import DONE, EventStream, data, until_gone
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionReply}})
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """What follows one or more prompts."""
+    context = context_of(request)
+    model = context.model(body.model)
+    texts = await until_gone(request.receive, _begin(context, model, body, request))
+    if body.stream:
+        first, source = await until_gone(request.receive, texts.begin_stream())
+        return EventStream(resumed(first, source))
+    return JSONResponse(await until_gone(request.receive, texts.whole()))
+
+
+async def _begin(
+    context: Context, model: Hosted, body: CompletionRequest, request: Request
+) -> _Texts:
+    limits, count = context.config.limits, body.count
+    prompts = body.prompts
+    if len(prompts) * count > limits.completions:  # before any is tokenized
+        admit(model, [[0]] * len(prompts), count, limits)
+    ids = [await model.encode(prompt) for prompt in prompts]
+    admit(model, ids, count, limits)
+    form = form_of(None, body.structured_outputs)
+    jobs = []
+    for prompt in ids:
+        for choice in range(count):
+            constraint = await model.constraint(form, limits.grammar) if form else None
+            jobs.append(Job(prompt, body.params(choice), constraint, repeats=choice > 0))
+    echoes = [""] * len(jobs)
+    if body.echo:
+        written = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
+        echoes = [text for text in written for _ in range(count)]
+    tally = Tally()
+    deltas = generate(model, jobs, context.metrics, tally)
+    request.state.record.update(model=model.name, choices=len(jobs), tokens=tally)
+    head = {
+        "id": f"cmpl-{request.state.request_id}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": context.fingerprint,
+    }
+    return _Texts(model, body, echoes, deltas, tally, head)
+
+
+class _Texts:
+    """All texts of one request, whole or as a stream."""
+
+    def __init__(
+        self,
+        model: Hosted,
+        body: CompletionRequest,
+        echoes: list[str],
+        deltas: AsyncGenerator[Delta],
+        tally: Tally,
+        head: dict[str, Any],
+    ) -> None:
+        self._model, self._body, self._deltas, self._tally = model, body, deltas, tally
+        self._head = head
+        self._echoes = echoes
+        self._offsets = [0] * len(echoes)
+
+    def _choice(self, delta: Delta) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs, self._offsets[delta.index] = completion_logprobs(
+                self._model, delta.samples, self._offsets[delta.index]
+            )
+        echo, self._echoes[delta.index] = self._echoes[delta.index], ""
+        return {
+            "index": delta.index,
+            "text": echo + delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        texts = await whole(self._deltas, len(self._echoes))
+        choices = [self._choice(delta) for delta in texts]
+        return {**self._head, "choices": choices, "usage": self._tally.usage()}
+
+    async def begin_stream(self) -> tuple[bytes, AsyncGenerator[bytes]]:
+        """The first piece, so that what is refused is so before an answer begins; and the rest."""
+        source = self._stream()
+        return await anext(source), source
+
+    async def _stream(self) -> AsyncGenerator[bytes]:
+        head = {**self._head, "usage": None} if self._body.with_usage else self._head
+        begun = False
+        try:
+            async with aclosing(self._deltas):
+                async for delta in self._deltas:
+                    begun = True
+                    yield data({**head, "choices": [self._choice(delta)]})
+        except ApiError as error:
+            if not begun:
+                raise
+            yield data(error_body(error))
+            return
+        if self._body.with_usage:
+            yield data({**head, "choices": [], "usage": self._tally.usage()})
+        yield DONE

@@ -1,0 +1,218 @@
+"""What is measured while serving, under vLLM's names where the meaning is the same.
+
+The prefix is ``pronk:``; ``docs/serving.md`` lists all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from pronk.engine.stats import Stats
+
+if TYPE_CHECKING:
+    from pronk.serve.hosted import Hosted
+
+__all__ = ["Metrics", "ModelMetrics"]
+
+_LATENCY = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5, 10, 20, 30, 60, 120)  # fmt: skip
+_STEP = (.001, .002, .005, .01, .02, .03, .05, .075, .1, .2, .5, 1, 2, 5)  # fmt: skip
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_RECENT = 60.0  # seconds that the dashboard's percentiles look back
+_MOST_RECENT = 4096
+
+
+class Recent:
+    """Values of the last minute, for percentiles."""
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=_MOST_RECENT)
+
+    def add(self, value: float) -> None:
+        """Take a value of now."""
+        self._values.append((time.monotonic(), value))
+
+    def percentiles(self, shares: Sequence[float] = (0.5, 0.9, 0.99)) -> dict[str, float] | None:
+        """By name, such as ``p50``; None where there is nothing."""
+        oldest = time.monotonic() - _RECENT
+        values = sorted(value for when, value in self._values if when >= oldest)
+        if not values:
+            return None
+        last = len(values) - 1
+        return {f"p{share * 100:g}": values[min(last, int(share * len(values)))]
+                for share in shares}  # fmt: skip
+
+
+class ModelMetrics:
+    """The series of one model."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        self._ttft = metrics.ttft.labels(name)
+        self._step = metrics.step.labels(name)
+        self._e2e = metrics.e2e.labels(name)
+        self._prompt = metrics.prompt.labels(name)
+        self._generated = metrics.generated.labels(name)
+        self._prompt_sizes = metrics.prompt_sizes.labels(name)
+        self._generated_sizes = metrics.generated_sizes.labels(name)
+        self._done, self._name = metrics.done, name
+        self.prompt_tokens = self.generated_tokens = 0
+        self.recent = {"ttft": Recent(), "inter_token": Recent(), "e2e": Recent()}
+
+    def began(self, tokens: int) -> None:
+        """A prompt of so many tokens was taken."""
+        self._prompt.inc(tokens)
+        self._prompt_sizes.observe(tokens)
+        self.prompt_tokens += tokens
+
+    def first_token(self, seconds: float) -> None:
+        """A first token came, so long after it was asked for."""
+        self._ttft.observe(seconds)
+        self.recent["ttft"].add(seconds)
+        self._count()
+
+    def next_token(self, seconds: float) -> None:
+        """Another token came, so long after the one before."""
+        self._step.observe(seconds)
+        self.recent["inter_token"].add(seconds)
+        self._count()
+
+    def _count(self) -> None:
+        self._generated.inc()
+        self.generated_tokens += 1
+
+    def finished(self, reason: str, tokens: int, seconds: float) -> None:
+        """A generation ended."""
+        self._done.labels(self._name, reason).inc()
+        self._e2e.observe(seconds)
+        self.recent["e2e"].add(seconds)
+        self._generated_sizes.observe(tokens)
+
+
+class Metrics:
+    """All series of a server, in a registry of its own.
+
+    Parameters
+    ----------
+    models : sequence of Hosted
+        Their engines are asked when the series are read.
+    resident : callable
+        Bytes of memory that the process takes now.
+    """
+
+    def __init__(self, models: Sequence[Hosted], resident: Callable[[], int]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._models, self._resident = models, resident
+        label = ["model_name"]
+
+        def histogram(name: str, what: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"pronk:{name}", what, label, buckets=buckets, registry=registry)
+
+        def counter(name: str, what: str, labels: Sequence[str]) -> Counter:
+            return Counter(f"pronk:{name}", what, labels, registry=registry)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Until the first token.", _LATENCY)
+        self.step = histogram("inter_token_latency_seconds", "Between two tokens.", _STEP)
+        self.e2e = histogram("e2e_request_latency_seconds", "Of whole generations.", _LATENCY)
+        self.prompt_sizes = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)
+        self.generated_sizes = histogram("request_generation_tokens", "Tokens of answers.", _TOKENS)
+        self.prompt = counter("prompt_tokens", "Tokens of prompts.", label)
+        self.generated = counter("generation_tokens", "Tokens generated.", label)
+        self.done = counter(
+            "request_success", "Generations ended, by reason.", [*label, "finished_reason"]
+        )
+        self.errors = counter("request_errors", "Requests refused or failed.", ["reason"])
+        self.answers = counter("http_requests", "Answers.", ["route", "status"])
+        self.guarded = counter("guard_actions", "What the guard did.", ["rule", "action"])
+        self._of = {model.name: ModelMetrics(self, model.name) for model in models}
+        registry.register(_Engines(models, resident))
+
+    def of(self, name: str) -> ModelMetrics:
+        """The series of a model."""
+        return self._of[name]
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the dashboard plots."""
+        models = {}
+        for model in self._models:
+            series, stats = self.of(model.name), model.engine.stats()
+            models[model.name] = {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_usage": _usage(stats),
+                "prefix_queries": stats.prefix_queries,
+                "prefix_hits": stats.prefix_hits,
+                "drafted": stats.drafted_tokens,
+                "accepted": stats.accepted_tokens,
+                "prompt_tokens": series.prompt_tokens,
+                "generated_tokens": series.generated_tokens,
+                "planned_bytes": model.memory.total,
+                "latency": {k: recent.percentiles() for k, recent in series.recent.items()},
+            }
+        return {"time": time.time(), "resident_bytes": self._resident(), "models": models}
+
+
+def _usage(stats: Stats) -> float:
+    """The held share of all KV blocks."""
+    blocks = sum(pool.blocks for pool in stats.pools)
+    return sum(pool.held for pool in stats.pools) / blocks if blocks else 0.0
+
+
+class _Engines:
+    """Series that are read off the engines when somebody asks."""
+
+    def __init__(self, models: Sequence[Hosted], resident: Callable[[], int]) -> None:
+        self._models, self._resident = models, resident
+
+    def collect(self) -> Iterable[Metric]:
+        """The series now."""
+        stats = {model.name: model.engine.stats() for model in self._models}
+        for name, what, read in (
+            ("num_requests_running", "Generations in the engine's steps.", "running"),
+            ("num_requests_waiting", "Generations that wait.", "waiting"),
+            ("kv_cache_fragmentation", "Share of held positions that are empty.", "fragmentation"),
+            ("step_token_budget", "Most tokens of a step now.", "budget"),
+        ):
+            family = GaugeMetricFamily(f"pronk:{name}", what, labels=["model_name"])
+            for model, values in stats.items():
+                family.add_metric([model], float(getattr(values, read)))
+            yield family
+        usage = GaugeMetricFamily(
+            "pronk:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.",
+            labels=["model_name"],
+        )  # fmt: skip
+        for model, values in stats.items():
+            usage.add_metric([model], _usage(values))
+        yield usage
+        for name, what, read in (
+            ("prefix_cache_queries", "Prompt tokens looked up.", "prefix_queries"),
+            ("prefix_cache_hits", "Prompt tokens found.", "prefix_hits"),
+            ("num_preemptions", "Sequences set back.", "preemptions"),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", "drafted_tokens"),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that stood.", "accepted_tokens"),
+            ("engine_steps", "Steps run.", "steps"),
+        ):
+            counts = CounterMetricFamily(f"pronk:{name}", what, labels=["model_name"])
+            for model, values in stats.items():
+                counts.add_metric([model], float(getattr(values, read)))
+            yield counts
+        plan = GaugeMetricFamily(
+            "pronk:memory_planned_bytes", "Planned memory, by part.", labels=["model_name", "part"]
+        )
+        for served in self._models:
+            for part, size in served.memory.to_dict().items():
+                plan.add_metric([served.name, part], float(size))
+        yield plan
+        yield GaugeMetricFamily(
+            "pronk:memory_resident_bytes", "Resident memory of the process.",
+            value=float(self._resident()),
+        )  # fmt: skip

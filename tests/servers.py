@@ -1,0 +1,103 @@
+"""Real servers for tests: one in a thread of this process, or the command in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pronk.device.memory import resident_memory
+from pronk.model import load
+from pronk.serve.config import ServeConfig
+from pronk.serve.hosted import Hosted
+from pronk.serve.http.app import Served, make_app
+from pronk.serve.http.run import Server, bind, serve
+from pronk.serve.worker import EngineThread as Service
+
+
+@dataclass
+class Running:
+    """A server in a thread."""
+
+    url: str
+    served: Served
+    server: Server
+    models: list[Hosted]
+
+    def client(self, **options: Any) -> httpx.Client:
+        """An HTTP client of it."""
+        return httpx.Client(base_url=self.url, timeout=30, **options)
+
+
+def hosted(name: str, path: Path, stack: ExitStack, **options: Any) -> Hosted:
+    """A model on an engine's thread; the stack ends it."""
+    options = {"threads": 1, "context": 256, "kv_contexts": 4, "packed_cache": False, **options}
+    model = load(path, **options)
+    stack.callback(model.close)
+    pool = stack.enter_context(ThreadPoolExecutor(2))
+    engine = Service(model.engine)
+    stack.callback(engine.close)
+    return Hosted(name, model.tokenizer, model.spec, model.memory, model.context, engine, pool)
+
+
+@contextmanager
+def running(models: dict[str, Path], config: ServeConfig, **options: Any) -> Iterator[Running]:
+    """Serve models until the block ends."""
+    with ExitStack() as stack:
+        sock = stack.enter_context(bind(config))
+        served_models = [hosted(name, path, stack, **options) for name, path in models.items()]
+        served = make_app(served_models, config, resident_memory, "test")
+        stack.callback(served.close)
+        begun: list[Server] = []
+        thread = threading.Thread(target=serve, args=(served, config, sock, begun.append))
+        thread.start()
+        scheme = "https" if config.tls_cert else "http"
+        url = f"{scheme}://127.0.0.1:{sock.getsockname()[1]}"
+        try:
+            wait_ready(url)
+            yield Running(url, served, begun[0], served_models)
+        finally:
+            begun[0].should_exit = True
+            thread.join()
+
+
+def wait_ready(url: str) -> None:
+    """Wait until a server takes work."""
+    for _ in range(500):
+        try:
+            if httpx.get(f"{url}/ready", verify=False, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        threading.Event().wait(0.02)
+    raise AssertionError("the server does not become ready")
+
+
+@contextmanager
+def process(*args: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """``pronk serve`` in a process of its own, killed in the end; gives its address."""
+    command = [sys.executable, "-m", "pronk", "serve", *args, "--port", "0", "--json"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+    try:
+        line = child.stdout.readline()
+        assert line, child.stderr.read()
+        url = json.loads(line)["url"]
+        wait_ready(url)
+        yield url, child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        child.communicate()

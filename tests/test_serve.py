@@ -1,0 +1,325 @@
+"""The server, driven by the official client and by plain HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+
+from checkpoints import tiny_llama_dir  # noqa: E402
+from servers import Running, running  # noqa: E402
+
+from pronk.model import load  # noqa: E402
+from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
+
+HELLO = [{"role": "user", "content": "once upon a time"}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_llama_dir(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(tiny):
+    config = ServeConfig(port=0, limits=ServeLimits(body=64 << 10))
+    with running({"tiny": tiny, "second": tiny}, config) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server):
+    with server.client() as http:
+        yield http
+
+
+def idle(server: Running) -> None:
+    """Wait until nothing runs and no block is held."""
+    for _ in range(500):
+        stats = server.models[0].engine.stats()
+        held = sum(pool.held for pool in stats.pools)
+        if not (stats.running or stats.waiting or held or server.models[0].waiting):
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError(f"requests or blocks are left: {stats}")
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "second"]
+    assert client.models.retrieve("tiny").object == "model"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+        client.models.retrieve("other")
+
+
+def test_a_chat_answer_is_what_the_model_says(client, tiny):
+    answer = client.chat.completions.create(
+        model="tiny", messages=HELLO, temperature=0, max_completion_tokens=12)  # fmt: skip
+    with load(tiny, threads=1, context=256) as model:
+        from pronk.spec import SamplingParams
+
+        pieces = list(model.chat(HELLO, SamplingParams(max_tokens=12)))
+        prompt = len(model.render(HELLO))
+    assert answer.choices[0].message.content == "".join(piece.text for piece in pieces)
+    assert answer.choices[0].finish_reason == pieces[-1].finish_reason
+    assert answer.usage.prompt_tokens == prompt
+    assert answer.usage.completion_tokens == len(pieces)
+    assert answer.usage.total_tokens == prompt + len(pieces)
+    assert answer.usage.prompt_tokens_details.cached_tokens >= 0
+
+
+def texts_of(stream) -> tuple[dict[int, str], list]:
+    texts: dict[int, str] = {}
+    chunks = list(stream)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+    return texts, chunks
+
+
+@pytest.mark.parametrize("stop", [None, [" the", "a"]])
+def test_a_stream_gives_the_same_text(client, stop):
+    args = {"model": "tiny", "messages": HELLO, "seed": 7, "n": 3, "max_tokens": 24, "stop": stop,
+            "temperature": 1.3, "top_p": 0.95, "presence_penalty": 0.5,
+            "frequency_penalty": -0.5, "logit_bias": {"40": 3}}  # fmt: skip
+    whole = client.chat.completions.create(**args)
+    stream = client.chat.completions.create(
+        **args, stream=True, stream_options={"include_usage": True})  # fmt: skip
+    texts, chunks = texts_of(stream)
+    assert texts == {choice.index: choice.message.content for choice in whole.choices}
+    assert len(set(texts.values())) > 1  # each choice has a seed of its own
+    reasons = {c.index: c.finish_reason for k in chunks for c in k.choices if c.finish_reason}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[0].choices[0].delta.role == "assistant"
+
+
+def test_the_stream_ends_with_done(http):
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_completions(client):
+    args = {"model": "tiny", "prompt": ["the quick", "def add", "fox"], "n": 2, "seed": 3,
+            "max_tokens": 8, "logprobs": 2, "temperature": 0.8}  # fmt: skip
+    whole = client.completions.create(**args)
+    assert [choice.index for choice in whole.choices] == list(range(6))
+    texts: dict[int, str] = {}
+    logprobs: dict[int, list[float]] = {}
+    for chunk in client.completions.create(**args, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            logprobs.setdefault(choice.index, []).extend(choice.logprobs.token_logprobs)
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    for choice in whole.choices:
+        assert logprobs[choice.index] == choice.logprobs.token_logprobs
+        assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs)
+        assert len(choice.logprobs.text_offset) == len(choice.logprobs.tokens)
+    single = client.completions.create(**{**args, "prompt": "def add", "n": 1, "logprobs": None})
+    assert single.choices[0].text == texts[2]  # the same in any company
+
+
+def test_completions_default_to_sixteen_tokens_and_echo(client):
+    answer = client.completions.create(model="tiny", prompt="fox", temperature=0, echo=True,
+                                       extra_body={"ignore_eos": True})  # fmt: skip
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].text.startswith("fox")
+
+
+def test_logprobs(client):
+    args = {"model": "tiny", "messages": HELLO, "seed": 1, "max_tokens": 6, "logprobs": True,
+            "top_logprobs": 3}  # fmt: skip
+    content = client.chat.completions.create(**args).choices[0].logprobs.content
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**args, stream=True)
+        for choice in chunk.choices
+        for token in (choice.logprobs.content if choice.logprobs else [])
+    ]
+    assert streamed == content
+    for token in content:
+        best = [top.logprob for top in token.top_logprobs]
+        assert len(best) == 3 and best == sorted(best, reverse=True) and best[0] >= token.logprob
+        assert bytes(token.bytes).decode("utf-8", "replace") == token.token or not token.bytes
+
+
+def test_a_bias_decides(client):
+    ids = httpx.post(f"{client.base_url.copy_with(path='/tokenize')}",
+                     json={"prompt": "q"}).json()["tokens"]  # fmt: skip
+    answer = client.completions.create(model="tiny", prompt="the", max_tokens=3,
+                                       logit_bias={str(ids[0]): 100})  # fmt: skip
+    assert answer.choices[0].text == "qqq"
+
+
+def test_tokens_and_back(http):
+    text = "the quick 🙂 fox"
+    tokens = http.post("/tokenize", json={"prompt": text}).json()
+    assert tokens["count"] == len(tokens["tokens"]) and tokens["context_length"] == 256
+    back = http.post("/detokenize", json={"tokens": tokens["tokens"]}).json()
+    assert back == {"prompt": text}
+    chat = http.post("/tokenize", json={"messages": HELLO, "model": "second"}).json()
+    assert chat["count"] > tokens["count"] - 1
+    assert http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def test_answers_do_not_depend_on_company(client):
+    def ask(seed: int) -> str:
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": f"tell {seed} " * (seed + 1)}],
+            seed=seed, max_tokens=20)  # fmt: skip
+        return answer.choices[0].message.content
+
+    alone = [ask(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(8)))
+    assert together == alone
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(server, stream):
+    body = {"model": "tiny", "messages": HELLO, "stream": stream, "n": 4, "ignore_eos": True}
+    idle(server)
+    if stream:
+        with server.client() as http, http.stream("POST", "/v1/chat/completions", json=body) as r:
+            next(r.iter_lines())
+    else:
+        with server.client() as http, pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json=body, timeout=0.05)
+    idle(server)
+
+
+BAD = [
+    ({}, "model is required"),
+    ({"temperature": 3}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs goes with logprobs"),
+    ({"n": 0}, "n:"),
+    ({"n": 17}, "17 texts, of at most 16"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"seed": 2**70}, "seed"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias names token 99999"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "content is required"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "x " * 600}]}, "the context holds 256"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+    ({"colour": "red"}, "unrecognized request argument: colour"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BAD, ids=[str(i) for i in range(len(BAD))])
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_fields_are_refused_in_one_sentence(server, http, fields, said, stream):
+    body = {"model": "tiny", "messages": HELLO, "stream": stream, **fields} if fields else {}
+    answer = http.post("/v1/chat/completions", content=json.dumps(body),
+                       headers={"content-type": "application/json"})  # fmt: skip
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    idle(server)
+
+
+def test_other_refusals(http):
+    post, headers = http.post, {"content-type": "application/json"}
+    assert (
+        post("/v1/completions", content=b"{", headers=headers).json()["error"]["code"]
+        == "invalid_json"
+    )
+    nan = b'{"model":"tiny","prompt":"x","temperature":NaN}'
+    assert post("/v1/completions", content=nan, headers=headers).status_code == 400
+    deep = b'{"model":' + b"[" * 50_000
+    assert post("/v1/completions", content=deep, headers=headers).status_code == 400
+    unknown = post("/v1/completions", json={"model": "nope", "prompt": "x"})
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
+    assert http.get("/nowhere").json()["error"]["message"] == "there is no route /nowhere"
+    wrong = http.get("/v1/completions")
+    assert wrong.status_code == 405 and "does not take GET" in wrong.json()["error"]["message"]
+    for field, value in (
+        ("suffix", "x"),
+        ("best_of", 3),
+        ("prompt", ""),
+        ("stream_options", {}),
+        ("prompt", []),
+    ):
+        body = {"model": "tiny", "prompt": "x", field: value}
+        assert post("/v1/completions", json=body).status_code == 400
+
+
+def test_a_request_that_is_too_large_is_refused(server, http):
+    large = {"model": "tiny", "prompt": "x" * (65 << 10)}
+    answer = http.post("/v1/completions", json=large)
+    assert answer.status_code == 413 and "larger than 65536 bytes" in answer.text
+
+    def pieces():
+        for _ in range(100):
+            yield b"x" * 4096
+
+    headers = {"content-type": "application/json"}
+    unsaid = http.post(
+        "/v1/completions", content=pieces(), headers=headers
+    )  # without a content-length
+    assert unsaid.status_code == 413
+
+
+def test_a_full_queue_refuses_at_once(tiny):
+    limits = ServeLimits(queue=2, completions=8)
+    config = ServeConfig(port=0, limits=limits)
+    with running({"tiny": tiny}, config) as server, server.client() as http:
+        body = {"model": "tiny", "prompt": "x", "n": 3}
+        answer = http.post("/v1/completions", json=body)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] == "server_overloaded"
+        assert http.post("/v1/completions", json={**body, "n": 2}).status_code == 200
+
+
+def test_health_and_metrics(server, http):
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
+    http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 4,
+                                       "ignore_eos": True})  # fmt: skip
+    http.post("/v1/completions", json={"model": "tiny", "max_tokens": 0})
+    text = http.get("/metrics").text
+    for line in (
+        'pronk:num_requests_running{model_name="tiny"} 0.0',
+        'pronk:num_requests_waiting{model_name="tiny"} 0.0',
+        'pronk:kv_cache_usage_perc{model_name="tiny"} 0.0',
+    ):
+        assert line in text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['pronk:generation_tokens_total{model_name="tiny"}']) >= 4
+    assert float(values['pronk:request_errors_total{reason="missing_required_parameter"}']) >= 1
+    ttft = float(values['pronk:time_to_first_token_seconds_count{model_name="tiny"}'])
+    step = float(values['pronk:inter_token_latency_seconds_count{model_name="tiny"}'])
+    assert ttft + step == float(values['pronk:generation_tokens_total{model_name="tiny"}'])
+    planned = float(values['pronk:memory_planned_bytes{model_name="tiny",part="total"}'])
+    assert planned == server.models[0].memory.total
+    assert float(values["pronk:memory_resident_bytes"]) > 0
+    stats = http.get("/stats").json()
+    assert stats["models"]["tiny"]["generated_tokens"] >= 4
+    assert set(stats["models"]["tiny"]["latency"]["ttft"]) == {"p50", "p90", "p99"}
