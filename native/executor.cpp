@@ -88,6 +88,13 @@ void Executor::check(const Ref& ref, int64_t rows, int64_t row_bytes, const char
         throw std::invalid_argument(std::string(what) + " lies outside the arena");
 }
 
+uint8_t* Executor::kv_block(int64_t group, int64_t block) {
+    require(group >= 0 && group < static_cast<int64_t>(pools_.size()), "no such KV group");
+    const KvGroup& own = kv_shape_.groups[static_cast<size_t>(group)];
+    require(block >= 0 && block < own.num_blocks, "no such KV block");
+    return kv_.data() + pools_[static_cast<size_t>(group)] + block * own.block_bytes;
+}
+
 const uint8_t* Executor::weight(int64_t offset, int64_t bytes) const {
     require(offset >= 0 && bytes >= 0 && offset % 64 == 0 && offset <= weights_.size() - bytes,
             "weight lies outside the weight region");

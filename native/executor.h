@@ -103,6 +103,8 @@ class Executor {
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
     const KvShape& kv_shape() const { return kv_shape_; }
+    // The bytes of a block of a group's pool; checked. No step may run meanwhile.
+    uint8_t* kv_block(int64_t group, int64_t block);
 
     // Makes the KV pool and the arena resident; until then they are where they were used.
     void populate();

@@ -23,7 +23,6 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.app import Served, make_app
 from pronk.serve.http.run import Server, bind, serve
-from pronk.serve.worker import EngineThread as Service
 
 
 @dataclass
@@ -42,12 +41,11 @@ class Running:
 
 def hosted(name: str, path: Path, stack: ExitStack, **options: Any) -> Hosted:
     """A model on an engine's thread; the stack ends it."""
-    options = {"threads": 1, "context": 256, "kv_contexts": 4, "packed_cache": False, **options}
+    options = {"threads": 1, "context": 256, "kv_tokens": 1024, "packed_cache": False, **options}
     model = load(path, **options)
     stack.callback(model.close)
     pool = stack.enter_context(ThreadPoolExecutor(2))
-    engine = Service(model.engine)
-    stack.callback(engine.close)
+    engine = stack.enter_context(model.service())
     return Hosted(name, model.tokenizer, model.spec, model.memory, model.context, engine, pool)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -175,6 +177,21 @@ def test_tokens_and_back(http):
     chat = http.post("/tokenize", json={"messages": HELLO, "model": "second"}).json()
     assert chat["count"] > tokens["count"] - 1
     assert http.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+
+
+def test_embeddings(client):
+    args = {"model": "tiny", "input": ["the quick fox", "once upon", "the quick fox"]}
+    plain = client.embeddings.create(**args, encoding_format="float")
+    vectors = np.array([item.embedding for item in plain.data])
+    assert vectors.shape == (3, 64)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert (vectors[0] == vectors[2]).all() and not np.allclose(vectors[0], vectors[1])
+    raw = httpx.post(f"{client.base_url}embeddings", json={**args, "encoding_format": "base64"})
+    decoded = np.frombuffer(base64.b64decode(raw.json()["data"][1]["embedding"]), "<f4")
+    np.testing.assert_array_equal(decoded, vectors[1].astype("<f4"))
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="64 numbers"):
+        client.embeddings.create(**args, dimensions=32)
 
 
 def test_answers_do_not_depend_on_company(client):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pronk.errors import RequestError
-from pronk.units import format_bytes, parse_size
+from pronk.units import format_bytes, parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,19 @@ def test_parse_size_refuses(text: str) -> None:
 )
 def test_format_bytes(size: int, text: str) -> None:
     assert format_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("50ms", 0.05), ("0.5s", 0.5), ("2 m", 120), ("3", 3), ("10us", 1e-5)]
+)
+def test_parse_seconds(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "ms", "0", "0ms", "-1s", "1h", "1e3", "nan"])
+def test_parse_seconds_refuses(text: str) -> None:
+    with pytest.raises(RequestError, match="time above zero"):
+        parse_seconds(text)
 
 
 @given(st.integers(1, 10**15))

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 
 #include <cstring>
+#include <limits>
 
 #include "slots.h"
 
@@ -17,6 +18,8 @@ using Table = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
+using Vector = nb::ndarray<nb::numpy, const float, nb::ndim<1>, nb::device::cpu>;
+using Block = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::device::cpu>;
 // Bytes of a block, blocks, window, sinks, chunked.
 using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
@@ -294,6 +297,25 @@ void bind_executor(nb::module_& m) {
                             {source.second / 4, 1});
             },
             "source"_a, "rows"_a, "cols"_a,
-            "Float rows of the arena as a read-only array; the next step overwrites them.");
+            "Float rows of the arena as a read-only array; the next step overwrites them.")
+        .def(
+            "vector",
+            [](nb::handle_t<Executor> self, int64_t offset, int64_t count) {
+                if (count < 0 || count > std::numeric_limits<int64_t>::max() / 4)
+                    throw std::invalid_argument("a vector is out of range");
+                const float* values = vector_at(*nb::inst_ptr<Executor>(self), offset, count);
+                return Vector(values, {static_cast<size_t>(count)}, self);
+            },
+            "offset"_a, "count"_a, "A float vector among the weights, read-only.")
+        .def(
+            "kv_block",
+            [](nb::handle_t<Executor> self, int64_t group, int64_t block) {
+                Executor& e = *nb::inst_ptr<Executor>(self);
+                uint8_t* bytes = e.kv_block(group, block);
+                const auto size = e.kv_shape().groups[static_cast<size_t>(group)].block_bytes;
+                return Block(bytes, {static_cast<size_t>(size)}, self);
+            },
+            "group"_a, "block"_a,
+            "The bytes of a KV block; to be read and written between steps only.");
     bind_experts(executor);
 }

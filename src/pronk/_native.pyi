@@ -102,6 +102,12 @@ class Executor:
         Float rows of the arena as a read-only array; the next step overwrites them.
         """
 
+    def vector(self, offset: int, count: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None,), device='cpu', writable=False)]:
+        """A float vector among the weights, read-only."""
+
+    def kv_block(self, group: int, block: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), device='cpu')]:
+        """The bytes of a KV block; to be read and written between steps only."""
+
     def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
 
     def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None: ...

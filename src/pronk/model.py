@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from pronk.engine.runner import Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
+from pronk.graph.pack import KV_BLOCK
 from pronk.graph.program import (
     Limits,
     Program,
@@ -35,6 +37,9 @@ from pronk.graph.program import (
 )
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 from pronk.units import format_bytes
+
+if TYPE_CHECKING:
+    from pronk.engine.service import Service
 
 __all__ = [
     "Model",
@@ -46,7 +51,6 @@ __all__ = [
 ]
 
 
-_MOST_CONTEXTS = 1024
 _BUILDING = 400  # bytes a token that building a tokenizer takes and gives back
 
 
@@ -126,6 +130,7 @@ class Model:
         weights: Weights,
         memory: MemoryPlan,
         speculate: bool = True,
+        target_tpot: float | None = None,
     ) -> None:
         self.path: Path = checkpoint.path
         self.spec: ModelSpec = runner.program.spec
@@ -134,7 +139,10 @@ class Model:
         self._weights = weights
         self.memory = memory
         self._runner: Runner | None = runner
-        self._engine = Engine(runner, tokenizer.eos_ids, speculate=speculate)
+        self._engine = Engine(
+            runner, tokenizer.eos_ids, speculate=speculate, target_tpot=target_tpot
+        )
+        self._service: Service | None = None
         self._events: dict[int, deque[Event]] = {}  # not yet taken, by request
 
     @property
@@ -191,11 +199,29 @@ class Model:
             raise RequestError("the model is closed")
         return self._runner
 
-    @property
-    def engine(self) -> Engine:
-        """What runs the model, for a thread that takes it over: this object is then not driven."""
-        self._open()
-        return self._engine
+    def _drive(self) -> Runner:
+        """The runner, where this thread may use it."""
+        if self._service is not None and not self._service.closed:
+            raise RequestError("the model is being served: submit to its service, or close that")
+        return self._open()
+
+    def service(self) -> Service:
+        """Give the engine a thread of its own that any thread may submit requests to.
+
+        Until the service is closed, the model itself generates nothing.
+
+        Raises
+        ------
+        RequestError
+            If it is being served already, or answers of `generate` are not taken yet.
+        """
+        from pronk.engine.service import Service
+
+        self._drive()
+        if self._engine.busy:
+            raise RequestError("the model is generating: take or drop its answers first")
+        self._service = Service(self._engine)
+        return self._service
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a text as it stands, with the special tokens the model wants around it.
@@ -265,7 +291,7 @@ class Model:
         RequestError
             If the prompt is empty, too long, or holds an unknown id.
         """
-        self._open()
+        self._drive()
         params = params or SamplingParams()
         request = self._engine.add(self.encode(prompt), params, session)
         self._events[request] = deque()
@@ -275,8 +301,7 @@ class Model:
         return pieces
 
     def _end(self, request: int) -> None:
-        self._events.pop(request, None)
-        if self._runner is not None:
+        if self._events.pop(request, None) is not None and self._runner is not None:
             self._engine.abort(request)
 
     def _next_event(self, request: int) -> Event:
@@ -319,6 +344,30 @@ class Model:
         finally:
             self._end(request)
 
+    def embed(self, prompt: str | Sequence[int]) -> NDArray[np.float32]:
+        """The mean of the tokens' last hidden states, after the final norm.
+
+        Returns
+        -------
+        ndarray, float32 [hidden size]
+
+        Raises
+        ------
+        RequestError
+            If the prompt is empty, too long, or holds an unknown id.
+        """
+        self._drive()
+        request = self._engine.embedding_request(self.encode(prompt))
+        self._engine.enqueue(request)
+        self._events[request.id] = deque()
+        try:
+            event = self._next_event(request.id)
+        finally:
+            self._end(request.id)
+        if event.embedding is None:
+            raise event.error or PronkError("the request ended without an embedding")
+        return event.embedding
+
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """Next-token logits at every position, or at the last ones.
 
@@ -339,7 +388,7 @@ class Model:
         RequestError
             If there are no tokens, more than the context holds, or fewer than `last`.
         """
-        self._open()
+        self._drive()
         tokens = self.encode(ids)
         count = len(tokens) if last is None else last
         # Checked before anything of their size is allocated.
@@ -377,7 +426,7 @@ class Model:
             Rows of the positions from `first` on, in their order; then one array an ending, its
             row i being the prediction after the ids and ``ending[: i + 1]``.
         """
-        self._open()
+        self._drive()
         return self._engine.logits(self.encode(ids), first, endings)
 
     def expert_counts(self) -> NDArray[np.uint64]:
@@ -399,6 +448,8 @@ class Model:
     def close(self) -> None:
         """Free the weights and the cache."""
         if self._runner is not None:
+            if self._service is not None:
+                self._service.close()
             self._weights.wait()
             self._runner = None
             del self._engine
@@ -421,12 +472,14 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
-    kv_contexts: int = 1,
     attention: str | AttentionPolicy | None = None,
     rope_scaling: str | None = None,
     packed_cache: bool = True,
     speculate: bool = True,
     experts: str = "",
+    kv_tokens: int | None = None,
+    max_sequences: int = 16,
+    target_tpot: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -442,8 +495,6 @@ def load(
     kv_dtype : {"bf16", "int8", "f32"}
         Element type of the KV cache. ``"int8"`` halves it, which makes long contexts faster and
         the logits less exact (``pronk eval --kv int8`` says by how much).
-    kv_contexts : int
-        Full contexts that the KV cache holds, for as many long sequences or more short ones.
     attention : str or AttentionPolicy, optional
         Full attention on some layers alone: ``"window=512,global-every=4,sinks=4"`` gives all but
         every fourth a window of 512 positions and 4 attention sinks. Long contexts take less
@@ -458,6 +509,14 @@ def load(
     experts : str
         How many experts a token of a mixture goes to, where not as many as the model was trained
         with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
+    kv_tokens : int, optional
+        Tokens that the KV cache holds over all requests; one full context unless given. What no
+        request needs of it keeps the beginnings of earlier prompts.
+    max_sequences : int
+        Most requests that run at once.
+    target_tpot : float, optional
+        Seconds an output token may take while prompts of others are computed: they get smaller
+        parts of a step.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -475,8 +534,12 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in ("bf16", "int8", "f32"):
         raise RequestError(f"kv_dtype must be bf16, int8 or f32, not {kv_dtype!r}")
-    if not 1 <= kv_contexts <= _MOST_CONTEXTS:
-        raise RequestError(f"kv_contexts must be in [1, {_MOST_CONTEXTS}], not {kv_contexts}")
+    if kv_tokens is not None and not KV_BLOCK <= kv_tokens <= 2**31:
+        raise RequestError(f"kv_tokens must be in [{KV_BLOCK}, 2**31], not {kv_tokens}")
+    if not 1 <= max_sequences <= 4096:
+        raise RequestError(f"max_sequences must be in [1, 4096], not {max_sequences}")
+    if target_tpot is not None and not 0 < target_tpot < math.inf:
+        raise RequestError(f"target_tpot must be a number of seconds above 0, not {target_tpot}")
     path = resolve(os.fspath(model))
     # The interpreter builds the tokenizer while the weights are read, which does not need it.
     with open_checkpoint(path) as checkpoint, Aside(checkpoint.load_tokenizer) as tokenizer:
@@ -484,7 +547,9 @@ def load(
         if experts:
             spec = apply_experts(spec, experts)
         context = choose_context(spec, context, checkpoint.budget)
-        limits = Limits(context, kv_tokens=kv_contexts * context, kv_dtype=kv_dtype)
+        limits = Limits(
+            context, kv_dtype=kv_dtype, kv_tokens=kv_tokens, max_sequences=max_sequences
+        )
         program = compile_checkpoint(checkpoint, limits, spec)
         budget = checkpoint.budget
         regions = program.memory(0).total
@@ -497,10 +562,12 @@ def load(
             trim()
             overhead = max(resident_memory(), budget.overhead)
             # Up to the context it was fitted to, the budget has been measured.
-            if limits.context > budget.context and regions + overhead > budget.memory:
+            fitted = limits == Limits(min(context, budget.context), kv_dtype=kv_dtype)
+            if not fitted and regions + overhead > budget.memory:
                 raise BudgetError(
                     f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but a "
-                    f"context of {limits.context} would need {format_bytes(regions + overhead)}: "
+                    f"context of {limits.context} for {limits.kv_tokens or limits.context} tokens "
+                    f"in all would need {format_bytes(regions + overhead)}: "
                     "use the context it was fitted for, or fit it again"
                 )
 
@@ -524,7 +591,7 @@ def load(
         words = tokenizer.result()
     trim()
     memory = program.memory(overhead or max(resident_memory() - regions, 0))
-    return Model(checkpoint, words, runner, weights, memory, speculate)
+    return Model(checkpoint, words, runner, weights, memory, speculate, target_tpot)
 
 
 def _start(program: Program, threads: int) -> Runner:

@@ -6,7 +6,7 @@ import re
 
 from pronk.errors import RequestError
 
-__all__ = ["format_bytes", "parse_size"]
+__all__ = ["format_bytes", "parse_seconds", "parse_size"]
 
 _FACTORS = {
     "": 1,
@@ -24,6 +24,8 @@ _FACTORS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0}
+_TIME = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ms|us|s|m|)\s*", re.ASCII)
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]{0,3})\s*", re.ASCII)
 
 
@@ -49,6 +51,21 @@ def parse_size(text: str) -> int:
     if not 1 <= size < 2**63:
         raise RequestError(f"the size {text!r} must be at least one byte and below 8 EiB")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a time such as ``50ms``, ``0.5s``, ``2m``, or a plain number of seconds.
+
+    Raises
+    ------
+    RequestError
+        If it is not such a time, or not above zero.
+    """
+    match = _TIME.fullmatch(text)
+    seconds = 0.0 if match is None else float(match[1]) * _SECONDS[match[2].lower()]
+    if seconds <= 0:
+        raise RequestError(f"{text!r} is not a time above zero: write one such as 50ms or 0.5s")
+    return seconds
 
 
 def format_bytes(size: int) -> str:

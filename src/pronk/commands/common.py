@@ -169,7 +169,9 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     model = load(
         path, args.threads, context,
         kv_dtype=args.kv, packed_cache=args.packed_cache,
-        kv_contexts=getattr(args, "kv_contexts", 1),
+        kv_tokens=getattr(args, "kv_tokens", None),
+        max_sequences=getattr(args, "max_sequences", 16),
+        target_tpot=getattr(args, "target_tpot", None),
         attention=attention, rope_scaling=args.rope_scaling,
         speculate=getattr(args, "speculate", False),
         experts=getattr(args, "dynamic_experts", ""),

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 from pronk.commands import common
 from pronk.errors import RequestError
 from pronk.serve.config import ServeConfig, ServeLimits
-from pronk.units import format_bytes, parse_size
+from pronk.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
-    from pronk.model import Model
     from pronk.serve.hosted import Hosted
 
 __all__ = ["configure", "run"]
@@ -41,9 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common.add_runtime(parser)
     common.add_experts(parser)
     common.add_speculation(parser, default=True)
-    parser.add_argument(
-        "--kv-contexts", type=int, default=_CONTEXTS, metavar="N",
-        help=f"full contexts that the KV cache holds over all requests ({_CONTEXTS})",
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--kv-tokens", type=int, metavar="N",
+        help=f"tokens that the KV cache holds over all requests (default: {_CONTEXTS} contexts)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-sequences", type=int, default=16, metavar="N",
+        help="requests that run at once (16)",
+    )  # fmt: skip
+    group.add_argument(
+        "--target-tpot", type=parse_seconds, metavar="TIME",
+        help="what an output token may take while prompts are computed, such as 50ms",
     )  # fmt: skip
     _add_reach(parser)
     _add_limits(parser)
@@ -156,15 +164,22 @@ def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.E
     """Load a model and start its engine's thread; the stack ends both."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from pronk.checkpoint.open import open_checkpoint
+    from pronk.checkpoint.sources import resolve
+    from pronk.graph.program import choose_context
     from pronk.serve.hosted import Hosted
-    from pronk.serve.worker import EngineThread
 
-    model: Model
-    model, seconds = common.open_model(address, args, args.context)
+    path = resolve(address)
+    if args.kv_tokens is None:
+        with open_checkpoint(path) as checkpoint:
+            # What a bundle was fitted to, it keeps.
+            if checkpoint.budget is None and args.rope_scaling is None:
+                args = argparse.Namespace(**vars(args))
+                args.kv_tokens = _CONTEXTS * choose_context(checkpoint.spec, args.context)
+    model, seconds = common.open_model(str(path), args, args.context)
     stack.callback(model.close)
     common.note(f"pronk: {name}: {format_bytes(model.memory.total)} planned, "
                 f"loaded in {seconds:.1f} s")  # fmt: skip
     pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pronk-text"))
-    engine = EngineThread(model.engine)
-    stack.callback(engine.close)
+    engine = stack.enter_context(model.service())
     return Hosted(name, model.tokenizer, model.spec, model.memory, model.context, engine, pool)

@@ -1,39 +1,29 @@
-"""KV memory: a pool of fixed-size blocks for each kind of attention, and who holds which."""
+"""KV memory: a pool of fixed-size blocks for each kind of attention, and who holds which.
+
+A full block is known by its key, a hash of all tokens up to its end, and whoever begins with these
+tokens holds it too: nobody writes to it any more. Blocks that nobody holds keep what they have
+until their memory is needed, the least recently used first. So prompts that begin alike (system
+prompts, chats, samples of one prompt) share memory and work, and no memory is set apart for it.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pronk.engine.pool import BlockPool
 from pronk.graph.kv import KvGroup, KvPool, blocks_of
 from pronk.graph.pack import KV_BLOCK
+
+try:  # as the standard library's random: hashlib would load OpenSSL
+    from _blake2 import blake2b
+except ImportError:
+    from hashlib import blake2b
 
 __all__ = ["BlockPool", "ChunkedBlocks", "GlobalBlocks", "Holding", "KvBlocks", "WindowBlocks"]
 
 _NONE = -1  # in place of a block that was given back
-
-
-class BlockPool:
-    """Hands out block numbers; lowest first, so that little memory is touched."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Take blocks; the caller has checked that there are enough."""
-        if count > len(self._free):
-            raise RuntimeError(f"the KV pool has {len(self._free)} free blocks, not {count}")
-        return [self._free.pop() for _ in range(count)]
-
-    def give_back(self, blocks: list[int]) -> None:
-        """Return blocks to the pool."""
-        self._free.extend(reversed(blocks))
 
 
 class GlobalBlocks:
@@ -56,9 +46,49 @@ class GlobalBlocks:
         """Most blocks that a sequence of so many tokens holds at a time."""
         return self.group.bound(tokens, self.at_once)
 
+    def leave(self, blocks: list[int], start: int, stop: int) -> None:
+        """Give back what no token from `start` on sees."""
+
+    def missing(self, blocks: list[int], start: int, stop: int) -> list[int]:
+        """Which blocks a step needs that runs the tokens from `start` to `stop`, and has not."""
+        return list(range(len(blocks), blocks_of(stop)))
+
     def move(self, blocks: list[int], start: int, stop: int) -> None:
         """Hold what a step needs that runs the tokens at positions from `start` to `stop`."""
-        blocks += self.pool.take(max(0, blocks_of(stop) - len(blocks)))
+        self.leave(blocks, start, stop)
+        missing = self.missing(blocks, start, stop)
+        blocks += [_NONE] * (blocks_of(stop) - len(blocks))
+        for i, block in zip(missing, self.pool.take(len(missing)), strict=True):
+            blocks[i] = block
+
+    def gaps(self, blocks: list[int], keys: Sequence[bytes]) -> list[int]:
+        """The last block before each that is neither held nor known; -1 where there is none."""
+        last, gaps = _NONE, [_NONE]
+        for i, key in enumerate(keys):
+            if (i >= len(blocks) or blocks[i] == _NONE) and key not in self.pool:
+                last = i
+            gaps.append(last)
+        return gaps
+
+    def can_start(self, gaps: list[int], count: int) -> bool:
+        """Whether what the token behind so many blocks sees is held or known."""
+        sinks = min(blocks_of(self.group.sinks), count)
+        return gaps[count] < self._first(count) and gaps[sinks] == _NONE
+
+    def start(self, blocks: list[int], keys: Sequence[bytes], count: int) -> None:
+        """Hold what the token behind so many blocks sees of them, and nothing else."""
+        sinks, first = blocks_of(self.group.sinks), self._first(count)
+        blocks += [_NONE] * (count - len(blocks))
+        for i in range(count):
+            if i < sinks or i >= first:
+                if blocks[i] == _NONE:
+                    blocks[i] = self.pool.hold(keys[i])
+            elif blocks[i] != _NONE:
+                self.pool.give_back([blocks[i]])
+                blocks[i] = _NONE
+
+    def _first(self, count: int) -> int:
+        return self.group.first_seen(count * KV_BLOCK) // KV_BLOCK
 
     def reusable(self, blocks: list[int], tokens: int) -> int:
         """How many of a sequence's first tokens another can start from, at most `tokens`."""
@@ -81,8 +111,8 @@ class WindowBlocks(GlobalBlocks):
     promised anyway, and a sequence may start again from a little further back.
     """
 
-    def move(self, blocks: list[int], start: int, stop: int) -> None:
-        """Give back what no token from `start` on sees, and hold what the step needs."""
+    def leave(self, blocks: list[int], start: int, stop: int) -> None:
+        """Give back what no token from `start` on sees."""
         self.cut(blocks, stop)  # drafts that did not stand reached further
         first = self.group.first_seen(max(0, min(start, stop - self.at_once)))
         sinks, behind = blocks_of(self.group.sinks), first // KV_BLOCK
@@ -91,11 +121,11 @@ class WindowBlocks(GlobalBlocks):
                 break  # what is before was given back too
             self.pool.give_back([blocks[i]])
             blocks[i] = _NONE
-        blocks += [_NONE] * (blocks_of(stop) - len(blocks))
-        needed = self.group.first_seen(start) // KV_BLOCK
-        missing = [i for i in range(needed, len(blocks)) if blocks[i] == _NONE]
-        for i, block in zip(missing, self.pool.take(len(missing)), strict=True):
-            blocks[i] = block
+
+    def missing(self, blocks: list[int], start: int, stop: int) -> list[int]:
+        """Which blocks a step needs that runs the tokens from `start` to `stop`, and has not."""
+        needed = range(self.group.first_seen(start) // KV_BLOCK, blocks_of(stop))
+        return [i for i in needed if i >= len(blocks) or blocks[i] == _NONE]
 
     def reusable(self, blocks: list[int], tokens: int) -> int:
         """The longest prefix whose next token sees nothing that was given back."""
@@ -133,17 +163,21 @@ _MANAGERS = {"global": GlobalBlocks, "window": WindowBlocks, "chunked": ChunkedB
 class Holding:
     """What one sequence holds: a list of blocks for each manager.
 
-    ``promised`` counts the blocks of each that it may come to hold, while it runs.
+    ``promised`` counts the blocks of each that it may come to hold, while it runs. ``keys`` are
+    those of its first full blocks, of which the first ``published`` were made known.
     """
 
     blocks: list[list[int]]
     promised: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
 
 
 class KvBlocks:
     """All KV memory: a manager and a pool for each group of layers.
 
-    A sequence that runs was promised the most it will ever hold, so it is never out of blocks.
+    A sequence that runs was promised what its first tokens need. For more, it must ask whether
+    there `fits` any.
 
     Parameters
     ----------
@@ -173,22 +207,40 @@ class KvBlocks:
         """A holding of nothing."""
         return Holding([[] for _ in self.managers])
 
-    def promise(self, holding: Holding, tokens: int) -> bool:
-        """Promise a sequence what it needs for so many tokens, if there is enough."""
+    def promise(self, holding: Holding, tokens: int, spare: int = 0) -> bool:
+        """Promise a sequence what it needs for so many tokens, if there is enough.
+
+        `spare` blocks of each pool are to be left over.
+        """
         needed = [manager.most(tokens) for manager in self.managers]
         for i, manager in enumerate(self.managers):
-            promised = sum(h.promised[i] - _count(h.blocks[i]) for h in self._running)
-            if needed[i] - _count(holding.blocks[i]) > manager.pool.free - promised:
+            lacks = max(0, needed[i] - _count(holding.blocks[i]))
+            if lacks and lacks + spare > manager.pool.free - self._promised(i, holding):
                 return False
         holding.promised = needed
         self._running.append(holding)
         return True
+
+    def _promised(self, group: int, apart: Holding) -> int:
+        """Blocks that others than one were promised and do not hold yet."""
+        others = (h for h in self._running if h is not apart)
+        return sum(max(0, h.promised[group] - _count(h.blocks[group])) for h in others)
 
     def settle(self, holding: Holding) -> None:
         """A sequence no longer runs: it keeps what it holds and is promised nothing."""
         if holding in self._running:
             self._running.remove(holding)
             holding.promised = []
+
+    def fits(self, holding: Holding, start: int, stop: int) -> bool:
+        """Whether `move` finds its blocks, without those that others were promised."""
+        for i, manager in enumerate(self.managers):
+            blocks = holding.blocks[i]
+            manager.leave(blocks, start, stop)
+            lacks = len(manager.missing(blocks, start, stop))
+            if lacks and lacks > manager.pool.free - self._promised(i, holding):
+                return False
+        return True
 
     def move(self, holding: Holding, start: int, stop: int) -> None:
         """Hold what a step needs that runs the tokens at positions from `start` to `stop`.
@@ -198,22 +250,93 @@ class KvBlocks:
         for manager, blocks in zip(self.managers, holding.blocks, strict=True):
             manager.move(blocks, start, stop)
 
+    def extend(self, holding: Holding, tokens: Sequence[int], computed: int) -> int:
+        """Go on with what others have computed of the same tokens; gives how many are done then.
+
+        The last token is always left to compute: its logits are needed.
+        """
+        have, most = computed // KV_BLOCK, (len(tokens) - 1) // KV_BLOCK
+        if have >= most:
+            return computed
+        (key,) = self.keys(holding, tokens, computed, computed + 1)
+        if not any(key in manager.pool for manager in self.managers):
+            return computed
+        keys = self._chain(holding, tokens, most)
+        gaps = [m.gaps(b[:have], keys) for m, b in zip(self.managers, holding.blocks, strict=True)]
+        for count in range(most, have, -1):
+            if all(m.can_start(g, count) for m, g in zip(self.managers, gaps, strict=True)):
+                for manager, blocks in zip(self.managers, holding.blocks, strict=True):
+                    manager.cut(blocks, have * KV_BLOCK)
+                    manager.start(blocks, keys, count)
+                holding.published = count
+                return count * KV_BLOCK
+        return computed
+
+    def publish(self, holding: Holding, tokens: Sequence[int], computed: int) -> None:
+        """Let others find the full blocks among the first tokens."""
+        full = computed // KV_BLOCK
+        keys = self._chain(holding, tokens, full)
+        for n in range(holding.published, full):
+            for manager, blocks in zip(self.managers, holding.blocks, strict=True):
+                if blocks[n] != _NONE:
+                    manager.pool.publish(blocks[n], keys[n])
+        holding.published = max(holding.published, full)
+
+    def keys(self, holding: Holding, tokens: Sequence[int], start: int, stop: int) -> list[bytes]:
+        """Keys of the blocks that the tokens from `start` to `stop` lie in and that all fill."""
+        first, last = start // KV_BLOCK, min(blocks_of(stop), len(tokens) // KV_BLOCK)
+        return self._chain(holding, tokens, last)[first:last]
+
+    def _chain(self, holding: Holding, tokens: Sequence[int], count: int) -> list[bytes]:
+        """Keys of the first blocks: each hashes the one before and its own tokens."""
+        keys = holding.keys
+        for start in range(len(keys) * KV_BLOCK, count * KV_BLOCK, KV_BLOCK):
+            own = array("i", tokens[start : start + KV_BLOCK]).tobytes()
+            keys.append(blake2b((keys[-1] if keys else b"") + own, digest_size=16).digest())
+        return keys
+
     def reuse(self, holding: Holding, tokens: int) -> int:
-        """Keep the first tokens of a sequence, or fewer where blocks are gone; gives how many."""
+        """Keep the first tokens of a sequence, or fewer where blocks are gone; gives how many.
+
+        Of a block that others hold too, all tokens are kept or none.
+        """
         before = -1
         while before != tokens:
             before = tokens
             for manager, blocks in zip(self.managers, holding.blocks, strict=True):
                 tokens = manager.reusable(blocks, tokens)
+            if any(pool.shared(block) for pool, block in self._begun(holding, tokens)):
+                tokens -= tokens % KV_BLOCK
+        for pool, block in self._begun(holding, tokens):
+            pool.forget(block)
         for manager, blocks in zip(self.managers, holding.blocks, strict=True):
             manager.cut(blocks, tokens)
+        full = tokens // KV_BLOCK
+        del holding.keys[full:]
+        holding.published = min(holding.published, full)
         return tokens
+
+    def _begun(self, holding: Holding, tokens: int) -> list[tuple[BlockPool, int]]:
+        """The blocks that the first tokens end in, and the next ones are written to."""
+        at = tokens // KV_BLOCK
+        if not tokens % KV_BLOCK:
+            return []
+        both = zip(self.managers, holding.blocks, strict=True)
+        return [(m.pool, b[at]) for m, b in both if at < len(b) and b[at] != _NONE]
+
+    def forget(self, holding: Holding) -> None:
+        """Have nobody find what a sequence holds."""
+        for manager, blocks in zip(self.managers, holding.blocks, strict=True):
+            for block in blocks:
+                if block != _NONE:
+                    manager.pool.forget(block)
 
     def release(self, holding: Holding) -> None:
         """Give back all that a sequence holds."""
         self.settle(holding)
         for manager, blocks in zip(self.managers, holding.blocks, strict=True):
             manager.cut(blocks, 0)
+        holding.published = 0
 
 
 def _count(blocks: list[int]) -> int:

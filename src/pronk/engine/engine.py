@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronk.engine.blocks import KvBlocks
-from pronk.engine.request import Event, Request
+from pronk.engine.request import Constraint, Event, Request
 from pronk.engine.runner import Runner
 from pronk.engine.sampler import Sampler
 from pronk.engine.scheduler import Scheduler, Share
 from pronk.engine.speculate import Lookup, Speculator
+from pronk.engine.stats import Counters, Stats, stats_of
 from pronk.errors import PronkError, RequestError
 from pronk.graph.kv import blocks_of
 from pronk.graph.pack import KV_BLOCK
@@ -32,9 +34,19 @@ class Engine:
         Tokens that end a request unless it ignores them.
     speculate : bool
         Draft tokens that repeat earlier ones. It changes how many steps are taken, and no token.
+    target_tpot : float, optional
+        Seconds a step may take while requests decode: prompts get smaller parts of it, so that
+        each output token comes in about this time.
     """
 
-    def __init__(self, runner: Runner, eos_ids: frozenset[int], *, speculate: bool = False) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        eos_ids: frozenset[int],
+        *,
+        speculate: bool = False,
+        target_tpot: float | None = None,
+    ) -> None:
         limits = runner.program.limits
         self.runner = runner
         self.eos_ids = eos_ids
@@ -43,12 +55,15 @@ class Engine:
         self.kv = KvBlocks(runner.program.kv_pools, limits.max_tokens)
         self.speculator = Speculator() if speculate else None
         self.scheduler = Scheduler(
-            self.kv, limits.max_tokens, limits.max_sequences, self.speculator
+            self.kv, limits.max_tokens, limits.max_sequences, self.speculator, self._drop_oldest
         )
+        self.scheduler.pace.target = target_tpot
+        self.counters = Counters()
         self._requests: dict[int, Request] = {}
-        self._sessions: dict[str, Request] = {}
+        self._sessions: dict[str, Request] = {}  # the least recently used first
         self._events: list[Event] = []
-        self._next_id = 0
+        self._chosen: list[Share] = []  # of a step that has not ended
+        self._ids = count()
 
     @property
     def speculate(self) -> bool:
@@ -60,7 +75,15 @@ class Engine:
         self.speculator = self.speculator or (Speculator() if on else None)
         self.scheduler.speculator = self.speculator if on else None
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, session: str | None = None) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        session: str | None = None,
+        *,
+        priority: int = 0,
+        constraint: Constraint | None = None,
+    ) -> int:
         """Queue a prompt and return its request id.
 
         Parameters
@@ -69,13 +92,34 @@ class Engine:
         params : SamplingParams
         session : str, optional
             Keep the keys and values under this name when the request ends, and start from what
-            the last request of the name shares with this prompt.
+            the last request of the name shares with this prompt, to the token. (What full blocks
+            hold, any prompt that begins alike starts from, while they are not needed.)
+        priority : int
+            Higher ones go ahead in line, are served earlier and preempted later.
+        constraint : Constraint, optional
+            What the tokens must keep to.
 
         Raises
         ------
         RequestError
             If the prompt is empty, too long for the context, or holds an unknown id.
         """
+        request = self.request(
+            prompt, params, session=session, priority=priority, constraint=constraint
+        )
+        self.enqueue(request)
+        return request.id
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        session: str | None = None,
+        priority: int = 0,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """What `add` queues, checked; any thread may ask for it."""
         tokens = list(prompt)
         self.check(tokens)
         if len(tokens) >= self.context:
@@ -85,22 +129,47 @@ class Engine:
             )
         vocab = self.runner.program.spec.vocab_size
         longest = self.context if params.max_tokens is None else len(tokens) + params.max_tokens
-        request = Request(
-            id=self._next_id,
+        return Request(
+            id=next(self._ids),
             tokens=tokens,
             max_length=min(longest, self.context),
             params=params,
             sampler=Sampler(params, tokens, vocab),
             holding=self.kv.hold(),
             session=session,
+            priority=priority,
+            constraint=constraint,
             lookup=Lookup() if self.speculator else None,
         )
-        if session is not None and session in self._sessions:
-            self._continue(request, self._sessions.pop(session))
-        self._next_id += 1
+
+    def embedding_request(self, tokens: Sequence[int], priority: int = 0) -> Request:
+        """A request for the mean of the tokens' last hidden states; any thread may ask for it.
+
+        Its one event has the ``embedding``.
+
+        Raises
+        ------
+        RequestError
+            If there are no tokens, more than the context holds, or an unknown id.
+        """
+        tokens = self._fitting(tokens)
+        return Request(
+            id=next(self._ids),
+            tokens=tokens,
+            max_length=len(tokens),
+            params=SamplingParams(),
+            sampler=None,
+            holding=self.kv.hold(),
+            priority=priority,
+            hidden=np.zeros(self.runner.program.spec.hidden_size),
+        )
+
+    def enqueue(self, request: Request) -> None:
+        """Put a request in line."""
+        if request.session is not None and request.session in self._sessions:
+            self._continue(request, self._sessions.pop(request.session))
         self._requests[request.id] = request
-        self.scheduler.waiting.append(request)
-        return request.id
+        self.scheduler.add(request)
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise RequestError for an empty prompt or an id outside the vocabulary."""
@@ -119,7 +188,7 @@ class Engine:
         while shared < limit and old.tokens[shared] == request.tokens[shared]:
             shared += 1
         request.holding = old.holding
-        request.computed = self.kv.reuse(request.holding, shared)
+        request.computed = request.cached = self.kv.reuse(request.holding, shared)
 
     @property
     def busy(self) -> bool:
@@ -137,52 +206,78 @@ class Engine:
             If all that waits needs blocks that an unfinished `logits` holds.
         """
         if not self._events:  # else what an interrupted step had produced
-            self._step()
+            start, tokens = time.perf_counter(), self._step()
+            if tokens:
+                seconds = time.perf_counter() - start
+                self.scheduler.pace.observe(tokens, seconds)
+                self.counters.observe(tokens, seconds)
         events, self._events = self._events, []
         return events
 
-    def _step(self) -> None:
-        chosen = self._choose()
+    def _step(self) -> int:
+        """Run one step; gives how many tokens it had."""
+        self._chosen = chosen = self._choose()
         if not chosen:
-            return
+            return 0
         ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
         wanted: list[tuple[int, int, Share]] = []  # place in the draft, row, whose
+        pooled: list[tuple[int, Share]] = []  # first row, whose
         for index, share in enumerate(chosen):
             request, start = share.request, share.request.computed
+            if request.sampler is None:
+                pooled.append((len(ids), share))
             ids += request.tokens[start : start + share.count]
-            if share.count == request.pending:
+            if share.count == request.pending and request.sampler:
                 first = len(ids) - 1
                 wanted += [(place, first + place, share) for place in range(len(share.draft) + 1)]
             ids += share.draft
             positions += range(start, share.stop)
             sequences += [index] * (share.stop - start)
         self.runner.run(ids, positions, sequences, [s.request.holding.blocks for s in chosen])
+        hidden = self.runner.hidden(len(ids)) if pooled else None
         # Requests move on only now: one whose step was interrupted repeats it.
+        self.counters.prompt_tokens += sum(s.count for s in chosen if s.request.pending > 1)
         for share in chosen:
             if share.count < share.request.pending:
                 share.request.computed += share.count
+        if hidden is not None:
+            self._pool(pooled, hidden)
         decodes = len(wanted) == len(ids)
         self._draw(wanted)
+        for share in chosen:
+            if share.request.id in self._requests:
+                self.kv.publish(share.request.holding, share.request.tokens, share.request.computed)
         if self.speculator:
             self.speculator.drafted += sum(len(share.draft) for share in chosen)
             if decodes:
                 self.speculator.cost.observe(len(ids), self.runner.seconds)
+        self._chosen = []
+        return len(ids)
 
     def _choose(self) -> list[Share]:
         chosen = self.scheduler.schedule()
         if not chosen and self.scheduler.waiting:
-            # Nothing runs: kept sessions, and what others in line took over from one, hold the
-            # blocks that the first waits for.
-            self.drop_sessions()
-            for request in islice(self.scheduler.waiting, 1, None):
-                self.kv.release(request.holding)
-                request.computed = 0
+            # The last that ran gave way: now there may be room for the first in line.
             chosen = self.scheduler.schedule()
             if not chosen:
                 raise RequestError("the KV pool is in use by logits: take or close them first")
         return chosen
+
+    def _pool(self, pooled: list[tuple[int, Share]], hidden: NDArray[np.float32]) -> None:
+        """Add up the hidden states of those who asked for them."""
+        for first, share in pooled:
+            request = share.request
+            assert request.hidden is not None
+            # One row after the other, so that the sum is the same however they are cut.
+            rows = hidden[first : first + share.count].astype(np.float64)
+            request.hidden = np.concatenate((request.hidden[None], rows)).sum(0)
+            if share.count == request.pending:
+                mean = (request.hidden / len(request.tokens)).astype(np.float32)
+                request.computed = len(request.tokens)
+                self._finish(request)
+                self._events.append(Event(request.id, None, "stop", embedding=mean))
 
     def _draw(self, wanted: list[tuple[int, int, Share]]) -> None:
         """Draw tokens in order; where a draft fails, what it has behind that is never computed."""
@@ -200,13 +295,21 @@ class Engine:
     def _emit(self, share: Share, place: int, logits: NDArray[np.float32]) -> bool:
         """Draw a request's next token; whether it is the drafted one, so that another follows."""
         request, draft = share.request, share.draft
+        constraint, counters = request.constraint, self.counters
+        assert request.sampler is not None
         try:
-            sample = request.sampler.sample(logits)
-        except PronkError as error:
-            request.session = None  # its keys and values are as bad
-            self._finish(request)
-            self._events.append(Event(request.id, None, "error", error))
+            mask = None if constraint is None else constraint.mask()
+            sample = request.sampler.sample(logits, mask)
+            if constraint is not None:
+                constraint.accept(sample.token)
+        except Exception as error:  # a constraint's may be any
+            self._fail(request, error)
             return False
+        if not request.told:
+            counters.prefix_queries += len(request.tokens)
+            counters.prefix_hits += request.cached
+        request.told = True
+        counters.generated_tokens += 1
         request.tokens.append(sample.token)
         request.computed = len(request.tokens) - 1
         reason = None
@@ -214,7 +317,7 @@ class Engine:
             reason = "stop"
         elif len(request.tokens) >= request.max_length:
             reason = "length"
-        self._events.append(Event(request.id, sample, reason))
+        self._events.append(Event(request.id, sample, reason, None, request.cached))
         hit = place < len(draft) and draft[place] == sample.token
         if self.speculator:
             self.speculator.accepted += hit
@@ -222,14 +325,39 @@ class Engine:
             self._finish(request)
         return hit and reason is None
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request, failed: bool = False) -> None:
         self.scheduler.remove(request)
         del self._requests[request.id]
+        if failed:
+            self.kv.forget(request.holding)
+        else:
+            self.kv.publish(request.holding, request.tokens, request.computed)
         if request.session is None:
             self.kv.release(request.holding)
         else:
             self.drop_session(request.session)
             self._sessions[request.session] = request
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        """End a request with an error; what it leaves in the cache is as bad."""
+        request.session = None
+        self._finish(request, failed=True)
+        if not isinstance(error, PronkError):
+            error = PronkError(f"the request failed: {error!r}")
+        self._events.append(Event(request.id, None, "error", error, request.cached))
+
+    def fail(self, error: BaseException) -> list[Event]:
+        """End the requests of a step that raised, or those it could not choose from.
+
+        What a step had produced before is among the events.
+        """
+        chosen = [s.request for s in self._chosen] or self.scheduler.running[:]
+        for request in chosen or self.scheduler.waiting[:1]:
+            if request.id in self._requests:
+                self._fail(request, error)
+        self._chosen = []
+        events, self._events = self._events, []
+        return events
 
     def abort(self, request_id: int) -> None:
         """End a request now; unknown or finished ids are ignored."""
@@ -245,8 +373,19 @@ class Engine:
 
     def drop_sessions(self) -> None:
         """Forget every session."""
-        for session in list(self._sessions):
+        while self._drop_oldest():
+            pass
+
+    def _drop_oldest(self) -> bool:
+        session = next(iter(self._sessions), None)
+        if session is not None:
             self.drop_session(session)
+        return session is not None
+
+    def stats(self) -> Stats:
+        """Figures of about now; any thread may ask."""
+        speculator = self.speculator or Speculator()
+        return stats_of(self.counters, self.scheduler, speculator)
 
     def logits(
         self,
@@ -271,20 +410,25 @@ class Engine:
         RequestError
             If there are no tokens, or more than the context or a step holds.
         """
+        return self._logits(self._fitting(tokens), first, endings)
+
+    def _fitting(self, tokens: Sequence[int]) -> list[int]:
         self.check(tokens)
         if len(tokens) > self.context:
             raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
-        return self._logits(tokens, first, endings)
+        return list(tokens)
 
     def _logits(
         self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]] | None
     ) -> Iterator[NDArray[np.float32]]:
-        self.drop_sessions()
         holding = self.kv.hold()
         at_once = self.scheduler.max_tokens
         most = len(tokens) if endings is None else min(len(tokens) + at_once, self.context)
-        if not self.kv.promise(holding, most):
-            raise RequestError("the KV pool is in use by running requests: wait for them to end")
+        while not self.kv.promise(holding, most):
+            if not self.scheduler.reclaim():
+                raise RequestError(
+                    "the KV pool is in use by running requests: wait for them to end"
+                )
 
         def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
             n = len(part)

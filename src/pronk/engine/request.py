@@ -42,8 +42,9 @@ class Request:
     """A prompt, what has been generated from it, and the KV blocks it holds.
 
     ``tokens`` is prompt and output; the first ``computed`` of them have keys and values in the
-    cache. Of the prompt's ``prompt`` tokens, ``cached`` were there before. A request without a
-    sampler asks for the sum of its tokens' last hidden states, ``hidden``.
+    cache. ``cached`` of the prompt's were there before. A request without a sampler asks for the
+    sum of its tokens' last hidden states, ``hidden``. Those of lower ``rank`` go first.
+    ``preempted`` and ``told`` say whether it ever was, and whether any token was told of it.
     """
 
     id: int
@@ -56,13 +57,12 @@ class Request:
     session: str | None = None
     lookup: Lookup | None = None
     constraint: Constraint | None = None
-    hidden: NDArray[np.float32] | None = None
+    hidden: NDArray[np.float64] | None = None
     computed: int = 0
     cached: int = 0
-    prompt: int = 0
-
-    def __post_init__(self) -> None:
-        self.prompt = len(self.tokens)
+    rank: tuple[int, int] = (0, 0)
+    preempted: bool = False
+    told: bool = False
 
     @property
     def pending(self) -> int:

@@ -15,6 +15,7 @@ from pronk.errors import RequestError
 from pronk.graph.cost import Step
 from pronk.graph.lower import lower
 from pronk.graph.program import Program
+from pronk.graph.reference import normed
 
 __all__ = ["OpTime", "Recording", "Runner"]
 
@@ -150,6 +151,24 @@ class Runner:
             last = self._steps[-1]
             self._steps[-1] = replace(last, heads=(*last.heads, len(rows)))
         return self.executor.view(self._logits, len(rows), self.program.spec.vocab_size)
+
+    def hidden(self, count: int) -> NDArray[np.float32]:
+        """Last hidden states of the first tokens of the last `run`, after the final norm.
+
+        Returns
+        -------
+        ndarray, float32 [count, hidden size]
+            A copy, in float32 throughout: the head itself may meet them quantized.
+        """
+        program = self.program
+        values, offsets = program.graph.values, program.layout.value_offsets
+        ops = iter(program.graph.ops)
+        gather = next(op for op in ops if op.kind == "gather")
+        norm = next(ops)
+        rows, (weight,) = gather.inputs[0].value, norm.weights
+        width = values[gather.output].width
+        x = self.executor.view((offsets[rows], values[rows].row_bytes), count, width)
+        return normed(norm, x, self.executor.vector(program.layout.weight_offsets[weight], width))
 
     def step(
         self,

@@ -1,7 +1,8 @@
 """The next token from a row of logits: small steps, NumPy only, ids only.
 
-The order is: logit bias, repetition, presence and frequency penalties, (log-probabilities are
-taken here), temperature, top-k, top-p, min-p, draw. Among equal logits the lowest id comes first.
+The order is: what a constraint forbids, logit bias, repetition, presence and frequency penalties,
+(log-probabilities are taken here), temperature, top-k, top-p, min-p, draw. Among equal logits the
+lowest id comes first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,16 @@ class Counts:
     def counts(self) -> Floats:
         """How often each of `ids` was seen."""
         return self._counts[: len(self._slots)]
+
+
+def forbid(logits: Floats, mask: NDArray[Any]) -> Floats:
+    """A copy with minus infinity where `mask` is false: bool [vocab], or bits of 32-bit words."""
+    if mask.dtype != np.bool_:
+        words = np.ascontiguousarray(mask, "<u4" if mask.dtype.kind == "u" else "<i4")
+        mask = np.unpackbits(words.reshape(-1).view(np.uint8), bitorder="little").view(np.bool_)
+    if len(mask) < len(logits):
+        raise PronkError(f"a constraint's mask has {len(mask)} tokens, not {len(logits)}")
+    return np.where(mask[: len(logits)], logits, np.float32(-np.inf))
 
 
 def add_bias(logits: Floats, ids: Ids, bias: Floats) -> None:
@@ -195,13 +206,15 @@ class Sampler:
         # Shared by every step that starts from the whole vocabulary.
         self._all_ids = np.arange(vocab_size if params.temperature > 0 else 0, dtype=np.int64)
 
-    def sample(self, logits: Floats) -> Sample:
+    def sample(self, logits: Floats, mask: NDArray[Any] | None = None) -> Sample:
         """Choose the next token.
 
         Parameters
         ----------
         logits : ndarray of float32, shape (vocab_size,)
             The model's output for the last token. Not modified.
+        mask : ndarray, optional
+            The tokens that may be chosen: bool [vocab_size], or bits of 32-bit words.
 
         Returns
         -------
@@ -218,11 +231,15 @@ class Sampler:
                 f"the model gave logits of shape {logits.shape}, not ({self._vocab_size},)"
             )
         params = self.params
+        if mask is not None:
+            logits = forbid(logits, mask)
         if self._adjusts:
             logits = self._adjusted(logits)
         # argmax stops at a not-a-number, so looking at the best logit is enough.
         best = int(logits.argmax())
         peak = float(logits[best])
+        if mask is not None and peak == -math.inf:
+            raise RequestError("the constraint leaves no token to choose")
         if not math.isfinite(peak):
             raise PronkError(
                 f"the model gave a logit of {peak} at token {best}: the checkpoint is damaged "
@@ -270,6 +287,7 @@ class Sampler:
             top = tuple(
                 (int(i), float(value) - total)
                 for i, value in zip(head.ids, head.logits, strict=True)
+                if value > -math.inf
             )
         return Sample(token, float(logits[token]) - total, top)
 

@@ -167,6 +167,11 @@ class Service:
             self._open = False
         return self._idle.wait(timeout)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the engine is the caller's again."""
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         """Abort what runs and end the thread; the engine is the caller's again."""
         with self._lock:

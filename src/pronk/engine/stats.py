@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-__all__ = ["PoolStats", "Stats"]
+from pronk.engine.scheduler import Scheduler
+from pronk.engine.speculate import Speculator
+from pronk.graph.pack import KV_BLOCK
+
+__all__ = ["Counters", "PoolStats", "Stats", "stats_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,49 @@ class Stats:
     last_step_tokens: int = 0
     budget: int = 0
     preemptions: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine counts as it goes; see `Stats`."""
+
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    last_step_seconds: float = 0.0
+    last_step_tokens: int = 0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.step_seconds += seconds
+        self.last_step_seconds = seconds
+        self.last_step_tokens = tokens
+
+
+def stats_of(counters: Counters, scheduler: Scheduler, speculator: Speculator) -> Stats:
+    """The figures of an engine. Safe beside its thread: what it changes is copied first."""
+    running = scheduler.running[:]
+    pools = []
+    for manager in scheduler.kv.managers:
+        pool = manager.pool
+        free, cached, blocks = pool.free, pool.cached, pool.num_blocks
+        pools.append(
+            PoolStats(manager.group.attention, blocks, blocks - free, cached, free - cached)
+        )
+    places = sum(KV_BLOCK * max(map(len, r.holding.blocks)) for r in running)
+    used = sum(r.computed for r in running)
+    return Stats(
+        **asdict(counters),
+        waiting=len(scheduler.waiting),
+        running=len(running),
+        pools=tuple(pools),
+        fragmentation=max(0.0, 1 - used / places) if places else 0.0,
+        drafted_tokens=speculator.drafted,
+        accepted_tokens=speculator.accepted,
+        budget=scheduler.budget,
+        preemptions=scheduler.preemptions,
+    )

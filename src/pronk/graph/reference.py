@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pronk.graph.ir import Graph, Op
 from pronk.graph.pack import ACT_RANGE, GROUP
 
-__all__ = ["Reference", "alibi_slopes", "fake_quantize"]
+__all__ = ["Reference", "alibi_slopes", "fake_quantize", "normed"]
 
 Array = NDArray[Any]
 
@@ -39,6 +39,14 @@ def _unit(x: Array, op: Op) -> Array:
     """Rows divided by their root mean square."""
     mean = np.mean(x * x, -1, keepdims=True)
     result: Array = x / np.sqrt(mean + np.float32(op.attrs["eps"]))
+    return result
+
+
+def normed(op: Op, x: Array, weight: Array) -> Array:
+    """What an op of kind ``rms_norm`` or ``layer_norm`` makes of rows."""
+    if op.kind == "layer_norm":
+        x = x - x.mean(-1, keepdims=True)
+    result: Array = weight * _unit(x, op)
     return result
 
 
@@ -135,11 +143,11 @@ class Reference:
         return _scaled(op, np.concatenate([np.cos(angles), np.sin(angles)], 1))
 
     def _rms_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
-        out = w[0] * _unit(x[0], op)
+        out = normed(op, x[0], w[0])
         return out + x[1] if len(x) > 1 else out
 
     def _layer_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
-        return w[0] * _unit(x[0] - x[0].mean(-1, keepdims=True), op)
+        return normed(op, x[0], w[0])
 
     def _head_norm(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width

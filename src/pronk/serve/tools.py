@@ -162,9 +162,9 @@ class CallParser:
         return False
 
     def _arguments(self, found: list[Found]) -> bool:
-        end = self._value.end(self._buffer)
+        begun, end = self._value.begun, self._value.end(self._buffer)
         part = self._buffer if end is None else self._buffer[:end]
-        part = part if self._value.begun else part.lstrip()
+        part = part if begun else part.lstrip()
         if part:
             found.append(ArgumentText(self.calls - 1, part))
         if end is None:

@@ -8,7 +8,7 @@ them) and ``chat_template_kwargs``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -292,15 +292,27 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens or self.max_tokens
 
 
+Texts = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
+)
+
+
+def _each(texts: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One text or several, each as it stands or as token ids, as a list."""
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts[0], int):
+        return [texts]
+    return cast(list[str | list[int]], texts)
+
+
 class CompletionRequest(Sampling):
     """``POST /v1/completions``."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
-    )
+    prompt: Texts
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -319,12 +331,7 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each a text or token ids."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if given and isinstance(given[0], int):
-            return [[int(token) for token in given]]
-        return list(given)
+        return _each(self.prompt)
 
     def _logprobs(self) -> int | None:
         return self.logprobs
@@ -337,12 +344,7 @@ class EmbeddingRequest(Strict):
     """``POST /v1/embeddings``."""
 
     model: Name
-    input: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=_MOST_PROMPTS)]
-    )
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -350,12 +352,7 @@ class EmbeddingRequest(Strict):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs, each a text or token ids."""
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        if given and isinstance(given[0], int):
-            return [[int(token) for token in given]]
-        return list(given)
+        return _each(self.input)
 
 
 class TokenizeRequest(Strict):

@@ -22,8 +22,8 @@ class ClientGoneError(Exception):
 
 def data(value: Any) -> bytes:
     """One server-sent event."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    # ASCII alone: some clients take U+2028 and its like for the end of a line.
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _gone(receive: Receive) -> None:
