@@ -53,7 +53,7 @@ def hosted(name: str, path: Path, stack: ExitStack, **options: Any) -> Hosted:
 def running(models: dict[str, Path], config: ServeConfig, **options: Any) -> Iterator[Running]:
     """Serve models until the block ends."""
     with ExitStack() as stack:
-        sock = stack.enter_context(bind(config))
+        sock = stack.enter_context(bind(config.host, config.port))
         served_models = [hosted(name, path, stack, **options) for name, path in models.items()]
         served = make_app(served_models, config, resident_memory, "test")
         stack.callback(served.close)

@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ __all__ = ["configure", "run"]
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(?!=)(.+)", re.DOTALL)
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+_GRPC_NEEDED = ("grpc", "grpc_health", "grpc_reflection")
 _CONTEXTS = 4  # full sequences that the KV cache holds, unless told
 
 
@@ -64,6 +66,7 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
         ("--api-key-file", Path, None, "FILE",
          "a name and a key a line: every route but /health and /ready then wants one"),
         ("--audit", Path, None, "FILE", "append who asked for what, sealed, without any text"),
+        ("--grpc-port", int, None, "N", "where to listen for gRPC too; 0 takes a free one"),
         ("--tls-cert", Path, None, "FILE", "a PEM certificate"),
         ("--tls-key", Path, None, "FILE", "its PEM key"),
     ):  # fmt: skip
@@ -97,7 +100,7 @@ def _config(args: argparse.Namespace) -> ServeConfig:
         concurrent=args.key_concurrency, completions=args.max_completions, drain=args.drain,
     )  # fmt: skip
     return ServeConfig(
-        host=args.host, port=args.port, key_file=args.api_key_file,
+        host=args.host, port=args.port, grpc_port=args.grpc_port, key_file=args.api_key_file,
         origins=tuple(args.cors_origin), hosts=tuple(args.allow_host),
         tls_cert=args.tls_cert, tls_key=args.tls_key,
         audit=args.audit,
@@ -119,10 +122,12 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    needed = _NEEDED if args.grpc_port is None else (*_NEEDED, *_GRPC_NEEDED)
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
+        extra = "serve" if missing[0] in _NEEDED else "serve,grpc"
         raise RequestError(
-            f"pronk serve needs {missing[0]}, which is not installed: pip install 'pronk[serve]'"
+            f"pronk serve needs {missing[0]}, which is not installed: pip install 'pronk[{extra}]'"
         )
     config, named = _config(args), _named(args.models)
     from pronk import __version__
@@ -133,7 +138,10 @@ def run(args: argparse.Namespace) -> None:
     from pronk.serve.http.run import Server, bind, serve
 
     with contextlib.ExitStack() as stack:
-        sock = stack.enter_context(bind(config))
+        sock = stack.enter_context(bind(config.host, config.port))
+        if config.grpc_port is not None:
+            with bind(config.host, config.grpc_port) as found:  # gRPC takes it itself, later
+                config = replace(config, grpc_port=found.getsockname()[1])
         hosted = [_open(name, address, args, stack) for name, address in named.items()]
         served = make_app(hosted, config, resident_memory, __version__)
         stack.callback(served.close)
@@ -144,9 +152,12 @@ def run(args: argparse.Namespace) -> None:
 
         def started(server: Server) -> None:
             if args.json:
-                print(json.dumps({"url": url, "models": list(named)}), flush=True)
+                data = {"url": url, "models": list(named), "grpc_port": config.grpc_port}
+                print(json.dumps(data), flush=True)
             else:
                 common.note(f"pronk: {', '.join(named)} at {url} (chat: /, figures: /dashboard)")
+                if config.grpc_port is not None:
+                    common.note(f"pronk: gRPC at {host}:{config.grpc_port}")
 
         serve(served, config, sock, started)
 

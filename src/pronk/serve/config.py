@@ -64,6 +64,8 @@ class ServeConfig:
     ----------
     host, port : str, int
         Where it listens; port 0 takes a free one.
+    grpc_port : int or None
+        Where it listens for gRPC, on the same address; None: nowhere.
     key_file : Path or None
         Who may use it: see `pronk.serve.auth.read_keys`.
     origins : tuple of str
@@ -84,6 +86,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     key_file: Path | None = None
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -93,8 +96,9 @@ class ServeConfig:
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise RequestError(f"port must be in [0, 65535], not {self.port}")
+        for port in (self.port, self.grpc_port):
+            if port is not None and not 0 <= port <= 65535:
+                raise RequestError(f"a port must be in [0, 65535], not {port}")
         if not self.local and self.key_file is None:
             raise RequestError(
                 f"binding {self.host} opens the server to others: give --api-key-file FILE"

@@ -5,9 +5,10 @@ The prefix is ``pronk:``; ``docs/serving.md`` lists all of them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,12 +16,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from pronk.engine.stats import Stats
+from pronk.serve.anomaly import Alarm, Anomalies
 
 if TYPE_CHECKING:
     from pronk.serve.hosted import Hosted
 
 __all__ = ["Metrics", "ModelMetrics"]
 
+_log = logging.getLogger("pronk.serve")
 _LATENCY = (.01, .02, .05, .1, .2, .3, .5, .75, 1, 2, 5, 10, 20, 30, 60, 120)  # fmt: skip
 _STEP = (.001, .002, .005, .01, .02, .03, .05, .075, .1, .2, .5, 1, 2, 5)  # fmt: skip
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -63,6 +66,7 @@ class ModelMetrics:
         self._done, self._name = metrics.done, name
         self.prompt_tokens = self.generated_tokens = 0
         self.recent = {"ttft": Recent(), "inter_token": Recent(), "e2e": Recent()}
+        self.anomalies = Anomalies()
 
     def began(self, tokens: int) -> None:
         """A prompt of so many tokens was taken."""
@@ -74,12 +78,14 @@ class ModelMetrics:
         """A first token came, so long after it was asked for."""
         self._ttft.observe(seconds)
         self.recent["ttft"].add(seconds)
+        self._warn(self.anomalies.latency("ttft", seconds))
         self._count()
 
     def next_token(self, seconds: float) -> None:
         """Another token came, so long after the one before."""
         self._step.observe(seconds)
         self.recent["inter_token"].add(seconds)
+        self._warn(self.anomalies.latency("inter_token", seconds))
         self._count()
 
     def _count(self) -> None:
@@ -92,6 +98,12 @@ class ModelMetrics:
         self._e2e.observe(seconds)
         self.recent["e2e"].add(seconds)
         self._generated_sizes.observe(tokens)
+        self._warn(self.anomalies.outcome("errors", reason == "error"))
+
+    def _warn(self, alarm: Alarm | None) -> None:
+        if alarm is not None:
+            _log.warning("%s of %s changed from %.3g to %.3g", alarm.series, self._name,
+                         alarm.usual, alarm.now)  # fmt: skip
 
 
 class Metrics:
@@ -130,7 +142,7 @@ class Metrics:
         self.answers = counter("http_requests", "Answers.", ["route", "status"])
         self.guarded = counter("guard_actions", "What the guard did.", ["rule", "action"])
         self._of = {model.name: ModelMetrics(self, model.name) for model in models}
-        registry.register(_Engines(models, resident))
+        registry.register(_Engines(models, resident, self._of))
 
     def of(self, name: str) -> ModelMetrics:
         """The series of a model."""
@@ -170,8 +182,10 @@ def _usage(stats: Stats) -> float:
 class _Engines:
     """Series that are read off the engines when somebody asks."""
 
-    def __init__(self, models: Sequence[Hosted], resident: Callable[[], int]) -> None:
-        self._models, self._resident = models, resident
+    def __init__(
+        self, models: Sequence[Hosted], resident: Callable[[], int], of: Mapping[str, ModelMetrics]
+    ) -> None:
+        self._models, self._resident, self._of = models, resident, of
 
     def collect(self) -> Iterable[Metric]:
         """The series now."""
@@ -205,6 +219,13 @@ class _Engines:
             for model, values in stats.items():
                 counts.add_metric([model], float(getattr(values, read)))
             yield counts
+        odd = GaugeMetricFamily(
+            "pronk:anomaly", "1 while a series is not as it was.", labels=["model_name", "series"]
+        )
+        for model, series in self._of.items():
+            for one, alarm in series.anomalies.series:
+                odd.add_metric([model, one], float(alarm is not None))
+        yield odd
         plan = GaugeMetricFamily(
             "pronk:memory_planned_bytes", "Planned memory, by part.", labels=["model_name", "part"]
         )

@@ -7,7 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,18 +17,21 @@ from starlette.types import ASGIApp
 
 from pronk.errors import PronkError
 from pronk.serve.audit import AuditLog
-from pronk.serve.auth import read_keys
+from pronk.serve.auth import Keys, Quotas, read_keys
 from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.http import chat, completions, more
 from pronk.serve.http.context import Context
-from pronk.serve.http.gateway import Gateway, Gauge
+from pronk.serve.http.gateway import Gateway, Gauge, Sink
 from pronk.serve.http.replies import ErrorReply
 from pronk.serve.http.sse import ClientGoneError
 from pronk.serve.metrics import Metrics
 from pronk.spec import SamplingParams
+
+if TYPE_CHECKING:
+    from pronk.serve.grpc.server import GrpcServer
 
 __all__ = ["Served", "make_app"]
 
@@ -46,6 +49,7 @@ _FILES = {
     "/pages/dashboard.js": "dashboard.js",
     "/pages/style.css": "style.css",
 }
+_GRPC_GRACE = 1.0  # seconds to calls that a drain has not waited for
 _ERRORS = (400, 401, 403, 404, 405, 413, 429, 500, 503)
 _log = logging.getLogger("pronk.serve")
 
@@ -59,12 +63,18 @@ class Served:
     api : FastAPI
         Behind the gateway.
     gauge : Gauge
+    grpc : GrpcServer or None
     """
 
     def __init__(
-        self, app: ASGIApp, api: FastAPI, context: Context, audit: AuditLog | None
+        self,
+        app: ASGIApp,
+        api: FastAPI,
+        context: Context,
+        audit: AuditLog | None,
+        grpc: GrpcServer | None,
     ) -> None:
-        self.app, self.api, self.context = app, api, context
+        self.app, self.api, self.context, self.grpc = app, api, context, grpc
         self.gauge, self._audit = context.gauge, audit
 
     def close(self) -> None:
@@ -94,18 +104,27 @@ def make_app(
     keys = read_keys(config.key_file) if config.key_file else None
     metrics = Metrics(models, resident)
     audit = AuditLog(config.audit) if config.audit else None
-    gauge = Gauge()
+    gauge, quotas = Gauge(), Quotas(config.limits)
     context = Context(
         {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit
     )
+
+    sink: Sink | None = None
+    if audit is not None:
+        sink = lambda entry: audit.write(_audited(entry))  # noqa: E731
+    grpc = _grpc(context, keys, quotas, sink)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in models:
             model.attach()
-        task = asyncio.create_task(_warm_up(models))
+        if grpc is not None:
+            await grpc.start()
+        task = asyncio.create_task(_warm_up(models, grpc))
         yield
         task.cancel()
+        if grpc is not None:
+            await grpc.stop(_GRPC_GRACE)
 
     api = FastAPI(
         title="Pronk", version=version, lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -116,10 +135,9 @@ def make_app(
         api.include_router(router)
     _handle_errors(api, metrics)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
-    sink = None
-    if audit is not None:
-        sink = lambda entry: audit.write(_audited(entry))  # noqa: E731
-    return Served(Gateway(api, config, keys, metrics, gauge, sink), api, context, audit)
+    return Served(
+        Gateway(api, config, keys, metrics, gauge, quotas, sink), api, context, audit, grpc
+    )
 
 
 def _audited(entry: dict[str, object]) -> dict[str, object]:
@@ -130,7 +148,18 @@ def _audited(entry: dict[str, object]) -> dict[str, object]:
     return entry
 
 
-async def _warm_up(models: Sequence[Hosted]) -> None:
+def _grpc(
+    context: Context, keys: Keys | None, quotas: Quotas, audit: Sink | None
+) -> GrpcServer | None:
+    if context.config.grpc_port is None:
+        return None
+    from pronk.serve.grpc.calls import Calls
+    from pronk.serve.grpc.server import GrpcServer
+
+    return GrpcServer(Calls(context, keys, quotas, audit), context.config)
+
+
+async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:
     """Run a few tokens through each model, so that the first request finds memory touched."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for model in models:
@@ -143,6 +172,8 @@ async def _warm_up(models: Sequence[Hosted]) -> None:
             _log.error("the model %s fails on its first tokens: %s", model.name, event.error)
             continue
         model.warm = True
+    if grpc is not None:
+        await grpc.set_ready(all(model.warm for model in models))
 
 
 def _pages() -> APIRouter:

@@ -21,7 +21,7 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError, error_body
 from pronk.serve.metrics import Metrics
 
-__all__ = ["OPEN_ROUTES", "Gateway", "Gauge"]
+__all__ = ["OPEN_ROUTES", "Gateway", "Gauge", "Sink"]
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
@@ -58,6 +58,7 @@ class Gateway:
     keys : Keys or None
     metrics : Metrics
     gauge : Gauge
+    quotas : Quotas
     audit : callable, optional
         Told of each request when it ends.
     """
@@ -69,11 +70,12 @@ class Gateway:
         keys: Keys | None,
         metrics: Metrics,
         gauge: Gauge,
+        quotas: Quotas,
         audit: Sink | None = None,
     ) -> None:
         self.app, self.config, self.keys, self.metrics = app, config, keys, metrics
         self.gauge, self._audit = gauge, audit
-        self._quotas = Quotas(config.limits)
+        self._quotas = quotas
         self._hosts = _LOOPBACK | {config.host} | set(config.hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

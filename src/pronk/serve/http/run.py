@@ -54,24 +54,22 @@ class Server(uvicorn.Server):
         self.should_exit = self.force_exit = True
 
 
-def bind(config: ServeConfig) -> socket.socket:
-    """A listening socket, so that a taken port is an error before anything is loaded.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, so that a taken port is an error before anything is loaded.
 
     Raises
     ------
     RequestError
         If the address cannot be bound.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((config.host, config.port))
+        sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise RequestError(
-            f"{config.host}:{config.port} cannot be bound: {error.strerror or error}"
-        ) from None
+        raise RequestError(f"{host}:{port} cannot be bound: {error.strerror or error}") from None
     return sock
 
 

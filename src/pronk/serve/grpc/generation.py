@@ -1,0 +1,135 @@
+"""``pronk.v1.Generation``: text, embeddings and tokens over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from pronk.engine.sampler import Sample
+from pronk.errors import RequestError
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
+from pronk.serve.grpc import generation_pb2 as pb
+from pronk.serve.grpc.calls import Record
+from pronk.serve.hosted import Hosted
+from pronk.serve.http.context import Context
+from pronk.spec import SamplingParams
+
+__all__ = ["Generation", "sampling_params"]
+
+
+def sampling_params(given: pb.Sampling) -> SamplingParams:
+    """What a message says of sampling; fields that are left out have their defaults.
+
+    Raises
+    ------
+    RequestError
+        If a value is out of its range.
+    """
+    fields: dict[str, Any] = {}
+    for field, value in given.ListFields():
+        fields[field.name] = tuple(value) if field.name == "stop" else value
+    return SamplingParams(**fields)
+
+
+def _token(sample: Sample) -> pb.Token:
+    top = [pb.Logprob(token=token, logprob=value) for token, value in sample.top_logprobs]
+    return pb.Token(id=sample.token, logprob=sample.logprob, top=top)
+
+
+def _usage(tally: Tally) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=tally.prompt, completion_tokens=tally.completion, cached_tokens=tally.cached
+    )
+
+
+class Generation:
+    """The service's methods, each from a message to a message."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def _model(self, name: str, record: Record) -> Hosted:
+        model = self._context.model(name or None)
+        record["model"] = model.name
+        return model
+
+    async def _job(self, request: pb.GenerateRequest, record: Record) -> tuple[Hosted, Job]:
+        model = self._model(request.model, record)
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            prompt = await model.encode(request.text)
+        elif kind == "tokens":
+            prompt = list(request.tokens.ids)
+        elif kind == "chat":
+            prompt = await model.render(
+                [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            )
+        else:
+            raise RequestError("the request has no prompt: give text, tokens or chat")
+        admit(model, [prompt], 1, self._context.config.limits)
+        return model, Job(prompt, sampling_params(request.sampling))
+
+    async def generate(self, request: pb.GenerateRequest, record: Record) -> pb.GenerateResponse:
+        """The whole answer."""
+        model, job = await self._job(request, record)
+        tally = record["tokens"] = Tally()
+        [done] = await whole(generate(model, [job], self._context.metrics, tally), 1)
+        return pb.GenerateResponse(
+            text=done.text,
+            tokens=map(_token, done.samples),
+            finish_reason=done.finish_reason,
+            usage=_usage(tally),
+        )
+
+    async def generate_stream(
+        self, request: pb.GenerateRequest, record: Record
+    ) -> AsyncIterator[pb.GeneratePart]:
+        """The answer as it comes."""
+        model, job = await self._job(request, record)
+        tally = record["tokens"] = Tally()
+        delta: Delta
+        async with aclosing(generate(model, [job], self._context.metrics, tally)) as deltas:
+            async for delta in deltas:
+                part = pb.GeneratePart(text=delta.text, tokens=map(_token, delta.samples))
+                if delta.finish_reason:
+                    part.finish_reason = delta.finish_reason
+                    part.usage.CopyFrom(_usage(tally))
+                yield part
+
+    async def embed(self, request: pb.EmbedRequest, record: Record) -> pb.EmbedResponse:
+        """The mean of each text's last hidden states."""
+        model = self._model(request.model, record)
+        most = self._context.config.limits.completions
+        if not 1 <= len(request.texts) <= most:
+            raise RequestError(f"texts must be 1 to {most}, not {len(request.texts)}")
+        inputs = [await model.encode(text) for text in request.texts]
+        futures = [asyncio.wrap_future(model.engine.embed(ids)) for ids in inputs]
+        try:
+            vectors = await asyncio.gather(*futures)
+        finally:
+            for future in futures:
+                future.cancel()
+        return pb.EmbedResponse(
+            embeddings=[pb.Embedding(values=vector) for vector in vectors],
+            prompt_tokens=sum(map(len, inputs)),
+        )
+
+    async def tokenize(self, request: pb.TokenizeRequest, record: Record) -> pb.TokenizeResponse:
+        """Token ids of a text."""
+        model = self._model(request.model, record)
+        return pb.TokenizeResponse(
+            ids=await model.encode(request.text, not request.without_special)
+        )
+
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, record: Record
+    ) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        model = self._model(request.model, record)
+        ids = list(request.ids)
+        beyond = next((one for one in ids if one >= model.spec.vocab_size), None)
+        if beyond is not None:
+            raise RequestError(f"token id {beyond} is not in the vocabulary")
+        return pb.DetokenizeResponse(text=await model.aside(model.tokenizer.decode, ids, False))
