@@ -178,12 +178,9 @@ GROUPS = (
     KvGroup("chunked", 50, 0, (3,)),
     KvGroup("chunked", 64, 0, (4,)),
 )
-AT_ONCE = 24
-ACTIONS = st.tuples(
-    st.sampled_from(["add", "step", "step", "step", "draft", "end", "preempt", "session", "bad"]),
-    st.integers(0, 7),
-    st.integers(1, AT_ONCE),
-)
+AT_ONCE = 48
+KINDS_OF_ACTION = ["add"] * 2 + ["step"] * 9 + ["draft", "end", "preempt", "session", "bad"]
+ACTIONS = st.tuples(st.sampled_from(KINDS_OF_ACTION), st.integers(0, 3), st.integers(1, AT_ONCE))
 
 
 class Trace:
@@ -192,10 +189,19 @@ class Trace:
     def __init__(self, groups, blocks):
         self.kv = KvBlocks([KvPool(g, 64, blocks) for g in groups], AT_ONCE)
         self.live = []  # [holding, tokens, computed]
-        self.wrote = [{} for _ in groups]  # block -> place -> all tokens up to there
+        self.wrote = [{} for _ in groups]  # (block, place) -> name of all tokens up to there
+        self.names = {}
+
+    def named(self, tokens):
+        """A number for each beginning."""
+        name, names = 0, []
+        for token in tokens:
+            name = self.names.setdefault((name, token), len(self.names) + 1)
+            names.append(name)
+        return names
 
     def add(self, seed, length):
-        tokens = [seed % 3] * 40 + [seed % 2] * 40 + [seed] * (5 * length)
+        tokens = [0] * 75 + [seed % 2] * 60 + [seed] * (3 * length)
         holding = self.kv.hold()
         computed = self.kv.extend(holding, tokens, 0)
         self.live.append([holding, tokens, computed])
@@ -210,29 +216,31 @@ class Trace:
             return
         self.kv.move(holding, computed, stop)
         self.sees(holding, tokens, computed, stop, written=computed)
+        names = self.named(tokens)
         for group, blocks in enumerate(holding.blocks):
+            pool = self.kv.managers[group].pool
             for position in range(computed, stop):
                 block = blocks[position // 32]
-                pool = self.kv.managers[group].pool
                 # Who writes to a block is alone, and nobody can find it.
                 assert pool._holders[block] == 1 and pool._keys[block] is None
-                known = tuple(tokens[: position + 1]) if position < len(tokens) else None
-                self.wrote[group].setdefault(block, {})[position % 32] = known
+                stands = position < entry[2] + count
+                self.wrote[group][block, position % 32] = names[position] if stands else None
         entry[2] = computed + count
         self.kv.publish(holding, tokens, entry[2])
 
     def sees(self, holding, tokens, start, stop, written):
-        """What the tokens from `start` on see is what these tokens wrote."""
+        """What the tokens from `start` on see was written by the same tokens."""
+        names = self.named(tokens)
         for group, (manager, blocks) in enumerate(
             zip(self.kv.managers, holding.blocks, strict=True)
         ):
-            for position in range(start, stop):
+            for position in {start, stop - 1}:
                 first = manager.group.first_seen(position)
-                sinks = range(min(manager.group.sinks, first))
+                sinks = range(min(manager.group.sinks, first, written))
                 for seen in (*sinks, *range(first, min(position + 1, written))):
                     block = blocks[seen // 32]
                     assert block >= 0
-                    assert self.wrote[group][block][seen % 32] == tuple(tokens[: seen + 1])
+                    assert self.wrote[group][block, seen % 32] == names[seen]
 
     def check(self):
         for i, manager in enumerate(self.kv.managers):
@@ -246,8 +254,8 @@ class Trace:
 
 
 @pytest.mark.parametrize("groups", [GROUPS[:1], GROUPS[1:3], GROUPS[3:], GROUPS], ids=len)
-@settings(max_examples=60, deadline=None)
-@given(trace=st.lists(ACTIONS, max_size=60), blocks=st.integers(6, 20))
+@settings(max_examples=40, deadline=None)
+@given(trace=st.lists(ACTIONS, min_size=30, max_size=80), blocks=st.integers(9, 24))
 def test_blocks_are_neither_leaked_nor_freed_twice(groups, trace, blocks):
     run = Trace(groups, blocks)
     kv = run.kv
