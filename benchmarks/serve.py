@@ -242,6 +242,8 @@ def main() -> None:
             ids = [tokenizer.encode(prompt) for prompt in asked]
             asked_tokens += map(len, ids)
             for name, url in urls.items():
+                if turn and name != "pronk":
+                    continue  # it takes long, and only Pronk has an engine to be held to
                 done, seconds = asyncio.run(closed_loop(url, "it", asked, count, args.tokens))
                 for seen in done:
                     seen.tokens = len(tokenizer.encode(seen.text, add_special=False))
