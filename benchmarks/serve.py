@@ -7,7 +7,7 @@ fed with token ids, which tells what HTTP, JSON and text cost on top. Tokens of 
 counted by one tokenizer, from the text.
 
     python benchmarks/serve.py [--model MODEL] [--clients 1,4,16] [--requests 16] [--tokens 48]
-                               [--llama-python PATH] [--out FILE.json]
+                               [--rounds 3] [--llama-python PATH] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from machine import describe
 
 from pronk import SamplingParams, load, resolve
 from pronk.checkpoint.open import open_checkpoint
+from pronk.engine.request import Event
+from pronk.engine.service import Service
 from pronk.model import choose_threads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,57 +136,53 @@ def free_port() -> int:
 @contextlib.contextmanager
 def server(command: Sequence[str], url: str, ready: str) -> Iterator[None]:
     """A server in a process of its own, from when it answers."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + ready, timeout=5).status_code == 200:
-                    break
-            if child.poll() is not None:
-                assert child.stderr is not None
-                raise SystemExit(f"a server did not start: {child.stderr.read().decode()[-500:]}")
-            time.sleep(0.05)
-        else:
-            raise SystemExit(f"{command[2]} does not answer")
-        yield
-    finally:
-        child.send_signal(signal.SIGTERM)
-        child.communicate()
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(url + ready, timeout=5).status_code == 200:
+                        break
+                if child.poll() is not None:
+                    log.seek(0)
+                    raise SystemExit(f"a server did not start: {log.read().decode()[-500:]}")
+                time.sleep(0.05)
+            else:
+                raise SystemExit(f"{command[2]} does not answer")
+            yield
+        finally:
+            child.send_signal(signal.SIGTERM)
+            child.wait()
 
 
 def engine_alone(
-    args: argparse.Namespace, path: Path, asked: Sequence[str], clients: int
+    service: Service, asked: Sequence[list[int]], clients: int, tokens: int
 ) -> tuple[int, float]:
     """Tokens of the engine alone, fed with ids by as many askers; and the seconds."""
-    with load(path, args.threads, CONTEXT, kv_tokens=args.kv_contexts * CONTEXT) as model:
-        service = model.service()
-        left = [model.encode(prompt) for prompt in asked]
-        params = SamplingParams(max_tokens=args.tokens)
-        loop, tokens = asyncio.new_event_loop(), 0
+    params = SamplingParams(max_tokens=tokens)
+    left, count = iter(asked), 0
+    loop = asyncio.new_event_loop()
 
-        async def client() -> None:
-            nonlocal tokens
-            while left:
-                ended = loop.create_future()
+    async def client() -> None:
+        nonlocal count
+        for ids in left:
+            ended = loop.create_future()
 
-                def heard(event: Any, ended: asyncio.Future[None] = ended) -> None:
-                    nonlocal tokens
-                    tokens += event.finish_reason != "stop"
-                    if event.finish_reason:
-                        loop.call_soon_threadsafe(ended.set_result, None)
+            def heard(event: Event, ended: asyncio.Future[None] = ended) -> None:
+                nonlocal count
+                count += event.finish_reason != "stop"
+                if event.finish_reason:
+                    loop.call_soon_threadsafe(ended.set_result, None)
 
-                service.submit(left.pop(0), params, heard)
-                await ended
+            service.submit(ids, params, heard)
+            await ended
 
-        async def everyone() -> None:
-            await asyncio.gather(*(client() for _ in range(clients)))
+    async def everyone() -> None:
+        await asyncio.gather(*(client() for _ in range(clients)))
 
-        service.embed(model.encode("Once upon a time")).result()  # memory is touched
-        start = time.perf_counter()
-        loop.run_until_complete(everyone())
-        seconds = time.perf_counter() - start
-        service.close()
-    return tokens, seconds
+    start = time.perf_counter()
+    loop.run_until_complete(everyone())
+    return count, time.perf_counter() - start
 
 
 def sides(args: argparse.Namespace, path: Path) -> dict[str, tuple[list[str], str, str]]:
@@ -213,6 +212,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,4,16", help="numbers of clients")
     parser.add_argument("--requests", type=int, default=16, help="of all clients together")
     parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--kv-contexts", type=int, default=8, help="size of Pronk's KV cache")
     parser.add_argument("--llama-python", metavar="PATH", help="a Python with llama_cpp.server")
@@ -223,35 +223,49 @@ def main() -> None:
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.load_tokenizer()
     counts = [int(text) for text in args.clients.split(",")]
-    # Each run has prompts of its own, the same for all sides.
-    asked = {count: prompts(args.requests, seed) for seed, count in enumerate(counts)}
     runs: list[dict[str, Any]] = []
-    for name, (command, url, ready) in sides(args, path).items():
-        with server(command, url, ready):
+    asked_tokens: list[int] = []
+    with contextlib.ExitStack() as stack:
+        urls = {}
+        for name, (command, url, ready) in sides(args, path).items():
+            stack.enter_context(server(command, url, ready))
             asyncio.run(closed_loop(url, "it", ["Once upon a time"], 1, 8))
-            for count in counts:
-                done, seconds = asyncio.run(
-                    closed_loop(url, "it", asked[count], count, args.tokens)
-                )
+            urls[name] = url
+        model = stack.enter_context(
+            load(path, args.threads, CONTEXT, kv_tokens=args.kv_contexts * CONTEXT)
+        )
+        service = stack.enter_context(model.service())
+        service.embed(tokenizer.encode("Once upon a time")).result()  # memory is touched
+        # Sides take turns, so that a slow spell of the machine meets all of them.
+        for turn, count in ((turn, count) for turn in range(args.rounds) for count in counts):
+            asked = prompts(args.requests, seed=1000 * turn + count)
+            ids = [tokenizer.encode(prompt) for prompt in asked]
+            asked_tokens += map(len, ids)
+            for name, url in urls.items():
+                if turn and name != "pronk":
+                    continue  # it takes long, and only Pronk has an engine to be held to
+                done, seconds = asyncio.run(closed_loop(url, "it", asked, count, args.tokens))
                 for seen in done:
                     seen.tokens = len(tokenizer.encode(seen.text, add_special=False))
-                runs.append({"side": name, "clients": count, **summary(done, seconds)})
-    for count in counts:
-        tokens, seconds = engine_alone(args, path, asked[count], count)
-        runs.append({"side": "engine", "clients": count, "requests": args.requests,
-                     "tokens": tokens, "tokens_per_second": tokens / seconds})  # fmt: skip
-    rates = {(run["side"], run["clients"]): run["tokens_per_second"] for run in runs}
+                runs.append({"side": name, "round": turn, "clients": count,
+                             **summary(done, seconds)})  # fmt: skip
+            tokens, seconds = engine_alone(service, ids, count, args.tokens)
+            runs.append({"side": "engine", "round": turn, "clients": count, "tokens": tokens,
+                         "requests": len(ids), "tokens_per_second": tokens / seconds})  # fmt: skip
+    rates = {(r["side"], r["round"], r["clients"]): r["tokens_per_second"] for r in runs}
     result = {
         "benchmark": "serve",
         "command": output.command(),
         "machine": describe(args.threads),
         "model": path.name,
-        "prompt_tokens": statistics.mean(
-            len(tokenizer.encode(prompt)) for texts in asked.values() for prompt in texts
-        ),
+        "prompt_tokens": statistics.mean(asked_tokens),
         "runs": runs,
         "overhead": {
-            str(count): 1 - rates["pronk", count] / rates["engine", count] for count in counts
+            str(count): statistics.median(
+                1 - rates["pronk", turn, count] / rates["engine", turn, count]
+                for turn in range(args.rounds)
+            )
+            for count in counts
         },
     }
     output.finish(result, args)

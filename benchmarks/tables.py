@@ -350,12 +350,15 @@ def serve(result: Result) -> str:
     """The table of a `serve.py` result."""
     head = ["clients", "side", "tokens/s", "TTFT p50, p90, p99, ms", "TPOT p50, p90, p99, ms"]
     rows = []
-    for run in sorted(result["runs"], key=lambda run: run["clients"]):
-        spans = [
-            ", ".join(f"{1000 * value:,.0f}" for value in run[key].values()) if key in run else ""
-            for key in ("ttft", "tpot")
-        ]
-        rows.append([str(run["clients"]), run["side"], f"{run['tokens_per_second']:.0f}", *spans])
+    order = dict.fromkeys((run["clients"], run["side"]) for run in result["runs"])
+    for clients, side in sorted(order, key=lambda pair: pair[0]):
+        runs = [r for r in result["runs"] if (r["clients"], r["side"]) == (clients, side)]
+        rate = statistics.median(run["tokens_per_second"] for run in runs)
+        spans = []
+        for key in ("ttft", "tpot"):
+            middle = [statistics.median(run[key][p] for run in runs) for p in runs[0].get(key, ())]
+            spans.append(", ".join(f"{1000 * value:,.0f}" for value in middle))
+        rows.append([str(clients), side, f"{rate:.0f}", *spans])
     lost = ", ".join(f"{share:.0%} at {count}" for count, share in result["overhead"].items())
     return "\n\n".join([markdown(head, rows), f"HTTP, JSON and text cost (clients): {lost}."])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -218,6 +219,55 @@ def test_a_client_that_leaves_ends_its_request(server, stream):
         with server.client() as http, pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=body, timeout=0.05)
     idle(server)
+
+
+def test_long_texts_do_not_hold_up_others(server, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    tokenizer = server.models[0].tokenizer
+    encode = tokenizer.encode
+
+    def slow(text, *args, **options):
+        if text == "slow":
+            begun.set()
+            assert go_on.wait(30)
+        return encode(text, *args, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    with ThreadPoolExecutor(1) as pool, server.client() as http, server.client() as other:
+        answer = pool.submit(http.post, "/tokenize", json={"prompt": "slow"})
+        assert begun.wait(30)
+        assert other.get("/health").status_code == 200
+        assert other.post("/tokenize", json={"prompt": "x"}).status_code == 200
+        assert not answer.done()
+        go_on.set()
+        assert answer.result().status_code == 200
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_mixed_load(server):
+    rng = random.Random(0)
+    plans = [
+        {"max_tokens": rng.randint(1, 60), "n": rng.randint(1, 4), "stream": rng.random() < 0.5,
+         "prompt": "once upon a time " * rng.randint(1, 30), "ignore_eos": True,
+         **rng.choice([{}, {}, {"structured_outputs": {"regex": "[a-z]{5,40}"}},
+                       {"temperature": 9}, {"stop": ["a"]}])}
+        for _ in range(300)
+    ]  # fmt: skip
+    leave = [rng.choice([None, None, 0, 3]) for _ in plans]  # after so many lines
+
+    def one(plan: dict, lines: int | None) -> int:
+        body = {"model": "tiny", **plan}
+        with server.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+            for at, _ in enumerate(answer.iter_lines()):
+                if lines is not None and at >= lines:
+                    break
+            return answer.status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(one, plans, leave))
+    assert set(codes) == {200, 400}
+    idle(server)
+    assert server.served.gauge.running == 0
 
 
 BAD = [

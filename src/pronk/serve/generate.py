@@ -18,7 +18,7 @@ from pronk.serve.metrics import Metrics
 from pronk.serve.stream import TextStream
 from pronk.spec import SamplingParams
 
-__all__ = ["Delta", "Job", "Tally", "admit", "generate", "whole"]
+__all__ = ["Delta", "Job", "Tally", "admit", "generate", "make_way", "whole"]
 
 
 @dataclass(slots=True)
@@ -195,6 +195,11 @@ def admit(model: Hosted, prompts: Sequence[Sequence[int]], count: int, limits: S
                 400, f"the prompt has {len(prompt)} tokens, but the context holds {model.context} "
                 "with at least one for the answer: shorten it", "context_length_exceeded",
             )  # fmt: skip
+    make_way(model, texts, limits)
+
+
+def make_way(model: Hosted, texts: int, limits: ServeLimits) -> None:
+    """Refuse so many more texts if the queue is full."""
     if model.waiting + texts > limits.queue:
         raise ApiError(
             503, f"{model.waiting} requests wait already, of at most {limits.queue}: try again "

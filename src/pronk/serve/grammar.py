@@ -189,7 +189,6 @@ class Grammar:
             error = _sentence(self._matcher.get_error())
             raise RequestError(f"the {self._kind} of the output cannot be followed: {error}")
 
-    @property
-    def complete(self) -> bool:
-        """Whether what has come is all of a form."""
-        return bool(self._matcher.is_accepting())
+    def copy(self) -> Grammar:
+        """Another at the same place."""
+        return Grammar(self._matcher.deep_copy(), self._kind)

@@ -15,13 +15,12 @@ from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.engine.request import Constraint, Event
 from pronk.engine.service import Service
 from pronk.errors import RequestError
-from pronk.serve.grammar import Form, compile_form, grammar_tokenizer
+from pronk.serve.grammar import Form, Grammar, compile_form, grammar_tokenizer
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 
 __all__ = ["Arrivals", "Hosted", "Mailbox"]
 
 T = TypeVar("T")
-_SHORT = 2048  # characters that are tokenized at once: less than handing them to a thread costs
 
 
 class Mailbox:
@@ -116,8 +115,7 @@ class Hosted:
             return list(prompt)
         if not prompt:
             raise RequestError("the prompt is empty: give some text")
-        if len(prompt) <= _SHORT:
-            return self.tokenizer.encode(prompt, add_special)
+        # However short it is: the tokenizer may be at work on a long one.
         return await self.aside(self.tokenizer.encode, prompt, add_special)
 
     async def render(
@@ -159,17 +157,22 @@ class Hosted:
 
         return self.engine.submit(prompt, params, listen, constraint=constraint)
 
-    async def constraint(self, form: Form, limit: int) -> Constraint:
-        """A form, compiled beside the event loop; at most `limit` bytes of it.
+    async def constraints(
+        self, form: Form | None, limit: int, count: int
+    ) -> Sequence[Constraint | None]:
+        """A form for each of some texts, compiled beside the event loop; at most `limit` bytes.
 
         Raises
         ------
         RequestError
             If it cannot be used.
         """
-        return await self.aside(self._constraint, form, limit)
+        if form is None:
+            return [None] * count
+        first = await self.aside(self._grammar, form, limit)
+        return [first, *(first.copy() for _ in range(count - 1))]
 
-    def _constraint(self, form: Form, limit: int) -> Constraint:
+    def _grammar(self, form: Form, limit: int) -> Grammar:
         with self.lock:  # the first form takes a moment: the vocabulary is read once
             if self.words is None:
                 self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)

@@ -42,11 +42,11 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
     turn = await prepare(model, body)
     admit(model, [turn.prompt], body.count, context.config.limits)
-    jobs = []
-    for choice in range(body.count):
-        form = turn.form
-        constraint = await model.constraint(form, context.config.limits.grammar) if form else None
-        jobs.append(Job(turn.prompt, body.params(choice), constraint, repeats=choice > 0))
+    forms = await model.constraints(turn.form, context.config.limits.grammar, body.count)
+    jobs = [
+        Job(turn.prompt, body.params(choice), form, repeats=choice > 0)
+        for choice, form in enumerate(forms)
+    ]
     tally = Tally()
     deltas = generate(model, jobs, context.metrics, tally)
     request.state.record.update(model=model.name, choices=body.count, tokens=tally)

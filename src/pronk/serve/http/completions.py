@@ -47,11 +47,12 @@ async def _begin(
     ids = [await model.encode(prompt) for prompt in prompts]
     admit(model, ids, count, limits)
     form = form_of(None, body.structured_outputs)
-    jobs = []
-    for prompt in ids:
-        for choice in range(count):
-            constraint = await model.constraint(form, limits.grammar) if form else None
-            jobs.append(Job(prompt, body.params(choice), constraint, repeats=choice > 0))
+    forms = iter(await model.constraints(form, limits.grammar, len(ids) * count))
+    jobs = [
+        Job(prompt, body.params(choice), next(forms), repeats=choice > 0)
+        for prompt in ids
+        for choice in range(count)
+    ]
     echoes = [""] * len(jobs)
     if body.echo:
         written = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]

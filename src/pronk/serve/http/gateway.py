@@ -24,7 +24,7 @@ from pronk.serve.metrics import Metrics
 __all__ = ["OPEN_ROUTES", "Gateway", "Gauge", "Sink"]
 
 OPEN_ROUTES = frozenset({"/health", "/ready"})
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1", "testserver"})
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _log = logging.getLogger("pronk.serve")
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from numpy.typing import NDArray
 
 from pronk.serve.errors import ApiError
+from pronk.serve.generate import make_way
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.context import context_of
 from pronk.serve.http.prepare import as_template
@@ -27,6 +29,7 @@ from pronk.serve.http.sse import until_gone
 __all__ = ["router"]
 
 router = APIRouter()
+Vector = NDArray[np.float32]
 
 
 def _card(model: Hosted) -> dict[str, Any]:
@@ -65,6 +68,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
                 400, f"an input has {len(ids)} tokens, of at most {model.context}: shorten it",
                 "context_length_exceeded", "input",
             )  # fmt: skip
+    make_way(model, len(inputs), context.config.limits)
     request.state.record.update(model=model.name, inputs=len(inputs))
     vectors = await until_gone(request.receive, _embed(model, inputs))
     items = [
@@ -76,16 +80,20 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     return JSONResponse({"object": "list", "model": model.name, "data": items, "usage": usage})
 
 
-async def _embed(model: Hosted, inputs: list[list[int]]) -> list[np.ndarray]:
-    futures = [asyncio.wrap_future(model.engine.embed(ids)) for ids in inputs]
+async def _embed(model: Hosted, inputs: list[list[int]]) -> list[Vector]:
+    futures: list[asyncio.Future[Vector]] = []
+    model.waiting += len(inputs)
     try:
+        for ids in inputs:
+            futures.append(asyncio.wrap_future(model.engine.embed(ids)))
         return list(await asyncio.gather(*futures))
     finally:
+        model.waiting -= len(inputs)
         for future in futures:
             future.cancel()
 
 
-def _written(vector: np.ndarray, encoding: str | None) -> list[float] | str:
+def _written(vector: Vector, encoding: str | None) -> list[float] | str:
     length = float(np.linalg.norm(vector))
     unit = (vector / length if length else vector).astype("<f4")
     if encoding == "base64":

@@ -72,11 +72,10 @@ class EventStream(Response):
             await until_gone(receive, self._pump(send))
         except ClientGoneError:
             return
-
-    async def _pump(self, send: Send) -> None:
-        try:
-            async for piece in self._source:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._source.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        async for piece in self._source:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
