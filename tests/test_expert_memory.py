@@ -226,7 +226,7 @@ def test_the_process_takes_no_more_whether_it_packs_or_reads(tmp_path, home):
         assert some["text"] == whole["text"]
         assert some["expert_reads"]["misses"] > 0
         planned = measured("inspect", path, "--context", 128, "--expert-memory", experts // 2)
-        assert some["peak_memory"] == pytest.approx(planned["memory"]["total"], rel=0.05)
+        assert some["peak_memory"] <= planned["memory"]["total"]
 
 
 def test_too_little_memory_is_refused_with_the_least(q4, capsys):
