@@ -42,15 +42,15 @@ LAYERS, EXPERTS, CHOSEN, WIDTH = 12, 64, 8, 384
 SPEC = ModelSpec(
     family="olmoe", name="experts", vocab_size=8192, hidden_size=1024, num_heads=16,
     num_kv_heads=4, intermediate_size=WIDTH, head_dim=64, norm_eps=1e-5, context_length=1024,
-    tie_embeddings=True, layers=(LayerSpec(mlp="moe"),) * LAYERS,
+    tie_embeddings=False, layers=(LayerSpec(mlp="moe"),) * LAYERS,
     moe=MoeSpec(EXPERTS, CHOSEN, WIDTH),
 )  # fmt: skip
 FORMAT = "q4_0"  # of the weights, but for the routers
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the experts' bytes that are in memory
 THRESHOLDS = ("", "0.8:1", "0.6:1", "0.4:1", "max=4")
 PROMPT, ANSWER = 128, 64  # tokens of a round
-SPREAD = 0.35  # of the routers' rows: how much busier some experts are than others
-LOGITS = 2.0  # deviation of the routers' logits: how sure they are
+SPREAD = 0.5  # of the routers' rows: how much busier some experts are than others
+LOGITS = 1.5  # deviation of the routers' logits: how sure they are
 SCALES = {"o_proj.weight": 1e-4, "down_proj.weight": 5e-4}  # layers add to a token, not drown it
 
 
