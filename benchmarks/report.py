@@ -99,8 +99,9 @@ NOTES = {
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and
 tokens are words of a text, by how often they come. Rates are tokens a second, of runners that took
 turns token by token; "found there" and "read" are of the tokens after a prompt. With a cold file,
-the system was made to forget the file before every token. Divergence is that of the mixture with 8
-experts a token, and says how far, not how much worse, since nothing was trained."""
+the system was made to forget the file before every token. Divergence is from the mixture with 8
+experts a token: it says how far, not how much worse, since nothing was trained, and the nearly flat
+logits of random weights change their favourite easily."""
 }
 
 SECTIONS = (
