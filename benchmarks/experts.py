@@ -105,8 +105,10 @@ class Mixture:
         limits = Limits(512, max_tokens=PROMPT, expert_memory=memory)
         return compiled(spec, FORMAT, limits)
 
-    def runner(self, spec: ModelSpec = SPEC, share: float = 1.0) -> Runner:
-        program = self.program(spec, round(self.expert_bytes * share) if share < 1 else None)
+    def runner(self, spec: ModelSpec | None = None, share: float = 1.0) -> Runner:
+        program = self.program(
+            spec or SPEC, round(self.expert_bytes * share) if share < 1 else None
+        )
         runner = Runner(program, self.threads)
         if not read_packed(runner, self.file.fileno(), self.sums):
             raise SystemExit("the file of packed weights has changed")
