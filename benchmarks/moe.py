@@ -41,9 +41,9 @@ DENSE = replace(
 )  # fmt: skip
 
 
-def compiled(spec: ModelSpec, dtype: str) -> Program:
+def compiled(spec: ModelSpec, dtype: str, limits: Limits | None = None) -> Program:
     """A program of a spec; routers are float, as checkpoints keep them."""
-    return compile_program(spec, lambda n: "f32" if "router" in n else dtype, Limits(256))
+    return compile_program(spec, lambda n: "f32" if "router" in n else dtype, limits or Limits(256))
 
 
 def figures(program: Program) -> dict[str, int]:

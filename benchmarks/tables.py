@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -363,9 +364,50 @@ def serve(result: Result) -> str:
     return "\n\n".join([markdown(head, rows), f"HTTP, JSON and text cost (clients): {lost}."])
 
 
+def experts(result: Result) -> str:
+    """The tables of an `experts.py` result."""
+    sizes, rounds = result["sizes"], good_rounds(result, result["limits"])
+    names = list(result["memory"])
+
+    def middle(key: str, name: str) -> float:
+        return statistics.median(r[key][name] for r in rounds)
+
+    head = [f"{sizes['experts']} experts x {sizes['layers']} layers, {sizes['chosen']} a token, "
+            f"{result['format']}", "in memory, MB", "found there", "read a token, MB", "decode",
+            "ratio", "with a cold file", f"prompt of {sizes['prompt']}", "ratio"]  # fmt: skip
+    rows = []
+    for name in names:
+        ratios = [
+            statistics.median(r[key][name] / r[key][names[0]] for r in rounds)
+            for key in ("values", "prompts")
+        ]
+        rows.append([
+            f"{float(name):.0%} of the experts", f"{result['memory'][name] / 1e6:.0f}",
+            f"{middle('hit_rates', name):.1%}", f"{middle('read', name) / 1e6:.1f}",
+            f"{middle('values', name):.1f}", f"{ratios[0]:.2f}", f"{result['cold'][name]:.1f}",
+            f"{middle('prompts', name):,.0f}", f"{ratios[1]:.2f}",
+        ])  # fmt: skip
+    load = (
+        f"An expert takes {sizes['expert'] / 1e6:.2f} MB, and a token goes to "
+        f"{sizes['layers'] * sizes['chosen']} of {sizes['layers'] * sizes['experts']}. The busiest "
+        f"of a layer is chosen {result['busiest']:.1f} times as often as the mean; the entropy of "
+        f"the choices is {result['entropy']:.2f} of {math.log2(sizes['experts']):.0f} bits."
+    )
+    few = [["`--dynamic-experts`", "experts a token", "decode", "ratio", "KL", "top-1 agreement"]]
+    for one in result["fewer"]:
+        few.append([
+            f"`{one['how']}`" if one["how"] else "all", f"{one['experts']:.2f}",
+            f"{one['decode']:.1f}", f"{one['ratio']:.2f}", f"{one['kl']:.4f}",
+            f"{one['top1_agreement']:.1%}",
+        ])  # fmt: skip
+    return "\n\n".join(
+        [markdown(head, rows), load, _limits(result["limits"]), markdown(few[0], few[1:])]
+    )
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
               "fitting": fitting, "speculation": speculation, "moe": moe,
-              "long_context": long_context, "serve": serve}  # fmt: skip
+              "long_context": long_context, "serve": serve, "experts": experts}  # fmt: skip
     return makers[result["benchmark"]](result)

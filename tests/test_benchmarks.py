@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def test_the_page_is_made_from_the_results():
     import report
 
     assert report.load(), "there are no results"
-    assert report.PAGE.read_text() == report.current()
-    assert report.LONG_PAGE.read_text() == report.current_long()
+    for path, text in report.pages().items():
+        assert path.read_text() == text
 
 
 def a_task(**changes):
@@ -200,12 +201,12 @@ def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
         saved = 1 - depth["ratios"]["kv"]
         assert f"{saved:.0%} {'≥' if saved >= 0.4 else '<'} 40%" in row
         assert f"{depth['quality']['kl']:.4f}" in row
-    page = report.long_page("# Words\n\nmore\n", result, {"long_context"})
+    page = report.with_end("# Words\n\nmore\n", result, {"long_context"})
     assert page.startswith("# Words\n\nmore\n\n## Measured\n")
     assert text in page
     # Written over itself it stays, and without results it ends after the words.
-    assert report.long_page(page, result, {"long_context"}) == page
-    assert report.long_page(page, None, set()) == "# Words\n\nmore\n"
+    assert report.with_end(page, result, {"long_context"}) == page
+    assert report.with_end(page, None, set()) == "# Words\n\nmore\n"
     pytest.importorskip("matplotlib")
     assert out.with_suffix(".svg").exists()
     for name in ("one.svg", "two.svg"):
@@ -233,3 +234,40 @@ def test_a_mixture_is_compared_with_a_dense_model_that_reads_as_much():
     assert "| 90.0 " in text
     assert "| 100.0 " in text
     assert "at 90% of the dense" in text
+
+
+def test_less_memory_for_experts_is_measured_and_shown(tmp_path, monkeypatch):
+    """The script on a tiny mixture: every figure of the page comes from its runs."""
+    import experts
+    import report
+    import tables
+
+    small = {"LAYERS": 2, "EXPERTS": 16, "CHOSEN": 2, "SHARES": (1.0, 0.6), "PROMPT": 32,
+             "ANSWER": 4, "THRESHOLDS": ("", "0.4:1")}  # fmt: skip
+    for name, value in small.items():
+        monkeypatch.setattr(experts, name, value)
+    layers = experts.SPEC.layers[:2]
+    moe = replace(experts.SPEC.moe, experts=16, top_k=2, intermediate_size=32)
+    spec = replace(experts.SPEC, hidden_size=64, head_dim=16, num_heads=4, num_kv_heads=2,
+                   intermediate_size=32, layers=layers, moe=moe)  # fmt: skip
+    monkeypatch.setattr(experts, "SPEC", spec)
+    monkeypatch.setattr(experts, "probe", lambda *_: {"bandwidth": 40e9, "int8": 1e12})
+    out = tmp_path / "experts.json"
+    monkeypatch.setattr(
+        sys, "argv", ["experts.py", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    )
+    experts.main()
+    result = json.loads(out.read_text())
+    (turn,) = result["rounds"]
+    assert turn["hit_rates"]["1"] == 1 > turn["hit_rates"]["0.6"] > 0
+    assert turn["read"]["1"] == 0 < turn["read"]["0.6"]
+    assert result["memory"]["0.6"] == 19 * result["sizes"]["expert"]
+    all_of_them, fewer = result["fewer"]
+    assert all_of_them["experts"] == 2 > fewer["experts"] >= 1
+    assert all_of_them["kl"] == 0 < fewer["kl"]
+    text = tables.show(result)
+    row = next(line for line in text.splitlines() if line.startswith("| 60% of the experts"))
+    assert f"{turn['hit_rates']['0.6']:.1%}" in row
+    page = report.with_end("# Words\n", result, set())
+    assert "**synthetic**" in page
+    assert text in page

@@ -6,8 +6,9 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from pronk.errors import RequestError
 from pronk.graph.memory import Layout
 from pronk.graph.rope import model_frequencies
 
-__all__ = ["Weights", "provide_weights"]
+__all__ = ["Weights", "provide_weights", "read_packed", "write_packed"]
 
 WORTHWHILE = 0.1
 """Seconds that a later start must save for a copy on disk to be worth its bytes."""
+
+_Kept = tuple[int, int, int]  # offset in memory, place in the file, bytes
 
 _SUM_BYTES = 1 << 20  # of weights that are no experts, which have sums of their own
 
@@ -91,16 +94,10 @@ def provide_weights(
     use_cache = use_cache and bool(key.files) and packed_cache.limit() > 0
     if layout.slots is not None:
         return _provide_slots(checkpoint, runner, key, progress, use_cache, before_last)
-    parts = [(at, at, nbytes) for at, nbytes in _parts(layout)]
     if use_cache:
 
         def read(fd: int, path: Path, sums: list[int]) -> bool:
-            cut = _cut(parts, layout.file_bytes - max(last, 0))
-            if not _native.restore_weights(runner.executor, fd, parts[:cut], sums[:cut]):
-                return False
-            if before_last:
-                before_last()
-            return _native.restore_weights(runner.executor, fd, parts[cut:], sums[cut:])
+            return read_packed(runner, fd, sums, last, before_last)
 
         facts = packed_cache.restore(key, layout.file_bytes, read)
         if facts is not None:
@@ -112,7 +109,7 @@ def provide_weights(
         return Weights(loaded.conversions, note=f"it would save {loaded.packing * 1000:.0f} ms")
 
     def write(fd: int) -> tuple[list[int], dict[str, Any]]:
-        return _native.save_weights(runner.executor, fd, parts), _facts(loaded)
+        return write_packed(runner, fd), _facts(loaded)
 
     # The checkpoint is closed before the writer has read what it needs.
     key = Key(tuple(os.dup(fd) for fd in key.files), key.program)
@@ -136,24 +133,20 @@ def _provide_slots(
         )
     if before_last:  # what it gives back makes room for the weights
         before_last()
-    executor, layout = runner.executor, runner.program.layout
-    parts = _parts(layout)
-    dense = [(at, at, nbytes) for at, nbytes in parts if at < layout.dense_bytes]
+    layout = runner.program.layout
 
     def read(fd: int, path: Path, sums: list[int]) -> bool:
-        if not _native.restore_weights(executor, fd, dense, sums[: len(dense)]):
-            return False
-        executor.open_experts(fd, parts[len(dense) :], sums[len(dense) :])
         runner.expert_file = path
-        return True
+        return read_packed(runner, fd, sums)
 
     def write(fd: int) -> tuple[list[int], dict[str, Any]]:
+        dense, experts = _parts(layout)
         loader = Loader(checkpoint, runner, progress)
         loader.load(places(runner.program))
-        sums = _native.save_weights(executor, fd, dense)
-        for wanted, kept in _batches(runner, parts[len(dense) :]):
+        sums = _native.save_weights(runner.executor, fd, dense)
+        for wanted, kept in _batches(runner, experts):
             loader.load(wanted)
-            sums += _native.save_weights(executor, fd, kept)
+            sums += _native.save_weights(runner.executor, fd, kept)
         return sums, _facts(loader.loaded)
 
     facts = packed_cache.restore(key, layout.file_bytes, read)
@@ -170,16 +163,57 @@ def _provide_slots(
     return Weights(_conversions(facts))
 
 
-def _batches(
-    runner: Runner, pieces: list[tuple[int, int]]
-) -> Iterator[tuple[list[Place], list[tuple[int, int, int]]]]:
+def write_packed(runner: Runner, fd: int) -> list[int]:
+    """Write all weights, packed, to a file; gives the sums of its parts."""
+    return _native.save_weights(runner.executor, fd, list(chain(*_parts(runner.program.layout))))
+
+
+def read_packed(
+    runner: Runner,
+    fd: int,
+    sums: Sequence[int],
+    last: int = 0,
+    before_last: Callable[[], object] | None = None,
+) -> bool:
+    """Read what `write_packed` wrote; False, and no weights, if it is something else.
+
+    Experts that have slots are read later, as they are chosen.
+
+    Parameters
+    ----------
+    runner : Runner
+    fd : int
+    sums : sequence of int
+        What `write_packed` gave.
+    last, before_last
+        As `load_weights` takes them.
+    """
+    executor, layout = runner.executor, runner.program.layout
+    parts, experts = _parts(layout)
+    if layout.slots is None:
+        parts += experts
+    if len(sums) < len(parts):
+        return False
+    cut = _cut(parts, layout.weight_bytes - max(last, 0))
+    if not _native.restore_weights(executor, fd, parts[:cut], sums[:cut]):
+        return False
+    if before_last:
+        before_last()
+    if not _native.restore_weights(executor, fd, parts[cut:], sums[cut : len(parts)]):
+        return False
+    if layout.slots is not None:
+        executor.open_experts(fd, [part[1:] for part in experts], sums[len(parts) :])
+    return True
+
+
+def _batches(runner: Runner, experts: list[_Kept]) -> Iterator[tuple[list[Place], list[_Kept]]]:
     """Experts, as many as have slots at a time: where their rows go, and where these are kept."""
     layout, weights = runner.program.layout, runner.program.graph.weights
     slots = layout.slots
     assert slots is not None
-    of_expert = iter(pieces)
+    of_expert = iter(experts)
     wanted: list[Place] = []
-    kept: list[tuple[int, int, int]] = []
+    kept: list[_Kept] = []
     held = 0
     for one in layout.experts:
         for expert in range(one.experts):
@@ -187,7 +221,7 @@ def _batches(
             for name, nbytes in zip(one.matrices, one.sizes, strict=True):
                 rows = weights[name].rows // one.experts
                 wanted.append(Place(weights[name], expert * rows, rows, offset))
-                kept.append((offset, *next(of_expert)))
+                kept.append((offset, *next(of_expert)[1:]))
                 offset += nbytes
             held += 1
             if held == slots.count:
@@ -197,25 +231,26 @@ def _batches(
         yield wanted, kept
 
 
-def _parts(layout: Layout) -> list[tuple[int, int]]:
-    """Where parts of weights that have a sum each lie in a file, and their bytes.
+def _parts(layout: Layout) -> tuple[list[_Kept], list[_Kept]]:
+    """Parts of weights that have a sum each, where all of them lie in memory as in the file.
 
-    First all weights but experts, then each expert of each set, matrix by matrix.
+    The first are of all weights but experts, then come each expert of each set, matrix by matrix.
     """
-    parts = [
+    dense = (
         (at, min(_SUM_BYTES, layout.dense_bytes - at))
         for at in range(0, layout.dense_bytes, _SUM_BYTES)
-    ]
-    for one in layout.experts:
-        parts += [
-            (layout.weight_offsets[name] + expert * nbytes, nbytes)
-            for expert in range(one.experts)
-            for name, nbytes in zip(one.matrices, one.sizes, strict=True)
-        ]
-    return parts
+    )
+    experts = (
+        (layout.weight_offsets[name] + expert * nbytes, nbytes)
+        for one in layout.experts
+        for expert in range(one.experts)
+        for name, nbytes in zip(one.matrices, one.sizes, strict=True)
+    )
+    first, rest = ([(at, at, nbytes) for at, nbytes in parts] for parts in (dense, experts))
+    return first, rest
 
 
-def _cut(parts: list[tuple[int, int, int]], first: int) -> int:
+def _cut(parts: list[_Kept], first: int) -> int:
     """How many parts hold the first so many bytes, or a little less."""
     held = 0
     for i, (_, _, nbytes) in enumerate(parts):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pronk.errors import BudgetError, RequestError
 from pronk.graph.ir import Graph
 from pronk.graph.pack import packed_bytes
-from pronk.units import format_bytes
 
 __all__ = ["ExpertSet", "Slots", "expert_sets", "least_memory", "plan_slots", "sets_of_plans"]
 
@@ -116,7 +115,7 @@ def plan_slots(
     largest = max(one.nbytes for one in sets)
     if memory < least:
         raise BudgetError(
-            f"{format_bytes(memory)} hold {memory // largest} experts, and a step may go to "
+            f"{memory} bytes hold {memory // largest} experts, and a step may go to "
             f"{least // largest} of a layer at once: give --expert-memory {least} or more "
             f"({total} holds all)"
         )
