@@ -37,7 +37,7 @@ def blocks_of(dtype: str, rows: int, cols: int) -> np.ndarray:
 @pytest.mark.parametrize("rows", [16, 13])
 def test_what_we_pack_compressed_tensors_unpacks(dtype: str, bits: int, rows: int) -> None:
     blocks = blocks_of(dtype, rows, 96)
-    packed = pack_blocks(blocks, dtype, 96)
+    packed = pack_blocks(blocks, 96)
     assert packed["weight_scale"].dtype == np.float16
     words = packed["weight_packed"].view(np.uint8)
     scale = packed["weight_scale"].astype(np.float32)
@@ -113,11 +113,11 @@ def test_reads_what_compressed_tensors_wrote(
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq"}, "'gptq'"),
-    ({"format": "float-quantized"}, "'float-quantized'"),
+    ({"format": "naive-quantized"}, "'naive-quantized'"),
     ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ({"config_groups": {}}, "config_groups"),
     ({"config_groups": {"W4A16": ["Linear"]}}, "config group"),
-    ({"config_groups": {"a": {"weights": {"num_bits": 3, "group_size": 32}}}}, "3-bit"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 5, "group_size": 32}}}}, "5-bit"),
     ({"config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 48}}}}, "48"),
     ({"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "tensor"}}}}, "'tensor'"),
     ({"config_groups": {"a": {"weights": {"type": "float", "group_size": 32}}}}, "'float'"),

@@ -8,16 +8,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize
-from pronk.checkpoint.bundle_config import GROUP
-from pronk.checkpoint.kinds import EMBEDDING_DTYPE, tensor_kind
-from pronk.checkpoint.packed import pack_blocks
+from pronk.checkpoint.fp8 import pack_fp8
+from pronk.checkpoint.kinds import EMBEDDING, EMBEDDING_DTYPE, HEAD, tensor_kind
+from pronk.checkpoint.packed import narrow, pack_blocks
 from pronk.checkpoint.real_minima import split_minima
+from pronk.checkpoint.storage import Storage, storage_of
 from pronk.errors import CheckpointError
 
 __all__ = ["Quantize", "write_tensors"]
@@ -25,10 +27,7 @@ __all__ = ["Quantize", "write_tensors"]
 Quantize = Callable[[Checkpoint, str, str], Iterator[tuple[int, NDArray[np.uint8]]]]
 """``(checkpoint, name, dtype)`` to ``(first row, blocks)`` pairs that cover the tensor."""
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-
-_ITEM_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2}
+_ITEM_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,19 @@ class _Entry:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-def _packed_entries(name: str, dtype: str, rows: int, cols: int) -> list[_Entry]:
-    base = name.removesuffix("weight")
-    groups = cols // GROUP
-    bits = 8 if dtype == "q8_0" else 4
+def _entries(name: str, storage: Storage, rows: int, cols: int) -> list[_Entry]:
+    base, groups = name.removesuffix("weight"), storage.groups(cols)
+    if storage.kind == "float":
+        return [_Entry(name, storage.blocks.upper(), (rows, cols))]
+    scale = _Entry(f"{base}weight_scale", "F16", (rows, groups))
+    if storage.kind == "fp8":
+        return [_Entry(name, "F8_E4M3", (rows, cols)), _Entry(scale.name, "F32", (rows, 1))]
     entries = [
-        _Entry(f"{base}weight_packed", "I32", (rows, cols * bits // 32)),
-        _Entry(f"{base}weight_scale", "F16", (rows, groups)),
+        _Entry(f"{base}weight_packed", "I32", (rows, cols * storage.bits // 32)),
+        scale,
         _Entry(f"{base}weight_shape", "I64", (2,)),
     ]
-    if dtype == "q4_1":
+    if storage.minimum:
         entries.append(_Entry(f"{base}weight_zero_point", "F32", (rows, groups)))
         entries.append(_Entry(f"{base}weight_global_scale", "F32", (1,)))
     return entries
@@ -135,16 +137,17 @@ def write_tensors(
     entries = [_Entry(name, "F32", ckpt.tensors[name].shape) for name in plain]
     for name in matrices:
         shape = ckpt.tensors[name].shape
-        if len(shape) != 2 or shape[1] % GROUP:
+        storage = storage_of(formats, name)
+        group = storage.group or 32
+        if len(shape) != 2 or (storage.kind == "int" and shape[1] % group):
             raise CheckpointError(
                 f"{name} of {ckpt.path} has shape {shape}: only matrices whose rows are a "
-                f"multiple of {GROUP} can be quantized"
+                f"multiple of {group} can be quantized to {storage}"
             )
         if name == EMBEDDING:
             entries.append(_Entry(name, "F16", shape))
         if name != EMBEDDING or tied:
-            dtype = formats[tensor_kind(name) or ""]
-            entries.extend(_packed_entries(_packed_name(name), dtype, *shape))
+            entries.extend(_entries(_packed_name(name), storage, *shape))
 
     file = _File(path, entries, progress)
     try:
@@ -152,7 +155,7 @@ def write_tensors(
             file.put(name, 0, _finite(name, ckpt.read_float(name)))
         for name in matrices:
             if name != EMBEDDING or tied:
-                _write_packed(ckpt, name, formats[tensor_kind(name) or ""], file, quantize)
+                _write_packed(ckpt, name, storage_of(formats, name), file, quantize)
             else:
                 _write_half(ckpt, name, file, quantize)
     finally:
@@ -170,19 +173,34 @@ def _finite(name: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
     return values
 
 
-def _write_packed(ckpt: Checkpoint, name: str, dtype: str, file: _File, quantize: Quantize) -> None:
+def _write_packed(
+    ckpt: Checkpoint, name: str, storage: Storage, file: _File, quantize: Quantize
+) -> None:
     rows, cols = ckpt.tensors[name].shape
-    base = _packed_name(name).removesuffix("weight")
+    base, dtype = _packed_name(name).removesuffix("weight"), storage.blocks
     for start, blocks in quantize(ckpt, name, dtype):
-        parts = split_minima(blocks, cols) if dtype == "q4_1" else pack_blocks(blocks, dtype, cols)
-        for part, values in parts.items():
+        for part, values in _parts(blocks, storage, cols).items():
             file.put(f"{base}{part}", start * values[0].nbytes, values)
         if name == EMBEDDING:
             floats = dequantize(blocks, dtype, cols).astype(np.float16)
             file.put(name, start * 2 * cols, floats)
-    file.put(f"{base}weight_shape", 0, np.array([rows, cols], dtype=np.int64))
-    if dtype == "q4_1":
+    if storage.kind == "int":
+        file.put(f"{base}weight_shape", 0, np.array([rows, cols], dtype=np.int64))
+    if storage.minimum:
         file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
+
+
+def _parts(blocks: NDArray[np.uint8], storage: Storage, cols: int) -> dict[str, NDArray[Any]]:
+    """What a bundle keeps of rows of blocks, by the tensor it goes to."""
+    if storage.kind == "float":
+        return {"weight": blocks}
+    if storage.kind == "fp8":
+        return pack_fp8(dequantize(blocks, storage.blocks, cols))
+    parts = split_minima(blocks, cols) if storage.minimum else pack_blocks(blocks, cols)
+    parts["weight_packed"] = narrow(parts["weight_packed"], storage.bits)
+    # The blocks of a group share its scale.
+    step = (storage.group or cols) // 32
+    return {k: v[:, ::step] if k != "weight_packed" else v for k, v in parts.items()}
 
 
 def _write_half(ckpt: Checkpoint, name: str, file: _File, quantize: Quantize) -> None:
