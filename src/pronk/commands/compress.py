@@ -22,6 +22,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="weights that share a scale: a multiple of 32 that divides the rows, or channel; "
         "any of them runs in the kernels of 32, with the scale repeated",
     )  # fmt: skip
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--bits", type=float, metavar="X", help="auto: most bits a weight")
+    goal.add_argument("--size", metavar="SIZE", help="auto: most bytes of weights, such as 70MB")
+    goal.add_argument("--kl", type=float, metavar="X", help="auto: most KL, at the smallest size")
     parser.add_argument(
         "--calibration", metavar="FILE",
         help="UTF-8 text that activations are taken from (default: Python's topics)",
@@ -65,10 +69,15 @@ def run(args: argparse.Namespace) -> None:
 
     from pronk.checkpoint.sources import resolve
     from pronk.commands.progress import Progress
+    from pronk.compress.bits import Goal
     from pronk.compress.compress import compress
     from pronk.compress.forward import set_threads
     from pronk.model import choose_threads
+    from pronk.units import parse_size
 
+    goal = None
+    if any(value is not None for value in (args.bits, args.size, args.kl)):
+        goal = Goal(args.bits, None if args.size is None else parse_size(args.size), args.kl)
     set_threads(choose_threads(args.threads))
     source = resolve(args.model)
     output = Path(args.output or f"{source.stem}-{recipe.name}")
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         report = compress(
             source, recipe, output,
             group=group, calibration=args.calibration, samples=args.samples, seed=args.seed,
-            progress=progress.stage,
+            goal=goal, progress=progress.stage,
         )  # fmt: skip
     if args.json:
         common.print_json(report.to_dict())

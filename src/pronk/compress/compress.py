@@ -19,9 +19,17 @@ from pronk.checkpoint.bundle_config import check_bundled
 from pronk.checkpoint.gguf_write import check_gguf, write_gguf
 from pronk.checkpoint.kinds import EMBEDDING, EMBEDDING_DTYPE, HEAD
 from pronk.checkpoint.open import open_checkpoint
-from pronk.checkpoint.storage import Storage
+from pronk.checkpoint.storage import Storage, parse_storage
+from pronk.compress.bits import (
+    Goal,
+    candidates,
+    choose,
+    divergence,
+    probe_steps,
+    sensitivity,
+)
 from pronk.compress.calibrate import Calibration, Inputs, batches, read_calibration
-from pronk.compress.forward import Decoder, import_torch
+from pronk.compress.forward import Decoder, embedded, import_torch
 from pronk.compress.layers import (
     Made,
     compress_layer,
@@ -41,7 +49,7 @@ __all__ = ["CompressReport", "check_groups", "compress"]
 
 Progress = Callable[[str, int, int], None]
 
-_HEAD_TOKENS = 1 << 14  # most tokens whose logits an output head that comes first is fitted to
+_HEAD_TOKENS = 1 << 12  # most tokens whose logits an output head that comes first is fitted to
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,9 @@ class CompressReport:
     """What was written, and what it cost.
 
     ``errors`` holds, by matrix, the relative RMS difference of its weights and, where there was
-    calibration text, the relative mean square of that of its outputs. Sizes in bytes.
+    calibration text, the relative mean square of that of its outputs. ``prediction`` holds, of
+    automatic bits, ``kl`` as predicted and ``measured_kl``, both on calibration text. Sizes in
+    bytes.
     """
 
     source: str
@@ -62,6 +72,7 @@ class CompressReport:
     errors: Mapping[str, Mapping[str, float]]
     provenance: Mapping[str, Any]
     seconds: float
+    prediction: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data under stable names, for ``--json``."""
@@ -76,6 +87,7 @@ class CompressReport:
             "formats": dict(self.formats),
             "errors": {name: dict(error) for name, error in self.errors.items()},
             **self.provenance,
+            **({"prediction": dict(self.prediction)} if self.prediction else {}),
             "seconds": self.seconds,
         }
 
@@ -128,6 +140,7 @@ def compress(
     calibration: str | os.PathLike[str] | None = None,
     samples: int = 64,
     seed: int = 0,
+    goal: Goal | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
     """Write a checkpoint in fewer bits, as a bundle or, by its name, as a GGUF file.
@@ -149,6 +162,8 @@ def compress(
         UTF-8 text; Python's own documentation otherwise.
     samples, seed : int
         Most windows of it, and the seed of their draw.
+    goal : Goal, optional
+        What automatic bits are to meet; for recipes that choose formats, and only those.
     progress : callable, optional
         Called with what is being done, and how many weights of how many are done.
 
@@ -163,13 +178,18 @@ def compress(
     begun = time.monotonic()
     source, target = Path(source_path), Path(os.path.realpath(output))
     tell = progress or (lambda what, done, total: None)
+    if (goal is None) == recipe.automatic:
+        raise RequestError(
+            f"recipe {recipe.name} needs one of --bits, --size and --kl"
+            if recipe.automatic
+            else f"recipe {recipe.name} has its formats: --bits, --size and --kl are for auto"
+        )
     with open_checkpoint(source) as ckpt:
         to_gguf = target.suffix == ".gguf"
         names = [n for n in ckpt.tensors if is_matrix(ckpt, n)]
         if not ckpt.spec.tie_embeddings and not to_gguf:
             names.remove(EMBEDDING)  # of which a bundle keeps floats
-        storages = {name: recipe.storage(name, group) for name in names}
-        check_groups(ckpt, storages)
+        storages = _storages(ckpt, names, recipe, group)
         if to_gguf:
             check_gguf(ckpt, target, storages)
         else:
@@ -178,35 +198,85 @@ def compress(
         text = None
         if recipe.calibrated:
             text = read_calibration(ckpt, calibration, samples, seed)
-        key = _key(ckpt, recipe, storages, text, seed)
+        key = {**_key(ckpt, recipe, storages, text, seed), "goal": str(goal)}
         with Stages(target, key) as stages:
             work = _Work(ckpt, recipe, storages, text, seed, stages, tell)
+            prediction = _automatic(work, goal) if goal is not None else {}
             _run(work)
-            view = Compressed(ckpt, {
-                name: (work.dtypes[name], stages.tensor(step, name))
-                for name, step in work.steps.items()
-            })  # fmt: skip
-            provenance = _provenance(key, text)
+            view = _view(work)
+            if text is not None and goal is not None:
+                prediction["measured_kl"] = divergence(ckpt, view, _decoder(work), text.windows)
+            report = CompressReport(
+                source=os.fspath(source),
+                output=os.fspath(target),
+                recipe=recipe,
+                group=group or recipe.group,
+                formats={name: str(storage) for name, storage in storages.items()},
+                weight_bytes=sum(
+                    view.tensors[n].nbytes
+                    if to_gguf
+                    else s.row_bytes(ckpt.tensors[n].cols) * ckpt.tensors[n].rows
+                    for n, s in storages.items()
+                ),
+                weights=sum(_size(work, name) for name in storages),
+                errors=work.errors,
+                provenance=_provenance(key, text),
+                seconds=time.monotonic() - begun,
+                prediction=prediction or None,
+            )
             if to_gguf:
                 write_gguf(view, ckpt, target)
-                size = sum(view.tensors[name].nbytes for name in storages)
             else:
-                _write_bundle(view, work, target, provenance)
-                size = sum(s.row_bytes(ckpt.tensors[n].cols) * ckpt.tensors[n].rows
-                           for n, s in storages.items())  # fmt: skip
+                _write_bundle(view, work, target, report)
             stages.remove()
-        return CompressReport(
-            source=os.fspath(source),
-            output=os.fspath(target),
-            recipe=recipe,
-            group=group or recipe.group,
-            formats={name: str(storage) for name, storage in storages.items()},
-            weight_bytes=size,
-            weights=sum(ckpt.tensors[n].rows * ckpt.tensors[n].cols for n in storages),
-            errors=work.errors,
-            provenance=provenance,
-            seconds=time.monotonic() - begun,
-        )
+    return report
+
+
+def _storages(
+    ckpt: Checkpoint, names: list[str], recipe: Recipe, group: str | None
+) -> dict[str, Storage]:
+    """The format of each matrix; where those are chosen later, the largest that may be."""
+    if recipe.automatic:
+        return {name: parse_storage(candidates(ckpt.tensors[name].cols)[-1]) for name in names}
+    storages = {name: recipe.storage(name, group) for name in names}
+    check_groups(ckpt, storages)
+    return storages
+
+
+def _automatic(work: _Work, goal: Goal) -> dict[str, float]:
+    """Measure what each matrix costs, and set the formats that meet a goal."""
+    ckpt, decoder = work.ckpt, _decoder(work)
+    if work.calibration is None:
+        raise ValueError("there is no calibration")
+    measured: dict[str, Any] = {}
+    steps = probe_steps(ckpt, decoder, work.calibration.windows)
+    count = ckpt.spec.num_layers + 1
+    if work.stages.done(f"probe-{count - 1}") is None:
+        for i, step in enumerate(steps):
+            found = work.stages.done(f"probe-{i}")
+            if found is None:
+                found = step()
+                work.stages.finish(f"probe-{i}", {}, found)
+            work.progress("measuring sensitivity", i + 1, count)
+    for i in range(count):
+        measured |= work.stages.done(f"probe-{i}") or {}
+    costs = {
+        name: sensitivity(measured[name], ckpt.tensors[name].rows, ckpt.tensors[name].cols)
+        for name in work.storages
+        if name in measured
+    }
+    # What no output was measured of, an embedding that is not the head, stays as it is.
+    chosen, kl = choose(costs, sum(_size(work, name) for name in costs), goal)
+    work.storages |= {name: parse_storage(text) for name, text in chosen.items()}
+    return {"kl": kl}
+
+
+def _view(work: _Work) -> Compressed:
+    """The source with what is finished in place of its own."""
+    return Compressed(work.ckpt, {
+        name: (work.dtypes[name], work.stages.tensor(step, name))
+        for name, step in work.steps.items()
+    })  # fmt: skip
 
 
 def _key(
@@ -310,18 +380,9 @@ def _layer(work: _Work, index: int, x: Tensor | None) -> tuple[Made, Tensor]:
 
 def _embedded(work: _Work) -> Tensor:
     """The windows as the first layer is given them, from the table as it will run."""
-    import torch
-
     if work.calibration is None:
         raise ValueError("there is no calibration")
-    windows = work.calibration.windows
-    view = work.ckpt
-    if EMBEDDING in work.steps:
-        rows = work.stages.tensor(work.steps[EMBEDDING], EMBEDDING)
-        view = Compressed(work.ckpt, {EMBEDDING: (work.dtypes[EMBEDDING], rows)})
-    ids, where = np.unique(windows, return_inverse=True)
-    table = np.concatenate([view.read_float(EMBEDDING, int(i), int(i) + 1) for i in ids])
-    return _decoder(work).embed(torch.from_numpy(table[where.reshape(windows.shape)]))
+    return embedded(_view(work), _decoder(work), work.calibration.windows)
 
 
 def _head(work: _Work, x: Tensor | None) -> Made:
@@ -350,9 +411,7 @@ def _head(work: _Work, x: Tensor | None) -> Made:
     return made
 
 
-def _write_bundle(
-    view: Compressed, work: _Work, target: Path, provenance: Mapping[str, Any]
-) -> None:
+def _write_bundle(view: Compressed, work: _Work, target: Path, report: CompressReport) -> None:
     ckpt = work.ckpt
 
     def rows(of: Checkpoint, name: str, dtype: str) -> Iterator[tuple[int, NDArray[np.uint8]]]:
@@ -369,8 +428,9 @@ def _write_bundle(
     meta = {
         "source": {"name": ckpt.spec.name, "file": ckpt.path.name, "format": ckpt.format},
         "recipe": {name: getattr(work.recipe, name) for name in work.recipe.__slots__},
-        **provenance,
-        "errors": work.errors,
+        **report.provenance,
+        "errors": report.errors,
+        **({"prediction": report.prediction} if report.prediction else {}),
     }
     with BundleWriter(target) as writer:
         writer.write(view, formats, quantize=rows, meta=meta)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.checkpoint.base import Checkpoint
+from pronk.checkpoint.kinds import EMBEDDING
 from pronk.errors import PronkError, RequestError
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Op
@@ -15,7 +20,7 @@ from pronk.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Decoder", "Look", "import_torch", "set_threads"]
+__all__ = ["Decoder", "Look", "embedded", "import_torch", "set_threads"]
 
 Look = Callable[[str, "Tensor"], None]
 """Called with the name of a matrix and what it is about to be multiplied with, [tokens, cols]."""
@@ -253,3 +258,12 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": _gelu_tanh,
     "relu": _functional("relu"),
 }
+
+
+def embedded(of: Checkpoint, decoder: Decoder, windows: NDArray[np.int64]) -> Tensor:
+    """Windows of ids as the first layer is given them, float32 [windows, tokens, hidden]."""
+    import torch
+
+    ids, where = np.unique(windows, return_inverse=True)
+    table = np.concatenate([of.read_float(EMBEDDING, int(i), int(i) + 1) for i in ids])
+    return decoder.embed(torch.from_numpy(table[where.reshape(windows.shape)]))

@@ -91,52 +91,55 @@ def gptq(
     return codes, Grid(storage, torch.cat(scales), grid.low)
 
 
+def _columns(grid: Grid, cols: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and low of each column of every row, [cols, rows]."""
+    size = cols // grid.scale.shape[1]
+    low = None if grid.low is None else grid.low.T.repeat_interleave(size, 0)
+    return grid.scale.T.repeat_interleave(size, 0), low
+
+
 def _compensate(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor) -> Tensor:
     import torch
 
-    w = weight[:, order]
-    scale, low = grid.wide(w.shape[1])
-    scale = scale[:, order]
-    low = None if low is None else low[:, order]
-    out = torch.empty_like(w)
-    for begin in range(0, w.shape[1], _BLOCK):
-        end = min(begin + _BLOCK, w.shape[1])
-        errors = torch.empty(len(w), end - begin)
+    # Columns lie in memory one after the other: they are gone through one by one.
+    w = weight.T[order]
+    scale, low = _columns(grid, len(w))
+    codes = torch.empty_like(w)
+    for begin in range(0, len(w), _BLOCK):
+        end = min(begin + _BLOCK, len(w))
+        errors = torch.empty(end - begin, w.shape[1])
         for j in range(begin, end):
-            s, m = scale[:, j], None if low is None else low[:, j]
-            q = nearest(w[:, j], s, m, grid.storage)
-            out[:, j] = q
+            at = order[j]
+            s, m = scale[at], None if low is None else low[at]
+            q = nearest(w[j], s, m, grid.storage)
+            codes[at] = q
             value = q * s if m is None else q * s + m
-            error = (w[:, j] - value) / factor[j, j]
-            errors[:, j - begin] = error
-            w[:, j + 1 : end].addr_(error, factor[j, j + 1 : end], alpha=-1)
-        w[:, end:].addmm_(errors, factor[begin:end, end:], alpha=-1)
-    codes = torch.empty_like(out)
-    codes[:, order] = out
-    return codes
+            error = torch.div(w[j] - value, factor[j, j], out=errors[j - begin])
+            w[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+        w[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes.T
 
 
 def _descend(weight: Tensor, codes: Tensor, grid: Grid, h: Tensor) -> Tensor:
     """One round of coordinate descent on the output error, column by column."""
     import torch
 
-    codes = codes.clone()
-    scale, low = grid.wide(weight.shape[1])
-    values = grid.values(codes)
-    slope = (weight - values) @ h
-    for begin in range(0, weight.shape[1], _BLOCK):
-        end = min(begin + _BLOCK, weight.shape[1])
-        moved = torch.empty(len(weight), end - begin)
+    scale, low = _columns(grid, weight.shape[1])
+    codes = codes.T.contiguous()
+    values = codes * scale if low is None else codes * scale + low
+    slope = h @ (weight.T - values)
+    for begin in range(0, len(codes), _BLOCK):
+        end = min(begin + _BLOCK, len(codes))
+        moved = torch.empty(end - begin, codes.shape[1])
         for j in range(begin, end):
-            target = values[:, j] + slope[:, j] / h[j, j]
-            s, m = scale[:, j], None if low is None else low[:, j]
+            target = values[j] + slope[j] / h[j, j]
+            s, m = scale[j], None if low is None else low[j]
             q = nearest(target, s, m, grid.storage)
-            step = (q - codes[:, j]) * s
-            codes[:, j] = q
-            moved[:, j - begin] = step
-            slope[:, j:end].addr_(step, h[j, j:end], alpha=-1)
-        slope[:, end:].addmm_(moved, h[begin:end, end:], alpha=-1)
-    return codes
+            step = torch.mul(q - codes[j], s, out=moved[j - begin])
+            codes[j] = q
+            slope[j:end].addr_(h[j, j:end], step, alpha=-1)
+        slope[end:].addmm_(h[begin:end, end:].T, moved, alpha=-1)
+    return codes.T
 
 
 def _scales(weight: Tensor, codes: Tensor, grid: Grid, h: Tensor) -> Tensor:

@@ -25,7 +25,15 @@ from pronk.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Made", "compress_layer", "compress_matrix", "read_floats"]
+__all__ = [
+    "Made",
+    "compress_layer",
+    "compress_matrix",
+    "compress_plainly",
+    "is_matrix",
+    "meet",
+    "read_floats",
+]
 
 _ROWS = 1 << 13  # rows of a matrix in float32 at a time, where no calibration needs them all
 
@@ -173,7 +181,7 @@ def compress_layer(
     stages = decoder.matrices(layer)
     with torch.no_grad():
         if recipe.fold:
-            met = _meet(decoder, layer, x, weights, [stage[0] for stage in stages])
+            met = meet(decoder, layer, x, weights, [stage[0] for stage in stages])
             vectors = [name for name in weights if weights[name].ndim == 1]
             fold_layer(recipe.fold, decoder, layer, weights, met, storages.__getitem__)
             made.blocks |= {name: weights[name].numpy() for name in vectors}
@@ -186,7 +194,7 @@ def compress_layer(
         learnt = sign_round(decoder, layer, x, exact, grids, steps=recipe.steps, seed=seed)
     with torch.no_grad():
         for stage in stages:
-            met = _meet(decoder, layer, x, weights, [stage[0]])
+            met = meet(decoder, layer, x, weights, [stage[0]])
             for name in stage:
                 storage = storages[name]
                 if name in learnt:
@@ -203,7 +211,7 @@ def compress_layer(
     return made, out
 
 
-def _meet(
+def meet(
     decoder: Decoder, layer: int, x: Tensor, weights: Mapping[str, Tensor], names: list[str]
 ) -> dict[str, Inputs]:
     """What the matrices `names`, each the first of its stage, are multiplied with."""

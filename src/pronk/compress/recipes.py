@@ -23,7 +23,7 @@ class Recipe:
         error; the same weighted by activations; column by column (GPTQ); by sign gradients.
     formats : tuple of (str, str)
         Parts of a matrix's name and its format, the first that matches; ``{group}`` stands for
-        the group, as in ``int4-{group}``.
+        the group, as in ``int4-{group}``. Empty: `pronk.compress.bits` chooses.
     about : str
         What ``--list-recipes`` says.
     group : str
@@ -46,6 +46,11 @@ class Recipe:
     damping: float = 0.01
     sweeps: int = 1
     steps: int = 100
+
+    @property
+    def automatic(self) -> bool:
+        """Whether formats are chosen by what each costs."""
+        return not self.formats
 
     @property
     def calibrated(self) -> bool:
@@ -98,6 +103,13 @@ def _table() -> dict[str, Recipe]:
         ]
     wide = "runs as bf16: unpacked at load, so smaller on disk only"
     rows += [
+        Recipe(
+            "auto",
+            "gptq",
+            (),
+            "GPTQ, each matrix in the format that costs least: give "
+            "--bits, --size or --kl; int3 is smaller on disk only",
+        ),
         Recipe("fp8", "rtn", _all("fp8"), f"e4m3, a power of two a row; {wide}"),
         Recipe("bf16", "rtn", _all("bf16"), "bfloat16"),
         Recipe("f16", "rtn", _all("f16"), "float16"),
