@@ -23,7 +23,8 @@ __all__ = ["check_gguf", "write_gguf"]
 
 # llama.cpp's numbers of files by the type of most of their weights.
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9,
-               "bf16": 32}  # fmt: skip
+               "q4_k": 15,
+               "q6_k": 18, "bf16": 32}  # fmt: skip
 
 
 def check_gguf(ckpt: Checkpoint, target: Path, storages: Mapping[str, Storage]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from pronk.checkpoint.blocks import BLOCK_SIZES
 from pronk.checkpoint.kinds import tensor_kind
 from pronk.errors import RequestError
 
@@ -27,9 +28,9 @@ class Storage:
     ----------
     bits : int
         Bits of an element.
-    kind : {"int", "fp8", "float"}
+    kind : {"int", "fp8", "float", "k"}
         Whole numbers with a float16 scale a group, and a minimum where ``minimum`` is set;
-        e4m3 with a power of two a row; plain floats.
+        e4m3 with a power of two a row; plain floats; GGUF's K-quants.
     group : int
         Elements that share a scale; 0: all of a row.
     minimum : bool
@@ -51,6 +52,11 @@ class Storage:
         size = f"g{self.group}" if self.group else "channel"
         return f"int{self.bits}-{size}{'-min' if self.minimum else ''}"
 
+    @property
+    def unit(self) -> int:
+        """What the length of a row must be a multiple of."""
+        return {"int": self.group or 32, "k": 256}.get(self.kind, 1)
+
     def groups(self, cols: int) -> int:
         """Groups of a row."""
         return cols // self.group if self.group else 1
@@ -61,6 +67,9 @@ class Storage:
             return cols * self.bits // 8
         if self.kind == "fp8":
             return cols + 4
+        if self.kind == "k":
+            block, nbytes = BLOCK_SIZES[self.blocks]
+            return cols // block * nbytes
         # A minimum is kept as a float32 zero point (see `pronk.checkpoint.real_minima`).
         return cols * self.bits // 8 + self.groups(cols) * (6 if self.minimum else 2)
 
@@ -87,6 +96,12 @@ class Storage:
         return weights
 
 
+_K_QUANTS = {
+    "q4_k": Storage(4, "k", 32, True, "q4_k"),
+    "q6_k": Storage(6, "k", 16, False, "q6_k"),
+}
+
+
 def parse_storage(text: str) -> Storage:
     """The format a name stands for: ``int4-g64``, ``int4-g32-min``, ``int8-channel``, ``fp8``, ...
 
@@ -99,6 +114,8 @@ def parse_storage(text: str) -> Storage:
     """
     if text in _FLOATS:
         return Storage(32 if text == "f32" else 16, "float", 0, False, text)
+    if text in _K_QUANTS:
+        return _K_QUANTS[text]
     if text == "fp8":
         return Storage(8, "fp8", 0, False, "bf16")
     match = _GROUPED.fullmatch(_BLOCKS.get(text, text))

@@ -124,7 +124,7 @@ def check_groups(ckpt: Checkpoint, storages: Mapping[str, Storage]) -> None:
     widths = {ckpt.tensors[name].cols for name in storages}
     for name, storage in storages.items():
         cols = ckpt.tensors[name].cols
-        if storage.kind == "int" and cols % (storage.group or 32):
+        if storage.kind == "int" and cols % storage.unit:
             good = [str(g) for g in range(32, 257, 32) if not any(w % g for w in widths)]
             what = f"groups of {storage.group}" if storage.group else "blocks of 32"
             also = f"give --group-size {', '.join(good)} or channel" if good else "take fp8 or bf16"
@@ -194,6 +194,7 @@ def compress(
             check_gguf(ckpt, target, storages)
         else:
             check_bundled(ckpt.spec)
+            _check_bundle(storages)
             BundleWriter(target).check()
         text = None
         if recipe.calibrated:
@@ -238,9 +239,17 @@ def _storages(
     """The format of each matrix; where those are chosen later, the largest that may be."""
     if recipe.automatic:
         return {name: parse_storage(candidates(ckpt.tensors[name].cols)[-1]) for name in names}
-    storages = {name: recipe.storage(name, group) for name in names}
+    storages = {name: recipe.storage(name, ckpt.tensors[name].cols, group) for name in names}
     check_groups(ckpt, storages)
     return storages
+
+
+def _check_bundle(storages: Mapping[str, Storage]) -> None:
+    for name, storage in storages.items():
+        if storage.kind == "k":
+            raise RequestError(
+                f"no bundle holds {name} as {storage}: give -o a file that ends in .gguf"
+            )
 
 
 def _automatic(work: _Work, goal: Goal) -> dict[str, float]:

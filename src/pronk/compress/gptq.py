@@ -6,6 +6,7 @@ Frantar et al. 2022, arXiv:2210.17323. What it leaves is then lowered by coordin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pronk.checkpoint.storage import Storage
@@ -80,15 +81,14 @@ def gptq(
     scales = []
     for at in range(0, len(weight), _ROWS):
         some = slice(at, at + _ROWS)
-        low = None if grid.low is None else grid.low[some]
-        part = Grid(storage, grid.scale[some], low)
+        part = grid.rows(some)
         codes[some] = _compensate(weight[some], part, factor, order)
         for _ in range(sweeps):
-            if low is None:
+            if part.low is None and part.upper is None:
                 part = refit(part, _scales(weight[some], codes[some], part, h))
             codes[some] = _descend(weight[some], codes[some], part, h)
         scales.append(part.scale)
-    return codes, Grid(storage, torch.cat(scales), grid.low)
+    return codes, replace(grid, scale=torch.cat(scales))
 
 
 def _columns(grid: Grid, cols: int) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pronk.checkpoint.blocks import quantize
 from pronk.checkpoint.fp8 import pack_fp8, unpack_e4m3
 from pronk.checkpoint.storage import Storage
+from pronk.compress.kquants import k_blocks, round_scales
 from pronk.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "code_range", "fit_grid", "round_floats", "to_blocks"]
 
-_SHRINK = {8: (0.9, 1.0, 6), 4: (0.55, 1.1, 23), 3: (0.45, 1.1, 27), 2: (0.3, 1.1, 33)}
+_SHRINK = {
+    8: (0.9, 1.0, 6),
+    6: (0.85, 1.05, 9),
+    4: (0.55, 1.1, 23),
+    3: (0.45, 1.1, 27),
+    2: (0.3, 1.1, 33),
+}
 """Factors of a group's scale that are tried, by bits: from, to, how many."""
 _AT_ONCE = 1 << 21  # elements searched at a time
 
@@ -42,11 +49,21 @@ class Grid:
         As float16 holds it; it may be negative.
     low : float32 [rows, groups] or None
         Where the storage has minima.
+    upper, lowest : float32 [rows, cols / 256] or None
+        Of K-quants, what scales and minima are multiples of.
     """
 
     storage: Storage
     scale: Tensor
     low: Tensor | None = None
+    upper: Tensor | None = None
+    lowest: Tensor | None = None
+
+    def rows(self, some: slice) -> Grid:
+        """The grid of some rows."""
+        parts = (self.low, self.upper, self.lowest)
+        cut = (None if part is None else part[some] for part in parts)
+        return Grid(self.storage, self.scale[some], *cut)
 
     def wide(self, cols: int) -> tuple[Tensor, Tensor | None]:
         """Scale and low of every column, [rows, cols]."""
@@ -115,7 +132,13 @@ def fit_grid(
     low = torch.cat(lows) if storage.minimum else None
     if not torch.isfinite(scale).all() or (low is not None and not torch.isfinite(low).all()):
         raise CheckpointError("a weight holds values too large for float16 scales")
-    return Grid(storage, scale, low)
+    if storage.kind != "k":
+        return Grid(storage, scale, low)
+    scale, upper = round_scales(scale, storage.bits)
+    if low is None:
+        return Grid(storage, scale, upper=upper)
+    low, lowest = round_scales(-low.clamp_max(0), storage.bits)
+    return Grid(storage, scale, -low, upper, lowest)
 
 
 def _symmetric(w: Tensor, v: Tensor, storage: Storage, search: bool) -> tuple[Tensor, Tensor]:
@@ -147,6 +170,8 @@ def _with_minimum(w: Tensor, v: Tensor, storage: Storage, search: bool) -> tuple
 
     least, largest = code_range(storage)
     bottom, top = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+    if storage.kind == "k":
+        bottom = bottom.clamp_max(0)  # its minima are none above zero
     best = _half((top - bottom) / (largest - least))
     best_low = _half(bottom - best * least)
     if not search:
@@ -164,6 +189,8 @@ def _with_minimum(w: Tensor, v: Tensor, storage: Storage, search: bool) -> tuple
         slope = (v * (q - center) * (w - mean)).sum(2, keepdim=True)
         scale = _half(torch.where(spread > 0, slope / spread, scale))
         offset = _half(mean - scale * center)
+        if storage.kind == "k":
+            offset = offset.clamp_max(0)
         loss = _loss(w, v, scale, offset, storage)
         better = loss < error
         error = torch.where(better, loss, error)
@@ -185,6 +212,9 @@ def refit(grid: Grid, scale: Tensor) -> Grid:
 
 def to_blocks(codes: Tensor, grid: Grid) -> NDArray[np.uint8]:
     """Rows of the storage's blocks of 32, uint8 [rows, row bytes]."""
+    if grid.upper is not None:
+        lowest = grid.upper if grid.lowest is None else grid.lowest
+        return k_blocks(codes, grid.storage.bits, grid.scale, grid.upper, grid.low, lowest)
     rows, cols = codes.shape
     parts = [np.repeat(grid.scale.half().numpy(), cols // 32 // grid.scale.shape[1], axis=1)]
     if grid.low is not None:

@@ -83,7 +83,7 @@ def compress_matrix(
     weight: Tensor, storage: Storage, recipe: Recipe, met: Inputs | None
 ) -> tuple[NDArray[np.uint8], dict[str, float]]:
     """Blocks of one matrix, and its errors; `met` is what it is multiplied with, if known."""
-    if storage.kind != "int":
+    if storage.kind not in ("int", "k"):
         blocks = round_floats(weight.numpy(), storage)
         return blocks, _errors(weight, blocks, storage, met)
     if recipe.method in ("gptq", "signround") and met is not None:

@@ -23,7 +23,8 @@ class Recipe:
         error; the same weighted by activations; column by column (GPTQ); by sign gradients.
     formats : tuple of (str, str)
         Parts of a matrix's name and its format, the first that matches; ``{group}`` stands for
-        the group, as in ``int4-{group}``. Empty: `pronk.compress.bits` chooses.
+        the group, as in ``int4-{group}``. Of several between bars, the first that divides the
+        rows. Empty: `pronk.compress.bits` chooses.
     about : str
         What ``--list-recipes`` says.
     group : str
@@ -57,11 +58,15 @@ class Recipe:
         """Whether it looks at what matrices are multiplied with."""
         return self.method not in ("rtn", "mse") or bool(self.fold)
 
-    def storage(self, name: str, group: str | None = None) -> Storage:
-        """The format of a matrix by its canonical name."""
+    def storage(self, name: str, cols: int, group: str | None = None) -> Storage:
+        """The format of a matrix by its canonical name and the length of its rows."""
         for part, text in self.formats:
             if part in name:
-                return parse_storage(text.replace("{group}", group or self.group))
+                for one in text.replace("{group}", group or self.group).split("|"):
+                    storage = parse_storage(one)
+                    if not cols % storage.unit:
+                        break
+                return storage
         raise ValueError(f"recipe {self.name} says nothing of {name}")
 
 
@@ -101,6 +106,15 @@ def _table() -> dict[str, Recipe]:
             Recipe(f"int{bits}-rtn", "rtn", formats, f"{bits} bits, nearest; {_WIDER}", "g64"),
             Recipe(f"int{bits}-gptq", "gptq", formats, f"{bits} bits, GPTQ; {_WIDER}", "g64"),
         ]
+    mixed = (
+        ("embed_tokens", "q6_k|int8-g32"), ("lm_head", "q6_k|int8-g32"),
+        ("", "q4_k|int4-g32-min"),
+    )  # fmt: skip
+    only = "for GGUF: Q4_K, Q6_K the head; rows that are no multiple of 256 Q4_1 and Q8_0"
+    rows += [
+        Recipe("k4-imatrix", "imatrix", mixed, f"errors weighted by activations, {only}"),
+        Recipe("k4-gptq", "gptq", mixed, f"GPTQ, {only}"),
+    ]
     wide = "runs as bf16: unpacked at load, so smaller on disk only"
     rows += [
         Recipe(
