@@ -249,6 +249,17 @@ def test_the_decoder_agrees_with_transformers(family: str, tmp_path: Path) -> No
     assert (x - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.parametrize("name", ["int4-gptq", "int4-rtn", "int4-signround"])
+def test_what_is_in_its_format_already_is_kept(name: str, tiny: Path, tmp_path: Path) -> None:
+    source = checkpoints.tiny_gguf(tmp_path / "tiny.gguf", tiny, "q4_0")
+    target = made(source, recipe_of(name), tmp_path / "out")
+    with open_checkpoint(source) as ckpt, open_checkpoint(target) as bundle:
+        for tensor, info in ckpt.tensors.items():
+            np.testing.assert_array_equal(
+                bundle.read_rows(tensor, 0, info.rows), ckpt.read_rows(tensor, 0, info.rows)
+            )
+
+
 KILLED = """
 import sys
 from pronk.compress import compress as module
@@ -383,6 +394,24 @@ def test_requests_that_will_not_do(
 def test_gguf_has_no_three_bits_of_ours(gguf: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no type"):
         made(gguf, recipe_of("int3-rtn"), tmp_path / "out.gguf")
+
+
+def test_bits_are_chosen_for_bundles(gguf: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="bundles only"):
+        made(gguf, recipe_of("auto"), tmp_path / "out.gguf", goal=Goal(bits=4))
+
+
+def test_inputs_that_were_lost(untied: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_head", stop)
+        with pytest.raises(KeyboardInterrupt):
+            made(untied, recipe_of("int4-gptq"), tmp_path / "out")
+    (tmp_path / ".out.compress" / "inputs-2.npy").unlink()
+    with pytest.raises(PronkError, match="damaged"):
+        made(untied, recipe_of("int4-gptq"), tmp_path / "out")
 
 
 def test_without_torch_a_sentence_says_what_to_install(

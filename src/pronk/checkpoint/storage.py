@@ -57,6 +57,11 @@ class Storage:
         """What the length of a row must be a multiple of."""
         return {"int": self.group or 32, "k": 256}.get(self.kind, 1)
 
+    def holds(self, dtype: str) -> bool:
+        """Whether rows of `dtype` are rows of this as they are."""
+        plain = self.kind in ("float", "k") or (self.group == 32 and self.bits >= 4)
+        return plain and dtype == self.blocks
+
     def groups(self, cols: int) -> int:
         """Groups of a row."""
         return cols // self.group if self.group else 1

@@ -22,7 +22,6 @@ from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.storage import Storage, parse_storage
 from pronk.compress.bits import (
     Goal,
-    candidates,
     choose,
     divergence,
     probe_steps,
@@ -40,7 +39,7 @@ from pronk.compress.layers import (
 from pronk.compress.quantize import CHUNK_BYTES, quantize_tensor
 from pronk.compress.recipes import Recipe
 from pronk.compress.stages import Compressed, Stages
-from pronk.errors import RequestError
+from pronk.errors import PronkError, RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,6 +190,8 @@ def compress(
             names.remove(EMBEDDING)  # of which a bundle keeps floats
         storages = _storages(ckpt, names, recipe, group)
         if to_gguf:
+            if recipe.automatic:
+                raise RequestError("bits are chosen for bundles only yet: give -o a directory")
             check_gguf(ckpt, target, storages)
         else:
             check_bundled(ckpt.spec)
@@ -238,7 +239,9 @@ def _storages(
 ) -> dict[str, Storage]:
     """The format of each matrix; where those are chosen later, the largest that may be."""
     if recipe.automatic:
-        return {name: parse_storage(candidates(ckpt.tensors[name].cols)[-1]) for name in names}
+        storages = dict.fromkeys(names, parse_storage("int8-g32"))
+        check_groups(ckpt, storages)
+        return storages
     storages = {name: recipe.storage(name, ckpt.tensors[name].cols, group) for name in names}
     check_groups(ckpt, storages)
     return storages
@@ -374,17 +377,25 @@ def _decoder(work: _Work) -> Decoder:
 
 
 def _layer(work: _Work, index: int, x: Tensor | None) -> tuple[Made, Tensor]:
-    import torch
 
     decoder = _decoder(work)
     if x is None:
-        kept = work.stages.inputs(index) if index else None
-        x = torch.from_numpy(kept) if kept is not None else _embedded(work)
+        x = _kept(work, index) if index else _embedded(work)
     made, out = compress_layer(
         work.ckpt, decoder, index, x, work.recipe, work.storages, work.seed + index
     )
     work.stages.keep_inputs(index + 1, out.numpy())
     return made, out
+
+
+def _kept(work: _Work, layer: int) -> Tensor:
+    """What an earlier run kept of a layer's inputs."""
+    import torch
+
+    kept = work.stages.inputs(layer)
+    if kept is None:
+        raise PronkError(f"{work.stages.path} is damaged: remove it, and begin anew")
+    return torch.from_numpy(kept)
 
 
 def _embedded(work: _Work) -> Tensor:
@@ -408,7 +419,7 @@ def _head(work: _Work, x: Tensor | None) -> Made:
                 weights = read_floats(work.ckpt, decoder.names(layer))
                 x = torch.cat([decoder.run(layer, part, weights) for _, part in batches(x)])
         elif x is None:
-            x = torch.from_numpy(work.stages.inputs(layers))
+            x = _kept(work, layers)
         weights = read_floats(
             work.ckpt, [n for n in decoder.names(layers) if not is_matrix(work.ckpt, n)]
         )

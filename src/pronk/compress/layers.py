@@ -123,7 +123,11 @@ def compress_plainly(
     ckpt: Checkpoint, name: str, storage: Storage, recipe: Recipe, made: Made, met: Inputs | None
 ) -> None:
     """Compress a matrix a few rows at a time: each row by itself."""
-    info, parts = ckpt.tensors[name], []
+    info = ckpt.tensors[name]
+    if storage.holds(info.dtype):
+        keep(ckpt, name, made)
+        return
+    parts = []
     sums = np.zeros(2)
     outputs = np.zeros(2)
     for at in range(0, info.rows, _ROWS):
@@ -139,6 +143,13 @@ def compress_plainly(
     made.errors[name] = {"weights": float(np.sqrt(sums[0] / sums[1])) if sums[1] else 0.0}
     if met is not None:
         made.errors[name]["outputs"] = float(outputs[0] / outputs[1]) if outputs[1] else 0.0
+
+
+def keep(ckpt: Checkpoint, name: str, made: Made) -> None:
+    """Take a matrix as it is: it is stored in its format already."""
+    info = ckpt.tensors[name]
+    made.blocks[name], made.dtypes[name] = ckpt.read_rows(name, 0, info.rows), info.dtype
+    made.errors[name] = {"weights": 0.0}
 
 
 def _rows(ckpt: Checkpoint, name: str, start: int, stop: int) -> Tensor:
@@ -190,13 +201,16 @@ def compress_layer(
     learnt: dict[str, tuple[Tensor, Grid]] = {}
     if recipe.method == "signround":
         grids = {n: fit_grid(weights[n], s) for n, s in storages.items() if n in weights
-                 and s.kind == "int"}  # fmt: skip
+                 and s.kind == "int" and not s.holds(ckpt.tensors[n].dtype)}  # fmt: skip
         learnt = sign_round(decoder, layer, x, exact, grids, steps=recipe.steps, seed=seed)
     with torch.no_grad():
         for stage in stages:
             met = meet(decoder, layer, x, weights, [stage[0]])
             for name in stage:
                 storage = storages[name]
+                if storage.holds(ckpt.tensors[name].dtype) and not recipe.fold:
+                    keep(ckpt, name, made)
+                    continue
                 if name in learnt:
                     blocks = to_blocks(*learnt[name])
                     errors = _errors(exact[name], blocks, storage, met[stage[0]])

@@ -82,6 +82,7 @@ def _table() -> dict[str, Recipe]:
     rows = [
         Recipe("int8", "mse", _all("int8-{group}"), "8 bits, least squared error", "g32"),
         Recipe("int8-channel", "mse", _all("int8-channel"), "8 bits, one scale a row"),
+        Recipe("int8-gptq", "gptq", _all("int8-{group}"), "8 bits, GPTQ", "g32"),
         Recipe(
             "int8-smooth", "mse", _all("int8-{group}"), "8 bits after SmoothQuant's scaling",
             "channel", fold="smooth",

@@ -48,6 +48,8 @@ def sign_round(
     """
     import torch
 
+    if not grids:
+        return {}
     order = torch.Generator().manual_seed(seed)
     shift = {name: torch.zeros_like(weights[name], requires_grad=True) for name in grids}
     factor = {name: torch.ones_like(grid.scale, requires_grad=True) for name, grid in grids.items()}
