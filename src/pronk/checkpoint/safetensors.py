@@ -313,10 +313,10 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise refuse("with a weight_global_scale other than one")
         elif overall is not None:
             raise refuse("with a weight_global_scale, which Pronk does not read")
-        elif zero is not None and (zero.dtype != "I32" or zero.shape != (-(-rows // 8), groups)):
-            raise refuse("with zero points that do not fit its scales")
         elif zero is not None and bits != 4:
             raise refuse(f"of {bits} bits with whole zero points, which Pronk does not read")
+        elif zero is not None and (zero.dtype != "I32" or zero.shape != (-(-rows // 8), groups)):
+            raise refuse("with zero points that do not fit its scales")
         dtype = packed_dtype(bits, symmetric)
         stated = {(bits, symmetric, cols // groups), (bits, symmetric, 0 if groups == 1 else -1)}
         if dtype is None or not stated & schemes:
