@@ -15,8 +15,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
 from pronk.checkpoint.blocks import dequantize, quantize
+from pronk.checkpoint.fp8 import row_scales, to_e4m3, unpack_e4m3
 from pronk.checkpoint.open import open_checkpoint
-from pronk.checkpoint.packed import assemble, pack_blocks
+from pronk.checkpoint.packed import assemble, narrow, pack_blocks, widen
 from pronk.errors import CheckpointError
 
 
@@ -37,7 +38,7 @@ def blocks_of(dtype: str, rows: int, cols: int) -> np.ndarray:
 @pytest.mark.parametrize("rows", [16, 13])
 def test_what_we_pack_compressed_tensors_unpacks(dtype: str, bits: int, rows: int) -> None:
     blocks = blocks_of(dtype, rows, 96)
-    packed = pack_blocks(blocks, dtype, 96)
+    packed = pack_blocks(blocks, 96)
     assert packed["weight_scale"].dtype == np.float16
     words = packed["weight_packed"].view(np.uint8)
     scale = packed["weight_scale"].astype(np.float32)
@@ -50,7 +51,7 @@ def test_what_we_pack_compressed_tensors_unpacks(dtype: str, bits: int, rows: in
 
 
 CASES = [(8, True, 32), (8, True, None), (4, True, 64), (4, True, 32), (4, False, 32)]
-CASES += [(4, False, None)]
+CASES += [(4, False, None), (3, True, 64), (2, True, 32), (3, True, None)]
 
 
 def packed_dir(path: Path, bits: int, symmetric: bool, group: int | None) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def test_reads_what_compressed_tensors_wrote(
 ) -> None:
     expected = packed_dir(tmp_path, bits, symmetric, group)
     with open_checkpoint(tmp_path) as checkpoint:
-        dtype = {8: "q8_0", 4: "q4_0" if symmetric else "q4_1"}[bits]
+        dtype = "q8_0" if bits == 8 else "q4_0" if symmetric else "q4_1"
         assert checkpoint.tensors["model.layers.0.mlp.down_proj.weight"].dtype == dtype
         assert checkpoint.tensors["lm_head.weight"].dtype == "f32"
         for name, info in checkpoint.tensors.items():
@@ -113,11 +114,11 @@ def test_reads_what_compressed_tensors_wrote(
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "gptq"}, "'gptq'"),
-    ({"format": "float-quantized"}, "'float-quantized'"),
+    ({"format": "naive-quantized"}, "'naive-quantized'"),
     ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
     ({"config_groups": {}}, "config_groups"),
     ({"config_groups": {"W4A16": ["Linear"]}}, "config group"),
-    ({"config_groups": {"a": {"weights": {"num_bits": 3, "group_size": 32}}}}, "3-bit"),
+    ({"config_groups": {"a": {"weights": {"num_bits": 5, "group_size": 32}}}}, "5-bit"),
     ({"config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 48}}}}, "48"),
     ({"config_groups": {"a": {"weights": {"num_bits": 8, "strategy": "tensor"}}}}, "'tensor'"),
     ({"config_groups": {"a": {"weights": {"type": "float", "group_size": 32}}}}, "'float'"),
@@ -133,3 +134,35 @@ def test_other_quantizations_are_refused_in_a_sentence(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=words):
             open_checkpoint(tmp_path)
+
+
+def test_whole_zero_points_of_three_bits_are_refused(tmp_path: Path) -> None:
+    packed_dir(tmp_path, 3, False, 32)
+    with pytest.raises(CheckpointError, match="whole zero points"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fewer_bits_round_trip(bits: int) -> None:
+    half = 1 << (bits - 1)
+    codes = np.random.default_rng(bits).integers(8 - half, 8 + half, (3, 64), np.uint8)
+    words = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed = narrow(words.view("<i4"), bits)
+    assert packed.shape == (3, 2 * bits)
+    np.testing.assert_array_equal(widen(packed.view(np.uint8), bits), words)
+    with pytest.raises(ValueError, match="do not hold"):
+        narrow(np.zeros((1, 4), "<i4"), bits)
+
+
+def test_e4m3_is_as_torch_has_it() -> None:
+    values = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32) * 50
+    values[0, :9] = [0, -0.0, 448, 464, 2**-9, 2**-10, 3 * 2**-10, 17, 19]
+    codes = to_e4m3(values.clip(-448, 448))
+    want = torch.from_numpy(values.clip(-448, 448)).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(codes, want.view(torch.uint8).numpy())
+    one = np.ones((256, 1), np.float32)
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    theirs = torch.from_numpy(every).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(unpack_e4m3(every, one), theirs)
+    np.testing.assert_array_equal(row_scales(np.float32([[448], [449], [0], [-7]])),
+                                  np.float32([[1], [2], [1], [2**-6]]))  # fmt: skip

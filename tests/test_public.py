@@ -88,7 +88,8 @@ ARROWS = {
     },
     # A profile sets what ops cost, which the graph counts, against the time they took.
     "evaluate": {"spec", "errors", "units", "graph"},
-    "compress": {"spec", "errors", "units", "checkpoint", "graph", "device"},
+    # Calibration reads texts as measuring does.
+    "compress": {"spec", "errors", "units", "checkpoint", "graph", "device", "evaluate"},
     "commands": {
         "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve", "model",
         "evaluate", "compress",

@@ -22,6 +22,7 @@ VERBS = {
     "list": ("pronk.commands.list", "show the models at hand"),
     "inspect": ("pronk.commands.inspect", "show what a model is and what memory it needs"),
     "fit": ("pronk.commands.fit", "find, write and measure the variant that holds a budget"),
+    "compress": ("pronk.commands.compress", "write a model in fewer bits, by a recipe"),
     "bench": ("pronk.commands.bench", "measure speed and memory"),
     "doctor": ("pronk.commands.doctor", "examine this machine, and say what slows Pronk down"),
     "eval": ("pronk.commands.eval", "measure perplexity and divergence on a text"),

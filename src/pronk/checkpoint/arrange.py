@@ -14,7 +14,7 @@ from pronk.checkpoint.rows import MoreByOne, Paired, Part, Rows, Strip, Tensor, 
 from pronk.errors import CheckpointError
 from pronk.spec import ModelSpec
 
-__all__ = ["GGUF_NAMES", "arrange", "check_tensors", "expected_tensors"]
+__all__ = ["GGUF_NAMES", "arrange", "check_tensors", "expected_tensors", "gguf_parts", "rotated"]
 
 GGUF_NAMES: Names = MappingProxyType(
     {
@@ -153,7 +153,7 @@ class _Arranging:
         """Rows of heads in halves, where the file has their rotary pairs side by side."""
         family, (info, rows) = self.family, tensor
         adjacent = family.pairs_adjacent if self.gguf else family.hf_pairs_adjacent
-        if not adjacent or name.split(".")[-2] not in _ROTATED:
+        if not adjacent or not rotated(name):
             return tensor
         if info.shape != self.expected[name]:
             return tensor  # refused later, by its shape
@@ -274,6 +274,18 @@ def arrange(
     for name, found in a.experts.items():
         a.join(name, found)
     return a.out
+
+
+def rotated(name: str) -> bool:
+    """Whether a tensor's rows are those of heads that rotary embedding turns."""
+    return name.split(".")[-2] in _ROTATED
+
+
+def gguf_parts(name: str, family: Family) -> list[str]:
+    """The canonical tensors, one after the other, that a stored tensor of a GGUF file holds."""
+    at, module, leaf, _ = _parse(name, "blk.", True)
+    new = {**GGUF_NAMES, **family.gguf_names}.get(module, ())
+    return [f"{at}{one}.{leaf}" for one in new]
 
 
 def _parse(name: str, prefix: str, gguf: bool) -> tuple[str, str, str, int]:

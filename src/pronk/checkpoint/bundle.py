@@ -55,14 +55,23 @@ class BundleWriter:
         self._fields: dict[str, Any] = {}
         self._open = False
 
-    def __enter__(self) -> Self:
-        _recover(self.target)
+    def check(self) -> None:
+        """Refuse a directory that holds something else than a bundle.
+
+        Raises
+        ------
+        RequestError
+        """
         if os.path.lexists(self.target) and not is_bundle(self.target):
             empty = self.target.is_dir() and not any(self.target.iterdir())
             if not empty:
                 raise RequestError(
                     f"{self.target} exists and is not a bundle: give -o another directory"
                 )
+
+    def __enter__(self) -> Self:
+        _recover(self.target)
+        self.check()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pronk.checkpoint.arrange import expected_tensors
 from pronk.checkpoint.families import ACTIVATIONS, FAMILIES, family_of
+from pronk.checkpoint.kinds import EMBEDDING, HEAD, tensor_kind
+from pronk.checkpoint.storage import Storage, storage_of
 from pronk.errors import RequestError
 from pronk.spec import ModelSpec, RopeSpec
 
-__all__ = ["GROUP", "check_bundled", "hf_config"]
+__all__ = ["check_bundled", "hf_config", "module_of"]
 
-GROUP = 32
-"""Elements that share a scale, in every format Pronk writes."""
-
-# Every Linear of a decoder is the target of exactly one group; some families store several as one.
+# Modules of a kind; some families store several as one.
 _TARGETS = {
     "head": r"re:.*lm_head$",
     "attention": r"re:.*self_attn\.(q|k|v|o|qkv)_proj$",
@@ -78,7 +78,7 @@ def _ropes(spec: ModelSpec) -> tuple[int, int]:
 def hf_config(
     spec: ModelSpec, formats: Mapping[str, str], bos: int | None, eos: Sequence[int]
 ) -> dict[str, Any]:
-    """``config.json`` of a bundle with `formats` by tensor kind.
+    """``config.json`` of a bundle with `formats` by tensor kind or name.
 
     The embedding is never tied: the output head is a packed Linear, and the embedding table
     beside it, which `transformers` cannot keep packed, is float16.
@@ -110,8 +110,13 @@ def hf_config(
         "bos_token_id": bos,
         "eos_token_id": _one_or_many(eos),
         "pad_token_id": None,  # some families default to one beyond a small vocabulary
-        "quantization_config": _quantization(formats),
+        **_quantized(spec, formats),
     }
+
+
+def _quantized(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, Any]:
+    config = _quantization(spec, formats)
+    return {"quantization_config": config} if config["config_groups"] else {}
 
 
 def _window_fields(spec: ModelSpec) -> dict[str, Any]:
@@ -194,19 +199,31 @@ def _rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     return fields
 
 
-def _quantization(formats: Mapping[str, str]) -> dict[str, Any]:
+def _quantization(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, Any]:
+    """Every Linear of the decoder is the target of one group, or of none if it is float."""
+    stored: dict[Storage, list[str]] = {}
+    for name, shape in expected_tensors(spec):
+        if tensor_kind(name) and len(shape) == 2 and name != EMBEDDING:
+            stored.setdefault(storage_of(formats, name), []).append(name)
+    if spec.tie_embeddings:
+        stored.setdefault(storage_of(formats, EMBEDDING), []).append(HEAD)
     groups: dict[str, Any] = {}
-    for dtype in sorted({formats[kind] for kind in _TARGETS}):
+    kinds = set()
+    for storage in sorted(stored, key=str):
+        if storage.weights is None:
+            continue
+        form = "float-quantized" if storage.kind == "fp8" else "pack-quantized"
+        kinds.add(form)
         groups[f"group_{len(groups)}"] = {
-            "targets": [target for kind, target in _TARGETS.items() if formats[kind] == dtype],
-            "weights": _weights(dtype),
+            "targets": _targets(spec, stored[storage], stored),
+            "weights": storage.weights,
             "input_activations": None,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": form,
         }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [],
@@ -214,19 +231,23 @@ def _quantization(formats: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _weights(dtype: str) -> dict[str, Any]:
-    weights = {
-        "num_bits": 8 if dtype == "q8_0" else 4,
-        "type": "int",
-        "symmetric": dtype != "q4_1",
-        "strategy": "group",
-        "group_size": GROUP,
-        "dynamic": False,
-    }
-    if dtype == "q4_1":
-        # A minimum is no whole multiple of its scale, and rounding it to one would cost as much
-        # as the rounding to 4 bits did. Strategy "group" packs zero points as whole numbers (and
-        # compressed-tensors 0.20 cannot load those); "tensor_group", with a global scale of one,
-        # computes the same and keeps them in zp_dtype.
-        weights |= {"strategy": "tensor_group", "zp_dtype": "torch.float32"}
-    return weights
+def _targets(spec: ModelSpec, names: list[str], stored: Mapping[Storage, list[str]]) -> list[str]:
+    """Patterns of the modules of one group: one for those that no other group has any of."""
+    out, held = [], set(names)
+    for kind, target in _TARGETS.items():
+        of_kind = {n for part in stored.values() for n in part if tensor_kind(n) == kind}
+        if of_kind and of_kind <= held:
+            out.append(target)
+            held -= of_kind
+    lone = (module_of(spec, name)[0] for name in names if name in held)
+    return out + list(dict.fromkeys(lone))
+
+
+def module_of(spec: ModelSpec, name: str) -> tuple[str, tuple[str, ...]]:
+    """The module that a family stores a matrix in, and all matrices it has, in their order."""
+    for into, parts in family_of(spec.family).hf_names.items():
+        for part in parts:
+            layer = name.removesuffix(f"{part}.weight")
+            if layer != name:
+                return f"{layer}{into}", tuple(f"{layer}{one}.weight" for one in parts)
+    return name.removesuffix(".weight"), (name,)

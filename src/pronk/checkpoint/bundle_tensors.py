@@ -8,17 +8,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize
-from pronk.checkpoint.bundle_config import GROUP
+from pronk.checkpoint.bundle_config import module_of
 from pronk.checkpoint.families import family_of
-from pronk.checkpoint.kinds import EMBEDDING_DTYPE, tensor_kind
-from pronk.checkpoint.packed import pack_blocks
+from pronk.checkpoint.fp8 import pack_fp8
+from pronk.checkpoint.kinds import EMBEDDING, EMBEDDING_DTYPE, HEAD, tensor_kind
+from pronk.checkpoint.packed import narrow, pack_blocks
 from pronk.checkpoint.real_minima import split_minima
+from pronk.checkpoint.storage import Storage, storage_of
 from pronk.errors import CheckpointError
 
 __all__ = ["Quantize", "write_tensors"]
@@ -26,10 +29,7 @@ __all__ = ["Quantize", "write_tensors"]
 Quantize = Callable[[Checkpoint, str, str], Iterator[tuple[int, NDArray[np.uint8]]]]
 """``(checkpoint, name, dtype)`` to ``(first row, blocks)`` pairs that cover the tensor."""
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-
-_ITEM_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2}
+_ITEM_BYTES = {"I64": 8, "I32": 4, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,19 @@ class _Entry:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
-def _packed_entries(name: str, dtype: str, rows: int, cols: int) -> list[_Entry]:
-    base = name.removesuffix("weight")
-    groups = cols // GROUP
-    bits = 8 if dtype == "q8_0" else 4
+def _entries(name: str, storage: Storage, rows: int, cols: int) -> list[_Entry]:
+    base, groups = name.removesuffix("weight"), storage.groups(cols)
+    if storage.kind == "float":
+        return [_Entry(name, storage.blocks.upper(), (rows, cols))]
+    scale = _Entry(f"{base}weight_scale", "F16", (rows, groups))
+    if storage.kind == "fp8":
+        return [_Entry(name, "F8_E4M3", (rows, cols)), _Entry(scale.name, "F32", (rows, 1))]
     entries = [
-        _Entry(f"{base}weight_packed", "I32", (rows, cols * bits // 32)),
-        _Entry(f"{base}weight_scale", "F16", (rows, groups)),
+        _Entry(f"{base}weight_packed", "I32", (rows, cols * storage.bits // 32)),
+        scale,
         _Entry(f"{base}weight_shape", "I64", (2,)),
     ]
-    if dtype == "q4_1":
+    if storage.minimum:
         entries.append(_Entry(f"{base}weight_zero_point", "F32", (rows, groups)))
         entries.append(_Entry(f"{base}weight_global_scale", "F32", (1,)))
     return entries
@@ -134,19 +137,21 @@ def write_tensors(
         # A source may hold a copy of the head.
         matrices = [name for name in matrices if name != HEAD]
     entries = [_Entry(name, "F32", ckpt.tensors[name].shape) for name in plain]
-    places = _places(ckpt, [name for name in matrices if name != EMBEDDING or tied])
+    packed = [name for name in matrices if name != EMBEDDING or tied]
+    places = _places(ckpt, packed, formats)
     for name in matrices:
         shape = ckpt.tensors[name].shape
-        if len(shape) != 2 or shape[1] % GROUP:
+        storage = storage_of(formats, name)
+        group = storage.group or 32
+        if len(shape) != 2 or (storage.kind == "int" and shape[1] % group):
             raise CheckpointError(
                 f"{name} of {ckpt.path} has shape {shape}: only matrices whose rows are a "
-                f"multiple of {GROUP} can be quantized"
+                f"multiple of {group} can be quantized to {storage}"
             )
         if name == EMBEDDING:
             entries.append(_Entry(name, "F16", shape))
         if name in places and places[name].first == 0:
-            place, dtype = places[name], formats[tensor_kind(name) or ""]
-            entries.extend(_packed_entries(place.name, dtype, place.rows, shape[1]))
+            entries.extend(_entries(places[name].name, storage, places[name].rows, shape[1]))
 
     less = family_of(ckpt.spec.family).norm_adds_one
     file = _File(path, entries, progress)
@@ -156,8 +161,8 @@ def write_tensors(
             file.put(name, 0, values - 1 if less and "norm" in name.split(".")[-2] else values)
         for name in matrices:
             if name in places:
-                dtype = formats[tensor_kind(name) or ""]
-                _write_packed(ckpt, name, dtype, places[name], file, quantize)
+                storage = storage_of(formats, name)
+                _write_packed(ckpt, name, storage, places[name], file, quantize)
             else:
                 _write_half(ckpt, name, file, quantize)
     finally:
@@ -173,22 +178,20 @@ class _Place:
     rows: int
 
 
-def _places(ckpt: Checkpoint, names: list[str]) -> dict[str, _Place]:
+def _places(ckpt: Checkpoint, names: list[str], formats: Mapping[str, str]) -> dict[str, _Place]:
     """The place of each matrix that is packed, by its canonical name."""
-    # Only a tied embedding is packed, and that is the output head.
-    places = {
-        name: _Place(HEAD if name == EMBEDDING else name, 0, ckpt.tensors[name].shape[0])
-        for name in names
-    }
-    for into, parts in family_of(ckpt.spec.family).hf_names.items():
-        for name in names:
-            layer = name.removesuffix(f"{parts[0]}.weight")
-            if layer == name:
-                continue
-            together = [f"{layer}{part}.weight" for part in parts]
-            rows = [ckpt.tensors[part].shape[0] for part in together]
-            for i, part in enumerate(together):
-                places[part] = _Place(f"{layer}{into}.weight", sum(rows[:i]), sum(rows))
+    places = {}
+    for name in names:
+        module, parts = module_of(ckpt.spec, name)
+        if len({storage_of(formats, part) for part in parts}) > 1:
+            raise CheckpointError(
+                f"{module} of a {ckpt.spec.family} model is one matrix: what it is made of "
+                "cannot have different formats"
+            )
+        rows = [ckpt.tensors[part].shape[0] for part in parts]
+        # Only a tied embedding is packed, and that is the output head.
+        stored = HEAD if name == EMBEDDING else f"{module}.weight"
+        places[name] = _Place(stored, sum(rows[: parts.index(name)]), sum(rows))
     return places
 
 
@@ -199,22 +202,40 @@ def _finite(name: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def _write_packed(
-    ckpt: Checkpoint, name: str, dtype: str, place: _Place, file: _File, quantize: Quantize
+    ckpt: Checkpoint,
+    name: str,
+    storage: Storage,
+    place: _Place,
+    file: _File,
+    quantize: Quantize,
 ) -> None:
     cols = ckpt.tensors[name].shape[1]
-    base = place.name.removesuffix("weight")
+    base, dtype = place.name.removesuffix("weight"), storage.blocks
     for start, blocks in quantize(ckpt, name, dtype):
-        parts = split_minima(blocks, cols) if dtype == "q4_1" else pack_blocks(blocks, dtype, cols)
-        for part, values in parts.items():
+        for part, values in _parts(blocks, storage, cols).items():
             file.put(f"{base}{part}", (place.first + start) * values[0].nbytes, values)
         if name == EMBEDDING:
             floats = dequantize(blocks, dtype, cols).astype(np.float16)
             file.put(name, start * 2 * cols, floats)
     if place.first:
         return
-    file.put(f"{base}weight_shape", 0, np.array([place.rows, cols], dtype=np.int64))
-    if dtype == "q4_1":
+    if storage.kind == "int":
+        file.put(f"{base}weight_shape", 0, np.array([place.rows, cols], dtype=np.int64))
+    if storage.minimum:
         file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
+
+
+def _parts(blocks: NDArray[np.uint8], storage: Storage, cols: int) -> dict[str, NDArray[Any]]:
+    """What a bundle keeps of rows of blocks, by the tensor it goes to."""
+    if storage.kind == "float":
+        return {"weight": blocks}
+    if storage.kind == "fp8":
+        return pack_fp8(dequantize(blocks, storage.blocks, cols))
+    parts = split_minima(blocks, cols) if storage.minimum else pack_blocks(blocks, cols)
+    parts["weight_packed"] = narrow(parts["weight_packed"], storage.bits)
+    # The blocks of a group share its scale.
+    step = (storage.group or cols) // 32
+    return {k: v[:, ::step] if k != "weight_packed" else v for k, v in parts.items()}
 
 
 def _write_half(ckpt: Checkpoint, name: str, file: _File, quantize: Quantize) -> None:

@@ -16,7 +16,7 @@ from pronk.checkpoint.blocks import BLOCK_SIZES
 from pronk.checkpoint.io import read_exact
 from pronk.errors import CheckpointError
 
-__all__ = ["GgufArray", "GgufHeader", "StoredTensor", "read_header"]
+__all__ = ["TYPE_NUMBERS", "GgufArray", "GgufHeader", "StoredTensor", "read_header"]
 
 T = TypeVar("T")
 
@@ -75,6 +75,7 @@ _TENSOR_TYPES = {
     35: "tq2_0",
     39: "mxfp4",
 }
+TYPE_NUMBERS = {dtype: number for number, dtype in _TENSOR_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,8 @@ class GgufHeader:
     fd: int
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    pairs_at: tuple[int, int]
+    """Bytes of the file from and to which the metadata lies."""
 
     def count(self, key: str) -> int:
         """How many there are in the array under `key`; 0 where there is none."""
@@ -296,11 +299,13 @@ def read_header(fd: int, path: Path) -> GgufHeader:
     tensor_count = cursor.count(24, _MAX_TENSORS, "tensors")
     pair_count = cursor.count(13, _MAX_PAIRS, "metadata values")
     metadata: dict[str, Any] = {}
+    begin = cursor.position
     for _ in range(pair_count):
         key = cursor.text(_MAX_NAME, "metadata key")
         if key in metadata:
             raise CheckpointError(f"{path} has the metadata key {key[:80]!r} twice")
         metadata[key] = cursor.value()
+    pairs_at = begin, cursor.position
     alignment = metadata.get("general.alignment", 32)
     good = isinstance(alignment, int) and 0 < alignment <= _MAX_ALIGNMENT
     if not good or alignment & (alignment - 1):
@@ -315,7 +320,7 @@ def read_header(fd: int, path: Path) -> GgufHeader:
             raise CheckpointError(f"{path} has the tensor {name[:80]!r} twice")
         table[name] = _tensor(cursor, name, alignment)
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(path, fd, metadata, _place(path, table, start, size))
+    return GgufHeader(path, fd, metadata, _place(path, table, start, size), pairs_at)
 
 
 def _tensor(cursor: _Cursor, name: str, alignment: int) -> StoredTensor:

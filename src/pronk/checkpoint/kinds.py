@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-__all__ = ["EMBEDDING_DTYPE", "KINDS", "tensor_kind"]
+__all__ = ["EMBEDDING", "EMBEDDING_DTYPE", "HEAD", "KINDS", "tensor_kind"]
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 KINDS = ("head", "attention", "gate_up", "down")
 """Output head and embedding; q, k, v and o; gate and up; down."""

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from pronk.errors import CheckpointError
 
 __all__ = [
+    "FP8",
     "Scheme",
     "assemble",
+    "narrow",
     "pack_blocks",
     "packed_dtype",
     "read_schemes",
     "unpack_down",
+    "widen",
 ]
 
 Bytes = NDArray[np.uint8]
@@ -30,7 +33,16 @@ Bytes = NDArray[np.uint8]
 # Bits, symmetry and group size (0: one scale a row) of a quantized weight.
 Scheme = tuple[int, bool, int]
 
-_DTYPES = {(8, True): "q8_0", (4, True): "q4_0", (4, False): "q4_1"}
+# Fewer bits run in the blocks of four, which hold their codes as they are.
+_DTYPES = {(8, True): "q8_0"}
+_DTYPES |= {
+    (bits, symmetric): "q4_0" if symmetric else "q4_1"
+    for bits in (2, 3, 4)
+    for symmetric in (True, False)
+}
+FP8: Scheme = (8, True, -8)
+"""The scheme of float-quantized weights; no group is of such a size."""
+_FORMS = ("pack-quantized", "float-quantized")
 _BITS = {"q8_0": 8, "q4_0": 4, "q4_1": 4}
 
 
@@ -39,13 +51,12 @@ def packed_dtype(bits: int, symmetric: bool) -> str | None:
     return _DTYPES.get((bits, symmetric))
 
 
-def pack_blocks(blocks: Bytes, dtype: str, cols: int) -> dict[str, NDArray[Any]]:
+def pack_blocks(blocks: Bytes, cols: int) -> dict[str, NDArray[Any]]:
     """Rows of q8_0 or q4_0 blocks as the tensors of a packed Linear weight.
 
     Parameters
     ----------
     blocks : uint8 [rows, row_bytes]
-    dtype : {"q8_0", "q4_0"}
         Those of q4_1 are `pronk.checkpoint.real_minima.split_minima`'s.
     cols : int
 
@@ -59,7 +70,7 @@ def pack_blocks(blocks: Bytes, dtype: str, cols: int) -> dict[str, NDArray[Any]]
     part = blocks.reshape(rows, groups, -1)
     scale = np.ascontiguousarray(part[:, :, :2]).view(np.float16)[:, :, 0]
     out: dict[str, NDArray[Any]] = {}
-    if _BITS[dtype] == 8:
+    if part.shape[2] == 34:
         values = part[:, :, 2:] ^ np.uint8(0x80)
     else:
         low, high = part[:, :, 2:] & np.uint8(15), part[:, :, 2:] >> np.uint8(4)
@@ -68,6 +79,32 @@ def pack_blocks(blocks: Bytes, dtype: str, cols: int) -> dict[str, NDArray[Any]]
     out["weight_packed"] = np.ascontiguousarray(values).reshape(rows, -1).view("<i4")
     out["weight_scale"] = scale
     return out
+
+
+def narrow(words: NDArray[np.int32], bits: int) -> NDArray[np.int32]:
+    """Packed rows of four bits as those of `bits`, which hold the codes; of eight as they are.
+
+    A code counts from the middle of its range, and 32 of them fill `bits` words.
+    """
+    if bits >= 4:
+        return words
+    data = np.ascontiguousarray(words).view(np.uint8)
+    codes = np.stack([data & np.uint8(15), data >> np.uint8(4)], axis=-1).reshape(len(data), -1)
+    codes -= np.uint8(8 - (1 << bits - 1))
+    if (codes >> np.uint8(bits)).any():
+        raise ValueError(f"codes that {bits} bits do not hold")
+    flat = np.unpackbits(codes[:, :, None], axis=2, count=bits, bitorder="little")
+    return np.packbits(flat.reshape(len(data), -1), axis=1, bitorder="little").view("<i4")
+
+
+def widen(words: Bytes, bits: int) -> Bytes:
+    """The inverse of `narrow`, on the bytes of rows."""
+    if bits >= 4:
+        return words
+    flat = np.unpackbits(words, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    codes = np.packbits(flat, axis=2, bitorder="little")[:, :, 0]
+    codes += np.uint8(8 - (1 << bits - 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
 
 
 def assemble(words: Bytes, scale: NDArray[np.float32], zero: Bytes | None, dtype: str) -> Bytes:
@@ -121,7 +158,8 @@ def read_schemes(path: Path, config: object) -> frozenset[Scheme]:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(
             f"{path} is quantized with {what}; Pronk reads compressed-tensors pack-quantized "
-            f"weights of 4 or 8 bits in groups of a multiple of 32 or by channel"
+            f"weights of 2, 3, 4 or 8 bits in groups of a multiple of 32 or by channel, and "
+            f"float-quantized ones by channel"
         )
 
     def empty(section: Mapping[str, Any], *keys: str) -> None:
@@ -134,7 +172,7 @@ def read_schemes(path: Path, config: object) -> frozenset[Scheme]:
     if config.get("quant_method") != "compressed-tensors":
         raise refuse(f"quant_method {str(config.get('quant_method'))[:40]!r}")
     form = config.get("format")
-    if form not in ("pack-quantized", "mixed-precision"):
+    if form not in (*_FORMS, "mixed-precision"):
         raise refuse(f"format {str(form)[:40]!r}")
     empty(config, "kv_cache_scheme", "transform_config", "moe_sparsity_config")
     sparsity = config.get("sparsity_config")
@@ -147,11 +185,25 @@ def read_schemes(path: Path, config: object) -> frozenset[Scheme]:
     for group in groups.values():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise refuse("a config group without weights of its own")
-        if form == "mixed-precision" and group.get("format") != "pack-quantized":
-            raise refuse(f"format {str(group.get('format'))[:40]!r} in a config group")
+        own = group.get("format") if form == "mixed-precision" else form
+        if own not in _FORMS:
+            raise refuse(f"format {str(own)[:40]!r} in a config group")
         empty(group, "input_activations", "output_activations")
-        out.add(_scheme(group["weights"], refuse, empty))
+        if own == "float-quantized":
+            out.add(_float_scheme(group["weights"], refuse, empty))
+        else:
+            out.add(_scheme(group["weights"], refuse, empty))
     return frozenset(out)
+
+
+def _float_scheme(weights: dict[str, Any], refuse: Any, empty: Any) -> Scheme:
+    """Eight bits of e4m3 with a scale a row."""
+    empty(weights, "dynamic", "block_structure", "group_size", "actorder")
+    if weights.get("type") != "float" or weights.get("num_bits", 8) != 8:
+        raise refuse("float-quantized weights that are not of 8 bits")
+    if weights.get("strategy") != "channel" or weights.get("symmetric", True) is not True:
+        raise refuse("float-quantized weights that are not by channel")
+    return FP8
 
 
 def _scheme(weights: dict[str, Any], refuse: Any, empty: Any) -> Scheme:
@@ -167,7 +219,7 @@ def _scheme(weights: dict[str, Any], refuse: Any, empty: Any) -> Scheme:
         strategy = "channel" if size == -1 else "group" if size else "tensor"
     # Float32 zero points, as Pronk's bundles keep those of q4_1 (see `real_minima`).
     real = strategy == "tensor_group" and weights.get("zp_dtype") == "torch.float32"
-    if real and (bits, symmetric) == (4, False):
+    if real and bits in (2, 3, 4) and symmetric is False:
         strategy = "group"
     if strategy == "channel":
         size = 0

@@ -42,7 +42,7 @@ def split_minima(blocks: Bytes, cols: int) -> dict[str, NDArray[Any]]:
     plain = np.empty((len(data), 18), dtype=np.uint8)
     plain[:, :2] = np.ascontiguousarray(scale)[:, None].view(np.uint8)
     plain[:, 2:] = np.where(flat[:, None], np.uint8(0), data[:, 4:])
-    parts = pack_blocks(plain.reshape(rows, -1), "q4_0", cols)
+    parts = pack_blocks(plain.reshape(rows, -1), cols)
     return {**parts, "weight_zero_point": zero.reshape(rows, -1)}
 
 

@@ -15,10 +15,19 @@ from numpy.typing import NDArray
 from pronk.checkpoint.arrange import arrange, check_tensors
 from pronk.checkpoint.base import Checkpoint, Span, TensorInfo, row_bytes
 from pronk.checkpoint.blocks import dequantize, quantize
+from pronk.checkpoint.fp8 import unpack_e4m3
 from pronk.checkpoint.hf_config import TEXT_PREFIX, read_family, read_spec, text_part
 from pronk.checkpoint.io import open_file, parse_json, read_exact, read_json
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE
-from pronk.checkpoint.packed import Scheme, assemble, packed_dtype, read_schemes, unpack_down
+from pronk.checkpoint.packed import (
+    FP8,
+    Scheme,
+    assemble,
+    packed_dtype,
+    read_schemes,
+    unpack_down,
+    widen,
+)
 from pronk.checkpoint.real_minima import join_minima
 from pronk.checkpoint.rows import Tensor
 from pronk.errors import CheckpointError
@@ -78,10 +87,27 @@ class _Rounded:
 
 
 @dataclass(frozen=True, slots=True)
+class _Float8:
+    """An e4m3 weight with a scale a row, as the nearest bfloat16."""
+
+    codes: _Stored
+    scale: _Stored
+
+    def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows of bfloat16."""
+        values = unpack_e4m3(self.codes.rows(start, stop), self.scale.floats(start, stop))
+        return quantize(values, "bf16")
+
+    def span(self) -> None:
+        """None: values have to be scaled."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Packed:
     """A packed weight: values, scales and, if asymmetric, zero points."""
 
     dtype: str
+    bits: int
     words: _Stored
     scale: _Stored
     zero: _Stored | None
@@ -89,10 +115,11 @@ class _Packed:
     def rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows in GGUF's block layout."""
         zero = None
+        words = widen(self.words.rows(start, stop), self.bits)
         if self.zero is not None and self.zero.dtype == "F32":
             try:
                 return join_minima(
-                    self.words.rows(start, stop),
+                    words,
                     self.scale.floats(start, stop),
                     self.zero.floats(start, stop),
                 )
@@ -102,9 +129,7 @@ class _Packed:
             raw = self.zero.rows(start // 8, -(-stop // 8)).view("<i4")
             zero = unpack_down(raw, start % 8, stop - start)
         try:
-            return assemble(
-                self.words.rows(start, stop), self.scale.floats(start, stop), zero, self.dtype
-            )
+            return assemble(words, self.scale.floats(start, stop), zero, self.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{self.words.path} is damaged: {error}") from None
 
@@ -201,6 +226,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 module = name.removesuffix(_PACKED)
                 info, packed = self._packed(module, stored, schemes)
                 sources[info.name] = info, packed
+        if FP8 in schemes:
+            for name in [n for n, t in stored.items() if t.dtype == "F8_E4M3"]:
+                sources[name] = self._float8(name, stored)
         for name, tensor in stored.items():
             if name.endswith(".rotary_emb.inv_freq"):
                 continue  # a buffer that old checkpoints saved; it follows from the config
@@ -237,6 +265,19 @@ class SafetensorsCheckpoint(Checkpoint):
             nbytes = info.rows * row_bytes(EMBEDDING_DTYPE, info.cols)
             info = TensorInfo(name, EMBEDDING_DTYPE, info.shape, nbytes)
             sources[name] = info, _Rounded(stored)
+
+    def _float8(self, name: str, stored: dict[str, _Stored]) -> tuple[TensorInfo, _Float8]:
+        """Gather an e4m3 weight and its scales out of `stored`."""
+        codes = stored.pop(name)
+        scale = stored.pop(f"{name}_scale", None)
+        rows = codes.shape[0]
+        if len(codes.shape) != 2 or scale is None or scale.shape != (rows, 1):
+            raise CheckpointError(f"{self.path} has float-quantized {name[:80]!r} without a scale "
+                                  f"for each of its rows")  # fmt: skip
+        if scale.dtype not in _FLOATS:
+            raise CheckpointError(f"{self.path} has scales of {name[:80]!r} that are no floats")
+        nbytes = rows * row_bytes("bf16", codes.shape[1])
+        return TensorInfo(name, "bf16", codes.shape, nbytes), _Float8(codes, scale)
 
     def _packed(
         self, module: str, stored: dict[str, _Stored], schemes: frozenset[Scheme]
@@ -278,6 +319,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 raise refuse("with a weight_global_scale other than one")
         elif overall is not None:
             raise refuse("with a weight_global_scale, which Pronk does not read")
+        elif zero is not None and bits != 4:
+            raise refuse(f"of {bits} bits with whole zero points, which Pronk does not read")
         elif zero is not None and (zero.dtype != "I32" or zero.shape != (-(-rows // 8), groups)):
             raise refuse("with zero points that do not fit its scales")
         dtype = packed_dtype(bits, symmetric)
@@ -288,7 +331,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"does not name"
             )
         info = TensorInfo(module + ".weight", dtype, (rows, cols), rows * row_bytes(dtype, cols))
-        return info, _Packed(dtype, words, scale, zero)
+        return info, _Packed(dtype, bits, words, scale, zero)
 
     def span(self, name: str) -> Span | None:
         """Where a plain tensor lies; a packed one is in several places."""
