@@ -22,7 +22,7 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
 from pronk.serve.hosted import Arrivals, Hosted
-from pronk.serve.http import chat, completions, more
+from pronk.serve.http import chat, completions, more, responses
 from pronk.serve.http.context import Context
 from pronk.serve.http.gateway import Gateway, Gauge
 from pronk.serve.http.replies import ErrorReply
@@ -112,7 +112,7 @@ def make_app(
         responses={code: {"model": ErrorReply} for code in _ERRORS},
     )  # fmt: skip
     api.state.context = context
-    for router in (chat.router, completions.router, more.router, _pages()):
+    for router in (chat.router, completions.router, responses.router, more.router, _pages()):
         api.include_router(router)
     _handle_errors(api, metrics)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
