@@ -134,15 +134,17 @@ async def _warm_up(models: Sequence[Hosted]) -> None:
     """Run a few tokens through each model, so that the first request finds memory touched."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for model in models:
-        arrivals, reason = Arrivals(), None
-        model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
-        while reason is None:
-            _, event = await arrivals.get()
-            reason = event.finish_reason
-        if event.error is not None:
-            _log.error("the model %s fails on its first tokens: %s", model.name, event.error)
-            continue
-        model.warm = True
+        arrivals, event = Arrivals(), None
+        try:
+            model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
+            while event is None or event.finish_reason is None:
+                _, event = await arrivals.get()
+            if event.error is not None:
+                raise event.error
+        except PronkError as error:
+            _log.error("the model %s fails on its first tokens: %s", model.name, error)
+        else:
+            model.warm = True
 
 
 def _pages() -> APIRouter:
