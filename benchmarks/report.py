@@ -89,6 +89,13 @@ SPECULATION = """## Drafts from earlier text
 The same greedy answers with and without drafts, in turns: a text repeated, a file rewritten with
 one method renamed, and a story. The script fails if a token differs."""
 
+SERVE = """## Serving
+
+Clients that ask, read the stream to its end and ask again, over real HTTP on the same machine;
+prompts of 20 to 300 words, no two the same. `engine` is Pronk's engine alone, fed with token ids;
+what the server loses against it is HTTP, JSON and text, and the client itself, which shares the
+cores. A short run: it tells servers apart, and no more."""
+
 MEASURED = """## Measured
 
 This section is written by `python benchmarks/report.py`; a test holds it to the results."""
@@ -109,6 +116,7 @@ SECTIONS = (
     ("kernels", KERNELS),
     ("scaling", SCALING),
     ("speculation", SPECULATION),
+    ("serve", SERVE),
     ("activations", ACTIVATIONS),
     ("fitting", FITTING),
 )

@@ -110,6 +110,41 @@ def test_a_stream_gives_the_same_text(client, stop):
     assert chunks[0].choices[0].delta.role == "assistant"
 
 
+def test_responses(client):
+    asked = [{"role": "user", "content": [{"type": "input_text", "text": "once"}]}]
+    args = {"model": "tiny", "instructions": "Be brief.", "temperature": 0,
+            "max_output_tokens": 12, "input": asked}  # fmt: skip
+    whole = client.responses.create(**args)
+    chat = client.chat.completions.create(
+        model="tiny", temperature=0, max_tokens=12,
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "once"}],
+    )  # fmt: skip
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert whole.usage.output_tokens == chat.usage.completion_tokens
+    cut = chat.choices[0].finish_reason == "length"
+    assert whole.status == ("incomplete" if cut else "completed")
+    events = list(client.responses.create(**args, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[0] == "response.created" and kinds[-1] == f"response.{whole.status}"
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text == events[-1].response.output_text
+    # What came back may be sent back.
+    turns = [*asked, *(item.to_dict() for item in whole.output), *asked]
+    again = client.responses.create(model="tiny", input=turns, max_output_tokens=3)
+    assert again.usage.input_tokens > whole.usage.input_tokens
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"format": {"type": "json_schema", "name": "it", "schema": schema}}
+    formed = client.responses.create(model="tiny", input="once", text=form)
+    assert json.loads(formed.output_text)["a"] in (1, 2) and formed.status == "completed"
+    for wrong in ({"previous_response_id": "x"}, {"store": True}, {"max_output_tokens": 0},
+                  {"text": {"format": {"type": "json_schema"}}}):  # fmt: skip
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(**{"model": "tiny", "input": "once", **wrong})
+
+
 def test_the_stream_ends_with_done(http):
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
     answer = http.post("/v1/chat/completions", json=body)

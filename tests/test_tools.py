@@ -54,6 +54,9 @@ CASES = [
     (BARE, ' {"name": "f", "parameters": {"x": 1}}', ("", [("f", '{"x": 1}')])),
     (BARE, '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": null}]',
      ("", [("f", "{}"), ("g", "null")])),
+    (HERMES, '\n{"name": "f", "arguments": {"x": 1}}\n', ("", [("f", '{"x": 1}')])),
+    (HERMES, '{"name": "other", "arguments": {}}', ('{"name": "other", "arguments": {}}', [])),
+    (HERMES, '{"a": 1} and text', ('{"a": 1} and text', [])),
     (BARE, "no call {}", ("no call {}", [])),
     (BARE, '{"answer": 3}', ('{"answer": 3}', [])),
     (BARE, "{" + "x" * 1000, ("{" + "x" * 1000, [])),
@@ -63,12 +66,12 @@ CASES = [
 @pytest.mark.parametrize(("form", "answer", "expected"), CASES, ids=range(len(CASES)))
 def test_wherever_an_answer_is_cut(form, answer, expected):
     rng = random.Random(0)
-    assert parsed(CallParser(form), [answer]) == expected
-    assert parsed(CallParser(form), list(answer)) == expected
+    assert parsed(CallParser(form, names=("f", "g")), [answer]) == expected
+    assert parsed(CallParser(form, names=("f", "g")), list(answer)) == expected
     for _ in range(20):
         cuts = sorted(rng.sample(range(len(answer) + 1), min(3, len(answer))))
         pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
-        assert parsed(CallParser(form), pieces) == expected
+        assert parsed(CallParser(form, names=("f", "g")), pieces) == expected
 
 
 def test_a_forced_call():

@@ -8,14 +8,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pronk.commands import common
-from pronk.errors import RequestError
+from pronk.errors import BudgetError, RequestError
 from pronk.serve.config import ServeConfig, ServeLimits
 from pronk.units import format_bytes, parse_seconds, parse_size
 
@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> None:
             with bind(config.host, config.grpc_port) as found:  # gRPC takes it itself, later
                 config = replace(config, grpc_port=found.getsockname()[1])
         hosted = [_open(name, address, args, stack) for name, address in named.items()]
+        _plan(hosted, resident_memory)
         served = make_app(hosted, config, resident_memory, __version__)
         stack.callback(served.close)
         logging.basicConfig(level=logging.WARNING, format="pronk: %(message)s", stream=sys.stderr)
@@ -162,6 +163,31 @@ def run(args: argparse.Namespace) -> None:
         serve(served, config, sock, started)
 
 
+def _plan(hosted: Sequence[Hosted], resident: Callable[[], int]) -> None:
+    """Count what the process takes beside the models' regions: once, with the first of them.
+
+    Raises
+    ------
+    BudgetError
+        If a bundle's budget does not hold all of it.
+    """
+    for model in hosted:
+        model.read_vocabulary()
+    regions = sum(model.memory.total - model.memory.overhead for model in hosted)
+    overhead = max(0, resident() - regions)
+    for index, model in enumerate(hosted):
+        model.memory = replace(model.memory, overhead=0 if index else overhead)
+    total = regions + overhead
+    for model in hosted:
+        if model.budget is not None and total > model.budget.memory:
+            raise BudgetError(
+                f"{model.name} was fitted to {format_bytes(model.budget.memory)}, but serving "
+                f"takes {format_bytes(total)} in all: use a shorter --context, or fit it again "
+                "to a larger budget"
+            )
+    common.note(f"pronk: {format_bytes(total)} planned, {format_bytes(overhead)} of it the process")
+
+
 def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Hosted:
     """Load a model and start its engine's thread; the stack ends both."""
     from concurrent.futures import ThreadPoolExecutor
@@ -172,16 +198,18 @@ def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.E
     from pronk.serve.hosted import Hosted
 
     path = resolve(address)
-    if args.kv_tokens is None:
-        with open_checkpoint(path) as checkpoint:
-            # What a bundle was fitted to, it keeps.
-            if checkpoint.budget is None and args.rope_scaling is None:
-                args = argparse.Namespace(**vars(args))
-                args.kv_tokens = _CONTEXTS * choose_context(checkpoint.spec, args.context)
+    with open_checkpoint(path) as checkpoint:
+        budget, spec = checkpoint.budget, checkpoint.spec
+    # What a bundle was fitted to, it keeps.
+    if args.kv_tokens is None and budget is None and args.rope_scaling is None:
+        args = argparse.Namespace(**vars(args))
+        args.kv_tokens = _CONTEXTS * choose_context(spec, args.context)
     model, seconds = common.open_model(str(path), args, args.context)
     stack.callback(model.close)
-    common.note(f"pronk: {name}: {format_bytes(model.memory.total)} planned, "
-                f"loaded in {seconds:.1f} s")  # fmt: skip
+    regions = model.memory.total - model.memory.overhead
+    common.note(f"pronk: {name}: {format_bytes(regions)}, loaded in {seconds:.1f} s")
     pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pronk-text"))
     engine = stack.enter_context(model.service())
-    return Hosted(name, model.tokenizer, model.spec, model.memory, model.context, engine, pool)
+    return Hosted(
+        name, model.tokenizer, model.spec, model.memory, model.context, engine, pool, budget
+    )

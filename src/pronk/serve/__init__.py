@@ -1,1 +1,1 @@
-"""Text in and out: chat templates and incremental decoding."""
+"""Text in and out: chat templates, incremental decoding, tools, and the server around them."""

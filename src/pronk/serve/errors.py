@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ class ApiError(Exception):
         """What the answer's head says."""
         headers = {}
         if self.retry_after is not None:
-            headers["retry-after"] = str(max(1, round(self.retry_after + 0.5)))
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after)))
         if self.status == 401:
             headers["www-authenticate"] = 'Basic realm="pronk: any name, the key as password"'
         return headers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from pronk.engine.request import Constraint, Event
 from pronk.engine.service import Service
 from pronk.errors import RequestError
 from pronk.serve.grammar import Form, Grammar, compile_form, grammar_tokenizer
-from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
+from pronk.spec import Budget, MemoryPlan, ModelSpec, SamplingParams
 
 __all__ = ["Arrivals", "Hosted", "Mailbox"]
 
@@ -78,6 +79,8 @@ class Hosted:
     engine : Service
     pool : Executor
         Threads for what takes long beside the event loop: long texts, templates, grammars.
+    budget : Budget or None
+        What the process was promised to stay within, if a bundle promises it.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Hosted:
     context: int
     engine: Service
     pool: Executor
+    budget: Budget | None = None
     created: int = 0
     warm: bool = False
     waiting: int = 0  # generations without a first token
@@ -173,10 +177,15 @@ class Hosted:
         return [first, *(first.copy() for _ in range(count - 1))]
 
     def _grammar(self, form: Form, limit: int) -> Grammar:
-        with self.lock:  # the first form takes a moment: the vocabulary is read once
+        with self.lock:
             if self.words is None:
                 self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)
         return compile_form(form, self.words, limit)
+
+    def read_vocabulary(self) -> None:
+        """Have ready what forms of output need, so that no request waits for it."""
+        with contextlib.suppress(RequestError), self.lock:  # without an end token: no forms
+            self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)
 
     def token_text(self, token: int) -> str:
         """A token's text for people: special ones by their names."""

@@ -140,7 +140,6 @@ class Metrics:
         )
         self.errors = counter("request_errors", "Requests refused or failed.", ["reason"])
         self.answers = counter("http_requests", "Answers.", ["route", "status"])
-        self.guarded = counter("guard_actions", "What the guard did.", ["rule", "action"])
         self._of = {model.name: ModelMetrics(self, model.name) for model in models}
         registry.register(_Engines(models, resident, self._of))
 

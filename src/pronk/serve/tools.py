@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +76,23 @@ class CallParser:
     form : ToolFormat
     inside : bool
         Whether the answer begins within a call, as a forced one does.
+    names : collection of str
+        The functions there are: without a mark before it, only a call of one of them is one.
     name : str or None
         The function that is called, if the answer is its arguments alone.
     """
 
-    def __init__(self, form: ToolFormat, inside: bool = False, name: str | None = None) -> None:
-        self._form = form
+    def __init__(
+        self,
+        form: ToolFormat,
+        inside: bool = False,
+        name: str | None = None,
+        names: Collection[str] = (),
+    ) -> None:
+        self._form, self._names = form, names
         self._buffer = ""
-        self._state = "head" if inside else "text" if form.start else "begin"
+        self._state = "head" if inside else "begin"
+        self._bare = False  # the call that comes has no marks
         self._forced = inside or name is not None
         self._value = _Value()
         self.calls = 0
@@ -104,7 +113,7 @@ class CallParser:
         """At the end: what was held back is text after all."""
         rest, self._buffer = self._buffer, ""
         if self._state == "head" and not self._forced:
-            rest = self._form.start + rest
+            rest = self._mark + rest
         elif self._state != "text" and self._state != "begin":
             return []
         return [rest] if rest.strip() or (not self.calls and rest) else []
@@ -114,12 +123,18 @@ class CallParser:
         self._value = _Value()
         return CallStart(self.calls - 1, f"call_{secrets.token_hex(12)}", name)
 
+    @property
+    def _mark(self) -> str:
+        """What stood before the call that was looked for."""
+        return "" if self._bare else self._form.start
+
     def _begin(self, found: list[Found]) -> bool:
-        """Without marks, an answer is a call if it begins like one."""
+        """Without marks, an answer is a call if it begins like one; small models forget them."""
         begun = self._buffer.lstrip()
         if not begun:
             return False
-        self._state = "head" if begun[0] in "{[" else "plain"
+        self._bare = begun[0] in "{["
+        self._state = "head" if self._bare else "text" if self._form.start else "plain"
         return True
 
     def _plain(self, found: list[Found]) -> bool:
@@ -148,16 +163,16 @@ class CallParser:
 
     def _head(self, found: list[Found]) -> bool:
         match = _HEAD.match(self._buffer)
-        if match:
+        known = not self._bare or (match and json.loads(match[1]) in self._names)
+        if match and known:
             found.append(self._call(json.loads(match[1])))
             self._buffer, self._state = self._buffer[match.end() :], "arguments"
             return True
         form = self._form
-        ended = form.end and form.end in self._buffer
-        if ended or len(self._buffer) > _LONGEST_HEAD:
+        ended = not self._bare and form.end and form.end in self._buffer
+        if ended or match or len(self._buffer) > _LONGEST_HEAD:
             # What is no call is text, its mark with it.
-            found.append(form.start)
-            found.append(self._buffer)
+            found.append(self._mark + self._buffer)
             self._buffer, self._state = "", "text" if form.start else "plain"
         return False
 
@@ -174,7 +189,7 @@ class CallParser:
         return True
 
     def _tail(self, found: list[Found]) -> bool:
-        if self._form.end:
+        if self._form.end and not self._bare:
             at = self._buffer.find(self._form.end)
             if at < 0:
                 return False

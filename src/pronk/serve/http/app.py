@@ -22,7 +22,7 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
 from pronk.serve.hosted import Arrivals, Hosted
-from pronk.serve.http import chat, completions, more
+from pronk.serve.http import chat, completions, more, responses
 from pronk.serve.http.context import Context
 from pronk.serve.http.gateway import Gateway, Gauge, Sink
 from pronk.serve.http.replies import ErrorReply
@@ -131,7 +131,7 @@ def make_app(
         responses={code: {"model": ErrorReply} for code in _ERRORS},
     )  # fmt: skip
     api.state.context = context
-    for router in (chat.router, completions.router, more.router, _pages()):
+    for router in (chat.router, completions.router, responses.router, more.router, _pages()):
         api.include_router(router)
     _handle_errors(api, metrics)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
@@ -163,15 +163,17 @@ async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:
     """Run a few tokens through each model, so that the first request finds memory touched."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for model in models:
-        arrivals, reason = Arrivals(), None
-        model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
-        while reason is None:
-            _, event = await arrivals.get()
-            reason = event.finish_reason
-        if event.error is not None:
-            _log.error("the model %s fails on its first tokens: %s", model.name, event.error)
-            continue
-        model.warm = True
+        arrivals, event = Arrivals(), None
+        try:
+            model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
+            while event is None or event.finish_reason is None:
+                _, event = await arrivals.get()
+            if event.error is not None:
+                raise event.error
+        except PronkError as error:
+            _log.error("the model %s fails on its first tokens: %s", model.name, error)
+        else:
+            model.warm = True
     if grpc is not None:
         await grpc.set_ready(all(model.warm for model in models))
 

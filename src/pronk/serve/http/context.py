@@ -25,6 +25,8 @@ class Context:
     ----------
     models : mapping of str to Hosted
         By the names that clients ask for.
+    fingerprint : str
+        What answers name as the system that made them.
     """
 
     models: Mapping[str, Hosted]
@@ -40,7 +42,7 @@ class Context:
         Raises
         ------
         ApiError
-            404, if there is none; 503, while it warms up.
+            404, if there is none.
         """
         if name is None:
             return next(iter(self.models.values()))

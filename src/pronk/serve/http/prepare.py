@@ -50,12 +50,13 @@ class Turn:
     tools: ToolFormat | None = None
     forced: bool = False
     name: str | None = None  # the function that must be called
+    names: tuple[str, ...] = ()  # those that may be
 
     def parser(self) -> CallParser | None:
         """What finds calls in an answer."""
         if self.tools is None:
             return None
-        return CallParser(self.tools, inside=self.forced, name=self.name)
+        return CallParser(self.tools, self.forced, self.name, self.names)
 
 
 async def prepare(model: Hosted, body: ChatRequest) -> Turn:
@@ -85,7 +86,8 @@ async def prepare(model: Hosted, body: ChatRequest) -> Turn:
     if forced:
         opening, name, form = _force(body, how)
     prompt = await model.render(messages, opening, **extra)
-    return Turn(prompt, form, how if active else None, forced, name)
+    names = tuple(tool.function.name for tool in body.tools or ())
+    return Turn(prompt, form, how if active else None, forced, name, names)
 
 
 def _force(body: ChatRequest, how: ToolFormat) -> tuple[str, str | None, Form]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -197,6 +197,3 @@ class DetokenizeReply(BaseModel):
     """The answer of ``/detokenize``."""
 
     prompt: str
-
-
-Health = dict[str, Any]

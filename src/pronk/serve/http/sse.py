@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["DONE", "ClientGoneError", "EventStream", "data", "until_gone"]
+__all__ = ["DONE", "ClientGoneError", "EventStream", "data", "event", "until_gone"]
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -24,6 +24,11 @@ def data(value: Any) -> bytes:
     """One server-sent event."""
     # ASCII alone: some clients take U+2028 and its like for the end of a line.
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+def event(name: str, value: Any) -> bytes:
+    """One server-sent event with a name."""
+    return f"event: {name}\n".encode() + data(value)
 
 
 async def _gone(receive: Receive) -> None:
