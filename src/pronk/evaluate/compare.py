@@ -161,7 +161,7 @@ def score_all(
         with ExitStack() as stack:
             exact = stack.enter_context(load(reference))
             models = {
-                v.name: exact if v.name == reference.name else stack.enter_context(load(v))
+                v.name: stack.enter_context(load(v)) if v.name != reference.name else exact
                 for v in missing
             }
             for variant in missing:
