@@ -162,7 +162,7 @@ class Work:
         return {"name": CHECKED, "tokens": count, "pronk": ours["nll"], "llama_cpp": theirs["nll"]}
 
 
-KEPT = ("perplexity", "kl", "top1_agreement", "bytes", "bits", "parameters", "formats", "speed")
+KEPT = ("perplexity", "growth", "kl", "top1_agreement", "bytes", "bits", "formats", "speed")
 
 
 def measure(work: Work) -> dict[str, Any]:

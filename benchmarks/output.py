@@ -11,7 +11,7 @@ from typing import Any
 
 import tables
 
-PLOTTED = ("peers", "kernels", "scaling", "long_context")
+PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

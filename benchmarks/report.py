@@ -1,4 +1,6 @@
-"""Write docs/performance.md and the end of docs/long-context.md from benchmarks/results.
+"""Write docs/performance.md, and the ends of docs/long-context.md and docs/compression.md.
+
+All from benchmarks/results:
 
 python benchmarks/report.py [--check]
 """
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 LONG_PAGE = ROOT / "docs" / "long-context.md"
+COMPRESSION_PAGE = ROOT / "docs" / "compression.md"
 
 INTRO = """# Performance
 
@@ -88,7 +91,7 @@ SPECULATION = """## Drafts from earlier text
 The same greedy answers with and without drafts, in turns: a text repeated, a file rewritten with
 one method renamed, and a story. The script fails if a token differs."""
 
-LONG = """## Measured
+MEASURED = """## Measured
 
 This section is written by `python benchmarks/report.py`; a test holds it to the results."""
 
@@ -144,27 +147,30 @@ def load() -> dict[str, dict[str, Any]]:
     return {result["benchmark"]: result for result in found}
 
 
-def current() -> str:
-    """What the page must be."""
-    return page(load(), {path.stem for path in RESULTS.glob("*.svg")})
-
-
-def long_page(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
-    """The page on long contexts: its text as it is, and the section of results after it."""
-    name = "long_context"
+def measured_page(name: str, text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
+    """A page of words: its text as it is, and the section of results after it."""
     parts = [text.partition("\n## Measured\n")[0].rstrip("\n")]
     if result is not None:
         command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
-        parts += [LONG, command, f"On {tables.machine(result['machine'])}.", tables.show(result)]
+        parts += [
+            MEASURED,
+            command,
+            f"On {tables.machine(result['machine'])}.",
+            tables.show(result),
+        ]
         if name in plots:
             parts.append(f"![{name}](../benchmarks/results/{name}.svg)")
     return "\n\n".join(parts) + "\n"
 
 
-def current_long() -> str:
-    """What the page on long contexts must be."""
+def pages() -> dict[Path, str]:
+    """What every page must be."""
     plots = {path.stem for path in RESULTS.glob("*.svg")}
-    return long_page(LONG_PAGE.read_text(), load().get("long_context"), plots)
+    results = load()
+    found = {PAGE: page(results, plots)}
+    for path, name in ((LONG_PAGE, "long_context"), (COMPRESSION_PAGE, "compression")):
+        found[path] = measured_page(name, path.read_text(), results.get(name), plots)
+    return found
 
 
 def main() -> None:
@@ -172,13 +178,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
     args = parser.parse_args()
     if args.check:
-        for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+        for path, text in pages().items():
             if not path.exists() or path.read_text() != text:
                 raise SystemExit(f"{path.name} differs: run python benchmarks/report.py")
         return
     for name, result in load().items():
         output.draw(result, RESULTS / f"{name}.svg")
-    for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+    for path, text in pages().items():
         part = path.with_suffix(".part")
         part.write_text(text)
         part.replace(path)
