@@ -45,9 +45,9 @@ p,li{max-width:92ch}.soft{color:var(--soft);font-size:13.5px}
 .grid1{display:grid;gap:16px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .card h3{margin:0 0 6px;font-size:14.5px}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;width:100%}
-th,td{padding:6px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;width:100%}
+th,td{padding:6px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:600;white-space:normal}th:first-child,td:first-child{text-align:left}
 tr:last-child td{border-bottom:0}td.name{font-weight:600}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px;
 background:var(--c)}
@@ -58,7 +58,7 @@ td.better{background:var(--goodbg);color:var(--good)}
 td.tie{color:var(--soft)}td.self{color:var(--line);text-align:center}
 ul.says{padding-left:18px;margin:0}ul.says li{margin:3px 0}
 .worse b{color:var(--bad)}.better b{color:var(--good)}
-svg{width:100%;height:auto;display:block;font-size:12px;fill:var(--ink)}
+svg{width:100%;max-width:680px;height:auto;display:block;font-size:12px;fill:var(--ink)}
 svg text{fill:var(--soft)}svg .middle{text-anchor:middle}svg .end{text-anchor:end}
 svg .name{fill:var(--ink);font-weight:600;font-size:11.5px;paint-order:stroke;stroke:var(--card);
 stroke-width:3px}svg .small{font-size:11px}
@@ -89,7 +89,13 @@ def page(report: Row) -> str:
         f'<div class="grid2">{"".join(_plots(report))}</div>',
         "<h2>Which is better</h2>",
         f'<div class="card"><ul class="says">{"".join(_says(report))}</ul></div>',
-        f'<div class="{wide}" style="margin-top:16px">{"".join(_matrices(report))}</div>',
+        f'<div class="{wide}" style="margin-top:16px">',
+        *(_matrix(report, metric) for metric in ("perplexity", "kl") if report["tests"][metric]),
+        "</div>",
+    ]
+    parts += [
+        f"<details><summary>{escape(name)}, every pair</summary>{_matrix(report, name)}</details>"
+        for name in report["tasks"]
     ]
     sensitive = [row for row in rows if _sensitivity(row)]
     if sensitive:
@@ -194,30 +200,26 @@ def _says(report: Row) -> list[str]:
     return lines
 
 
-def _matrices(report: Row) -> list[str]:
-    """A table a metric: each variant (row) against each other (column)."""
-    parts = []
+def _matrix(report: Row, metric: str) -> str:
+    """A table of a metric: each variant (row) beside each other (column)."""
+    tests = report["tests"][metric]
     order = {row["name"]: i for i, row in enumerate(report["variants"])}
-    for metric, tests in report["tests"].items():
-        if not tests:
-            continue
-        names = [n for n in order if any(n in (t["a"], t["b"]) for t in tests)]
-        pairs = {(t["a"], t["b"]): t for t in tests}
-        heads = "".join(f"<th>{escape(name)}</th>" for name in names)
-        lines = [f"<tr><th>row less column</th>{heads}</tr>"]
-        for name in names:
-            line = f"<td class=name>{_dot(order[name])}{escape(name)}</td>"
-            for other in names:
-                if name == other:
-                    line += "<td class=self>·</td>"
-                    continue
-                test = pairs.get((other, name)) or pairs[name, other]
-                line += _cell(metric, seen_from(test, other, metric), report["alpha"])
-            lines.append(f"<tr>{line}</tr>")
-        title = {"perplexity": "Perplexity, relative", "kl": "KL from the reference, nats"}
-        head = title.get(metric, f"{metric}, points of accuracy")
-        parts.append(_card(head, f"<table>{''.join(lines)}</table>"))
-    return parts
+    names = [n for n in order if any(n in (t["a"], t["b"]) for t in tests)]
+    pairs = {(t["a"], t["b"]): t for t in tests}
+    heads = "".join(f"<th>{escape(name)}</th>" for name in names)
+    lines = [f"<tr><th>row less column</th>{heads}</tr>"]
+    for name in names:
+        line = f"<td class=name>{_dot(order[name])}{escape(name)}</td>"
+        for other in names:
+            if name == other:
+                line += "<td class=self>·</td>"
+                continue
+            test = pairs.get((other, name)) or pairs[name, other]
+            line += _cell(metric, seen_from(test, other, metric), report["alpha"])
+        lines.append(f"<tr>{line}</tr>")
+    title = {"perplexity": "Perplexity, relative", "kl": "KL from the reference, nats"}
+    head = title.get(metric, f"{metric}, points of accuracy")
+    return _card(head, f"<table>{''.join(lines)}</table>")
 
 
 def _cell(metric: str, test: Row, alpha: float) -> str:

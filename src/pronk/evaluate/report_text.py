@@ -89,7 +89,7 @@ def seen_from(test: Row, first: str, metric: str) -> Row:
         return test
 
     def turn(x: float) -> float:
-        return 1 / (1 + x) - 1 if metric == "perplexity" else -x
+        return 1 / (1 + x) - 1 if metric == "perplexity" else 0.0 - x  # no negative zero
 
     return {
         **test,
