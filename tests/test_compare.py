@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import tiny_llama_dir
+from markov import IDS, Letters, Markov, write
 from test_parity import dequantized_twin
 
 from pronk import cli, load
@@ -19,60 +19,14 @@ from pronk.errors import CheckpointError, RequestError
 from pronk.evaluate.compare import Reading, Variant, ask_all, score_all, take_turns
 from pronk.evaluate.corpus import default_corpus, encode
 from pronk.evaluate.kept import Kept
-from pronk.evaluate.paired import Resampled, blocks_of, holm, mcnemar
 from pronk.evaluate.perplexity import perplexity
 from pronk.evaluate.report import front, make_report
 from pronk.evaluate.report_page import page
 from pronk.evaluate.report_text import format_report, markdown, seen_from, sentence
 from pronk.evaluate.scores import Scores, score_window
 from pronk.evaluate.svg import Point, scatter, ticks
-from pronk.evaluate.tasks import BUILT_IN, Answers, answer, load_task, split
+from pronk.evaluate.tasks import BUILT_IN, load_task
 from pronk.evaluate.windows import windows
-
-VOCAB = 11
-IDS = [int(i) for i in np.random.default_rng(0).integers(0, VOCAB, 400)]
-
-
-class Letters:
-    """One token a letter from a to k."""
-
-    bos_id = None
-
-    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        return [(ord(c) - ord("a")) % VOCAB for c in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(ord("a") + i) for i in ids)
-
-
-class Markov:
-    """A model whose prediction is a function of the last token alone; counts its runs."""
-
-    context = 100
-    tokenizer = Letters()
-
-    def __init__(self, seed: int, blur: float = 0.0, part: int = 5) -> None:
-        rng = np.random.default_rng(1)
-        self.table = rng.standard_normal((VOCAB, VOCAB)) * 2
-        self.table += blur * np.random.default_rng(seed).standard_normal(self.table.shape)
-        self.part, self.runs = part, 0
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        return np.concatenate(list(self.logit_parts(ids)))
-
-    def logit_parts(
-        self, ids: Sequence[int], first: int = 0, endings: Iterable[Sequence[int]] | None = None
-    ) -> Iterator[np.ndarray]:
-        self.runs += 1
-        rows = self.table[list(ids)][first:].astype(np.float32)
-        for at in range(0, len(rows), self.part):
-            yield rows[at : at + self.part]
-        for ending in endings or ():
-            yield self.table[list(ending)].astype(np.float32)
-
-    def log_p(self) -> np.ndarray:
-        table = self.table.astype(np.float32).astype(np.float64)
-        return table - np.log(np.exp(table).sum(axis=1, keepdims=True))
 
 
 def test_one_pass_scores_many_models():
@@ -150,180 +104,6 @@ def test_perplexity_of_a_real_model_is_that_of_transformers(smollm2):
         ours = perplexity(model, ids, 512, 256, words.bos_id)
     theirs = transformers_nll(twin, ids, 512, 256, words.bos_id)
     assert ours.perplexity == pytest.approx(math.exp(theirs), rel=1e-3)
-
-
-def test_intervals_of_independent_blocks_are_those_of_the_formula():
-    values = np.random.default_rng(3).normal(2.0, 1.0, (1, 900))
-    found = Resampled(values).mean(0)
-    half = 1.96 * values.std() / 30
-    assert found.value == pytest.approx(values.mean())
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.06)
-    assert Resampled(values).mean(0) == found  # the same seed
-    assert Resampled(values, seed=1).mean(0) != found
-
-
-def test_a_small_difference_shows_in_pairs_alone():
-    rng = np.random.default_rng(4)
-    hard = rng.gamma(1.0, 3.0, 600)  # how hard a token is varies far more than models do
-    values = np.stack([hard, hard + rng.normal(0.05, 0.2, 600), hard + rng.normal(0, 0.2, 600)])
-    found = Resampled(values)
-    worse, even = found.difference(1, 0), found.difference(2, 0)
-    assert found.mean(0).high > found.mean(1).low  # by themselves they overlap
-    assert worse.p < 0.001
-    assert 0 < worse.low < worse.value < worse.high
-    assert even.p > 0.05
-    assert even.low < 0 < even.high
-    assert found.difference(0, 1).value == -worse.value
-    assert found.difference(0, 0).p == 1
-
-
-def test_neighbours_are_drawn_together():
-    # Each block of 16 tokens has one value: there are 25 observations, not 400.
-    values = np.repeat(np.random.default_rng(5).normal(0, 1, 25), 16)[None]
-    starts = np.arange(0, 400, 16)
-    loose, held = Resampled(values).mean(0), Resampled(values, starts).mean(0)
-    assert (held.high - held.low) / (loose.high - loose.low) == pytest.approx(4, rel=0.15)
-
-
-@pytest.mark.parametrize("sizes", [[255] * 40, [511, 256, 256, 3], [5], [2046] * 3])
-def test_blocks_cut_no_window_and_cover_the_text(sizes):
-    starts = blocks_of(sizes)
-    edges = set(np.cumsum([0, *sizes[:-1]]).tolist())
-    assert edges <= set(starts.tolist())
-    lengths = np.diff([*starts, sum(sizes)])
-    assert lengths.sum() == sum(sizes)
-    assert lengths.min() > 0
-    assert lengths.max() <= 2 * 256
-
-
-def test_mcnemar_is_the_binomial_test_of_the_discordant():
-    a = np.array([True] * 9 + [False] * 1 + [True] * 50 + [False] * 5)
-    b = np.array([False] * 9 + [True] * 1 + [True] * 50 + [False] * 5)
-    assert mcnemar(a, b) == pytest.approx(2 * (1 + 10) / 2**10)
-    assert mcnemar(b, a) == mcnemar(a, b)
-    assert mcnemar(a, a) == 1
-    many = np.arange(6000) < 3300
-    assert 0 < mcnemar(many, ~many) < 1e-9
-
-
-def test_holm_is_the_example_of_the_textbook():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([]) == []
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def write(path: Path, *rows: object) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return str(path)
-
-
-def test_the_simple_forms_of_tasks(tmp_path):
-    task = load_task(write(tmp_path / "w.jsonl", {"context": "It was a ", "continuation": "dog"},
-                           "", {"context": "a", "continuation": "b", "delimiter": ""}))  # fmt: skip
-    assert [(i.context, i.endings) for i in task.items] == [("It was a", (" dog",)), ("a", ("b",))]
-    assert not task.choice
-    rows = [{"query": "Question: Is it?\n", "choices": ["yes", "no"], "gold": 1},
-            {"query": "It is", "choices": [" a", "b "], "gold": 0}]  # fmt: skip
-    write(tmp_path / "c.jsonl", *rows)
-    task = load_task("c", tmp_path)
-    assert task.choice
-    assert task.items[0].context == "Question: Is it?\nAnswer:"
-    assert [i.endings for i in task.items] == [(" yes", " no"), (" a", " b")]
-    first = load_task("c", tmp_path, limit=1)
-    assert (len(first.items), first.sha256 == task.sha256) == (1, False)
-
-
-@pytest.mark.parametrize(
-    ("rows", "why"),
-    [
-        ([], "is empty"),
-        (["{"], "line 1 of .* is not JSON"),
-        ([[1]], "is no object"),
-        ([{"query": "q", "choices": ["a"], "gold": 0}], "must be either"),
-        ([{"query": "q", "choices": ["a", ""], "gold": 0}], "must be either"),
-        ([{"query": "q", "choices": ["a", "b"], "gold": 2}], '"gold"'),
-        ([{"query": "q", "choices": ["a", "b"], "gold": True}], '"gold"'),
-        ([{"context": "c", "continuation": ""}], "must be either"),
-        ([{"context": "c", "continuation": "d", "delimiter": 3}], "delimiter"),
-        ([{"context": "c", "continuation": "d"}, {"query": "q", "choices": ["a", "b"], "gold": 0}],
-         "mixes"),
-    ],
-)  # fmt: skip
-def test_tasks_that_are_none(tmp_path, rows, why):
-    with pytest.raises(RequestError, match=why):
-        load_task(write(tmp_path / "t.jsonl", *rows))
-
-
-def test_tasks_that_cannot_be_read(tmp_path):
-    with pytest.raises(RequestError, match="there is no task 'nothing'"):
-        load_task("nothing", tmp_path)
-    with pytest.raises(RequestError, match="cannot be read"):
-        load_task(str(tmp_path / "missing.jsonl"))
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(RequestError, match="not UTF-8"):
-        load_task("x", tmp_path)
-    with pytest.raises(RequestError, match="at least 1"):
-        load_task("facts", limit=0)
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_built_in_tasks_are_sound(name):
-    task = load_task(name)
-    assert len(task.items) >= 40
-    assert len({item.context for item in task.items}) == len(task.items)
-    assert all(len(set(item.endings)) == len(item.endings) for item in task.items)
-    if task.choice:  # guessing the same place is no good
-        places = [sum(i.gold == g for i in task.items) for g in range(4)]
-        assert max(places) - min(places) <= 1
-
-
-def test_answers_are_those_of_the_likelihoods(tmp_path):
-    model = Markov(0)
-    log_p = model.log_p()
-    words = Letters()
-
-    def score(context, ending):
-        ids = words.encode(context + ending)
-        return sum(log_p[a, b] for a, b in zip(ids[len(context) - 1 :], ids[len(context) :],
-                                               strict=False))  # fmt: skip
-
-    choices = ["abc", "b", "cdefg", "kj"]
-    rows = [{"query": q, "choices": choices, "gold": g, "delimiter": ""}
-            for g, q in enumerate(("abca", "bb", "ck", "dd"))]  # fmt: skip
-    found = Answers()
-    task = load_task(write(tmp_path / "c.jsonl", *rows))
-    assert list(answer(model, task, found)) == [1, 2, 3, 4]
-    for i, row in enumerate(rows):
-        totals = [score(row["query"], c) for c in choices]
-        assert found.right[i] == (np.argmax(totals) == row["gold"])
-        even = [t / len(c) for t, c in zip(totals, choices, strict=True)]
-        assert found.right_normalized[i] == (np.argmax(even) == row["gold"])
-        assert found.nll[i] == pytest.approx(-totals[row["gold"]], rel=1e-6)
-    assert len({tuple(found.right), tuple(found.right_normalized)}) == 2, "both say the same"
-    # A continuation is right if each token of it is the likeliest; a long one is run by itself.
-    best = [0]
-    for _ in range(70):
-        best.append(int(log_p[best[-1]].argmax()))
-    said = words.decode(best[1:])
-    for text, right in ((said[:3], True), (said, True), (said[:-1] + "abcdefghijk"[best[-1] - 1],
-                                                         False)):  # fmt: skip
-        row = {"context": "a", "continuation": text, "delimiter": ""}
-        found = Answers()
-        list(answer(model, load_task(write(tmp_path / "w.jsonl", row)), found))
-        assert (found.right, found.cut) == ([right], 0)
-    long = {"context": "ab" * 80, "continuation": "c", "delimiter": ""}
-    found = Answers()
-    list(answer(model, load_task(write(tmp_path / "l.jsonl", long)), found))
-    assert found.cut == 1
-
-
-def test_a_token_over_the_border_is_the_endings():
-    class Pairs(Letters):
-        def encode(self, text, add_special=True, parse_special=True):
-            return [ord(text[i]) for i in range(0, len(text), 2)]
-
-    assert split(Pairs(), "abc", "d") == ([97], [99])
-    assert split(Pairs(), "ab ", "cd") == ([97], [32, 100])
 
 
 NAMES = {"exact": 0.0, "near": 0.2, "far": 1.0}
@@ -588,6 +368,14 @@ def test_the_verb_compares_and_keeps(tiny, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "second" in text
     assert "perplexity" in text
+    # A third model is the reference, though it is not among those given.
+    third = tiny_llama_dir(tmp_path / "third", seed=2)
+    assert run(*words, "--reference", str(third), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["reference"] == shown["variants"][0]["name"] == "third"
+    assert run(*words, "--reference", "second", "--tasks", "none", "--rounds", "0", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["reference"], len(shown["variants"])) == ("second", 2)
 
 
 @pytest.mark.parametrize(

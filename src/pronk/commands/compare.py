@@ -33,7 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="names, addresses or paths; NAME=PATH gives one the name it has in the report",
     )  # fmt: skip
     parser.add_argument(
-        "--reference", metavar="MODEL", help="what KL and tests refer to (default: the first)"
+        "--reference",
+        metavar="MODEL",
+        help="what KL and the sentences refer to: one of them, or another (default: the first)",
     )
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's topics)")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
@@ -77,9 +79,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     tasks = _tasks(args)
     corpus = load_corpus(args.text)
-    kept = Kept(None if args.report is None else args.report / "results")
     variants, reference = _variants(args)
     reading = _read(args, corpus, reference)
+    kept = Kept(None if args.report is None else args.report / "results")
     engine = _engine(args)
 
     @contextmanager
@@ -152,17 +154,22 @@ _TAKEN = {"perplexity", "kl"}
 
 def _variants(args: argparse.Namespace) -> tuple[list[Variant], Variant]:
     """The variants, the reference among them, and which that is."""
-    wanted = list(args.models)
-    if args.reference is not None and args.reference not in wanted:
-        wanted.insert(0, args.reference)
-    if len(wanted) < 2:
+    found = [_variant(text) for text in args.models]
+    reference = found[0]
+    if args.reference is not None:
+        named = zip(args.models, found, strict=True)
+        mine = [one for text, one in named if args.reference in (text, one.name)]
+        if not mine:
+            mine = [_variant(args.reference)]
+            found.insert(0, mine[0])
+        reference = mine[0]
+    if len(found) < 2:
         raise RequestError("comparing needs two models: give another, or --reference")
-    found = [_variant(one) for one in wanted]
     names = [variant.name for variant in found]
     for name in names:
         if names.count(name) > 1:
             raise RequestError(f"two models are called {name!r}: write NAME=PATH to name one")
-    return found, found[wanted.index(args.reference) if args.reference is not None else 0]
+    return found, reference
 
 
 def _variant(text: str) -> Variant:

@@ -179,6 +179,13 @@ def _plots(report: Row) -> list[str]:
         return (row["speed"]["peak_memory"] / 1e6, None) if "speed" in row else None
 
     draw("Perplexity and memory", "peak memory of the process, MB", peak)
+    counts = [row.get("parameters", 0) for row in rows]
+    if counts and max(counts) > 1.01 * min(counts):  # some are pruned
+
+        def parameters(row: Row) -> Any:
+            return (row["parameters"] / 1e6, None) if "parameters" in row else None
+
+        draw("Perplexity and parameters", "weights, millions", parameters)
     return parts
 
 
