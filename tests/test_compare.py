@@ -100,7 +100,7 @@ def test_perplexity_of_a_real_model_is_that_of_transformers(smollm2):
     twin = dequantized_twin(smollm2)
     with load(smollm2, context=512) as model:
         words = model.tokenizer
-        ids = encode(default_corpus(), words, 2000)
+        ids = encode(default_corpus(), words, 800)
         ours = perplexity(model, ids, 512, 256, words.bos_id)
     theirs = transformers_nll(twin, ids, 512, 256, words.bos_id)
     assert ours.perplexity == pytest.approx(math.exp(theirs), rel=1e-3)
@@ -370,7 +370,7 @@ def test_the_verb_compares_and_keeps(tiny, tmp_path, capsys):
     assert "perplexity" in text
     # A third model is the reference, though it is not among those given.
     third = tiny_llama_dir(tmp_path / "third", seed=2)
-    assert run(*words, "--reference", str(third), "--json") == 0
+    assert run(*words, "--reference", str(third), "--rounds", "0", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["reference"] == shown["variants"][0]["name"] == "third"
     assert run(*words, "--reference", "second", "--tasks", "none", "--rounds", "0", "--json") == 0
