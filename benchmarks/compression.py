@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -159,7 +160,13 @@ class Work:
         if ours["tokens"] != theirs["tokens"]:
             raise SystemExit("the two engines did not score the same tokens")
         self.versions["llama_cpp_python"] = theirs["version"]
-        return {"name": CHECKED, "tokens": count, "pronk": ours["nll"], "llama_cpp": theirs["nll"]}
+        return {
+            "name": CHECKED,
+            "tokens": count,
+            "pronk": ours["perplexity"],
+            "llama_cpp": math.exp(theirs["nll"]),
+            "apart": math.expm1(ours["nll"] - theirs["nll"]),
+        }
 
 
 KEPT = ("perplexity", "growth", "kl", "top1_agreement", "bytes", "bits", "formats", "speed")

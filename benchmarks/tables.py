@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -362,7 +361,7 @@ def compression(result: Result) -> str:
         rows.append([
             row["name"] + "*" * bool(row.get("dequantized")), "" if first else row["by"],
             f"{row['bytes'] / 1e6:.1f}", f"{row['bits'] / 8:.3f}",
-            f"{row['perplexity']['value']:.3f}",
+            f"{row['perplexity']['value']:.2f}",
             "" if first else _range(row["growth"], "{:+.2f}", 100) + " %",
             "" if first else _range(row["kl"], "{:.5f}", 1),
             "" if first else f"{row['top1_agreement']['value']:.2%}",
@@ -421,11 +420,10 @@ def _how(result: Result) -> list[str]:
         )
     check = result["check"]
     if check is not None:
-        apart = math.exp(check["pronk"] - check["llama_cpp"]) - 1
+        theirs, ours = f"{check['llama_cpp']:.2f}", f"{check['pronk']:.2f}"
         lines.append(
             f"Perplexity of {check['name']} on {check['tokens']:,} of these tokens in llama.cpp "
-            f"itself: {math.exp(check['llama_cpp']):.4f}, in Pronk {math.exp(check['pronk']):.4f} "
-            f"({apart:+.2%})."
+            f"itself: {theirs}, in Pronk {ours} ({check['apart']:+.2%})."
         )
     return lines
 
