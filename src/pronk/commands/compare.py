@@ -205,6 +205,11 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     size = sum(info.nbytes for info in tensors)
     if checkpoint.format != "gguf":
         size = sum(os.fstat(fd).st_size for fd in checkpoint.files)
+        head = checkpoint.tensors["model.embed_tokens.weight"]
+        tied = checkpoint.format == "bundle" and checkpoint.spec.tie_embeddings
+        if tied and head.dtype not in ("f32", "f16", "bf16"):
+            # Packed as the head; the copy in float16 is for transformers, and Pronk reads none.
+            size -= 2 * head.rows * head.cols
     formats: dict[str, int] = {}
     for info in tensors:
         formats[info.dtype] = formats.get(info.dtype, 0) + info.rows * info.cols
