@@ -11,7 +11,7 @@ from typing import Any
 
 import tables
 
-PLOTTED = ("peers", "kernels", "scaling", "long_context")
+PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def command() -> str:
     words, skip = [], False
     for word in sys.argv[1:]:
         name = word.partition("=")[0]
-        if skip or name in ("--out", "--json", "--llama-python", "--openvino-python"):
+        if skip or name in ("--out", "--json", "--llama-python", "--openvino-python", "--work"):
             skip = not skip and name != "--json" and "=" not in word
             continue
         words.append(Path(word).name if "/" in word else word)

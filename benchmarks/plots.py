@@ -41,6 +41,7 @@ def draw(result: Result, path: Path) -> None:
         "kernels": kernels,
         "scaling": scaling,
         "long_context": long_context,
+        "compression": compression,
     }
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
@@ -185,6 +186,36 @@ def long_context(result: Result) -> Figure:
         _curves(grid[1][1], result["scaling"]["variants"])
     else:
         grid[1][1].set_axis_off()
+    return figure
+
+
+def compression(result: Result) -> Figure:
+    """Perplexity and divergence against size, by who made a variant."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    # The reference is four times as large as the next: its place is the line at zero.
+    rows = [row for row in result["rows"] if row["by"] != "reference"]
+    makers = list(dict.fromkeys(row["by"] for row in rows))
+    for axes, key, factor in ((left, "growth", 100), (right, "kl", 1)):
+        for color, maker in zip(_PALETTE, makers, strict=False):
+            mine = [row for row in rows if row["by"] == maker]
+            x = [row["bytes"] / 1e6 for row in mine]
+            y, low, high = (
+                [row[key][k] * factor for row in mine] for k in ("value", "low", "high")
+            )
+            errors = [[a - b for a, b in zip(y, low, strict=True)],
+                      [a - b for a, b in zip(high, y, strict=True)]]  # fmt: skip
+            axes.errorbar(x, y, errors, fmt="o", ms=5, lw=1, color=color, label=maker)
+            for row, at, up in zip(mine, x, y, strict=True):
+                axes.annotate(row["name"], (at, up), (5, 4), textcoords="offset points",
+                              fontsize=7)  # fmt: skip
+        axes.set_xlabel("weights, MB")
+    left.axhline(0, color="#888888", lw=0.8)
+    left.set_yscale("symlog", linthresh=1)
+    left.set_ylabel("perplexity beside float32, %")
+    left.legend(fontsize=8)
+    right.set_yscale("log")
+    right.set_ylabel("KL from float32, nats a token")
     return figure
 
 

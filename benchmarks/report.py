@@ -16,7 +16,11 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-ENDS = {"long_context": ROOT / "docs" / "long-context.md", "experts": ROOT / "docs" / "experts.md"}
+ENDS = {
+    "compression": ROOT / "docs" / "compression.md",
+    "experts": ROOT / "docs" / "experts.md",
+    "long_context": ROOT / "docs" / "long-context.md",
+}
 """Pages of words whose last section is a result."""
 
 INTRO = """# Performance

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from pronk.evaluate.report_text import p_text, seen_from
+
 SLOW = 0.8
 """A round does not count when a probe beside it fell below this share of the best one."""
 
@@ -405,9 +407,90 @@ def experts(result: Result) -> str:
     )
 
 
+def compression(result: Result) -> str:
+    """The tables of a `compression.py` result, the largest variant first."""
+    order = sorted(result["rows"], key=lambda row: -row["bytes"])
+    tasks = list(result["tasks"])
+    head = [result["model"], "made by", "MB", "bytes a weight", "perplexity", "beside float32",
+            "KL, nats", "same top-1", *tasks, "decode"]  # fmt: skip
+    rows = []
+    for row in order:
+        first = row["by"] == "reference"
+        speed = row.get("speed")
+        rows.append([
+            row["name"] + "*" * bool(row.get("dequantized")), "" if first else row["by"],
+            f"{row['bytes'] / 1e6:.1f}", f"{row['bits'] / 8:.3f}",
+            f"{row['perplexity']['value']:.2f}",
+            "" if first else _range(row["growth"], "{:+.2f}", 100) + " %",
+            "" if first else _range(row["kl"], "{:.5f}", 1),
+            "" if first else f"{row['top1_agreement']['value']:.2%}",
+            *(f"{row['tasks'][name]:.1%}" for name in tasks),
+            f"{speed['decode']:.0f}" if speed else "-",
+        ])  # fmt: skip
+    parts = [markdown(head, rows), *_beside(result), *_how(result)]
+    return "\n\n".join(parts)
+
+
+def _range(interval: Result, form: str, factor: float) -> str:
+    value, low, high = (form.format(interval[k] * factor) for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _beside(result: Result) -> list[str]:
+    """Each variant of ours beside the smallest of llama.cpp's files that is no smaller."""
+    theirs = [row for row in result["rows"] if row["by"] == "llama.cpp"]
+    rows = []
+    for row in result["rows"]:
+        if row["by"] in ("llama.cpp", "reference"):
+            continue
+        larger = [one for one in theirs if one["bytes"] >= row["bytes"]]
+        if not larger:
+            continue
+        other = min(larger, key=lambda one: float(one["bytes"]))
+        names = {row["name"], other["name"]}
+        test = next(t for t in result["tests"]["perplexity"] if {t["a"], t["b"]} == names)
+        test = seen_from(test, other["name"], "perplexity")
+        shown = test["adjusted"] < result["alpha"]
+        word = ("worse" if test["value"] > 0 else "better") if shown else "no difference is shown"
+        size = f"{row['bytes'] / other['bytes'] - 1:+.1%}"
+        growth = _range(test, "{:+.2f}", 100) + " %"
+        rows.append([row["name"], other["name"], size, growth, p_text(test["adjusted"]), word])
+    if not rows:
+        return []
+    head = ["variant", "beside llama.cpp's", "bytes", "perplexity", "paired test", "so it is"]
+    return ["The smallest file of llama.cpp's that is no smaller:", markdown(head, rows)]
+
+
+def _how(result: Result) -> list[str]:
+    p = result["protocol"]
+    lines = [
+        f"{p['text']}: {p['tokens']:,} tokens, windows of {p['window']:,}, {p['stride']:,} further "
+        f"each time. Intervals are 95 %, of {result['resamples']:,} bootstrap resamples of "
+        f"{p['blocks']} blocks; those beside float32 and the tests are paired, and p is adjusted "
+        "for the number of pairs (Holm)."
+    ]
+    if result["tasks"]:
+        asked = ", ".join(f"{name} {t['questions']}" for name, t in result["tasks"].items())
+        lines.append(f"Questions: {asked}.")
+    if any(row.get("dequantized") for row in result["rows"]):
+        lines.append(
+            "\\* has tensors of types that Pronk does not run as they are stored: its dequantized "
+            "values were run in float32, and its speed was not measured."
+        )
+    check = result["check"]
+    if check is not None:
+        theirs, ours = f"{check['llama_cpp']:.2f}", f"{check['pronk']:.2f}"
+        lines.append(
+            f"Perplexity of {check['name']} on {check['tokens']:,} of these tokens in llama.cpp "
+            f"itself: {theirs}, in Pronk {ours} ({check['apart']:+.2%})."
+        )
+    return lines
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
               "fitting": fitting, "speculation": speculation, "moe": moe,
-              "long_context": long_context, "serve": serve, "experts": experts}  # fmt: skip
+              "long_context": long_context, "serve": serve, "experts": experts,
+              "compression": compression}  # fmt: skip
     return makers[result["benchmark"]](result)

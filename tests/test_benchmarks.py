@@ -24,7 +24,7 @@ def test_the_page_is_made_from_the_results():
 
     assert report.load(), "there are no results"
     for path, text in report.pages().items():
-        assert path.read_text() == text
+        assert path.read_text() == text, path
 
 
 def a_task(**changes):
@@ -289,3 +289,48 @@ def test_less_memory_for_experts_is_measured_and_shown(tmp_path, monkeypatch):
     page = report.with_end("# Words\n", result, set())
     assert "**synthetic**" in page
     assert text in page
+
+
+def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
+    """The script on a tiny model: its own steps, but for what llama.cpp does."""
+    import compression
+    import output
+    import tables
+    from checkpoints import tiny_gguf
+
+    model = tiny_gguf(tmp_path / "tiny.gguf", tiny_llama_dir(tmp_path / "tiny"), "q4_1")
+    other = tiny_llama_dir(tmp_path / "other", seed=1)
+    out, text = tmp_path / "compression.json", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    monkeypatch.setattr(sys, "argv", [
+        "compression.py", str(model), "--text", str(text), "--window", "64", "--max-tokens", "150",
+        "--variants", f"same={model},other={other}", "--llama", "", "--tasks", "none", "--rounds",
+        "0", "--threads", "1", "--work", str(tmp_path / "work"), "--out", str(out)])  # fmt: skip
+    compression.main()
+    result = json.loads(out.read_text())
+    reference, same, different = result["rows"]
+    assert reference["by"] == "reference"
+    assert reference["bits"] == 32
+    assert same["bits"] < 8
+    # The twin holds the values that the quantized file stands for.
+    assert same["kl"]["value"] < 1e-3 < different["kl"]["value"]
+    assert abs(same["growth"]["value"]) < 0.01
+    assert str(tmp_path) not in out.read_text()
+    table = tables.show(result)
+    assert f"{same['bytes'] / 1e6:.1f}" in table
+    assert "llama.cpp" not in table
+    # Beside llama.cpp's files: the smallest that is no smaller, as the paired test sees it.
+    different |= {"by": "llama.cpp", "dequantized": ["q3_k"]}
+    result["check"] = {"name": "other", "tokens": 9, "pronk": 7.0, "llama_cpp": 7.007,
+                       "apart": -0.001}  # fmt: skip
+    table = tables.show(result)
+    test = next(t for t in result["tests"]["perplexity"] if {t["a"], t["b"]} == {"same", "other"})
+    assert test["adjusted"] < 0.05
+    said = "better" if (test["value"] < 0) == (test["b"] == "same") else "worse"
+    (line,) = (line for line in table.splitlines() if line.startswith("| same ") and "p " in line)
+    assert f"| {said} " in line
+    assert "| other* " in table
+    assert "(-0.10%)" in table
+    pytest.importorskip("matplotlib")
+    output.draw(result, tmp_path / "one.svg")
+    assert b"same" in (tmp_path / "one.svg").read_bytes()

@@ -87,7 +87,8 @@ ARROWS = {
         "aside", "spec", "errors", "units", "checkpoint", "graph", "device", "engine", "serve",
     },
     # A profile sets what ops cost, which the graph counts, against the time they took.
-    "evaluate": {"spec", "errors", "units", "graph"},
+    # lm-eval makes its models itself, from a path, so the harness has to load one.
+    "evaluate": {"spec", "errors", "units", "graph", "model"},
     # Calibration reads texts as measuring does.
     "compress": {"spec", "errors", "units", "checkpoint", "graph", "device", "evaluate"},
     "commands": {

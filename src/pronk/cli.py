@@ -26,6 +26,10 @@ VERBS = {
     "bench": ("pronk.commands.bench", "measure speed and memory"),
     "doctor": ("pronk.commands.doctor", "examine this machine, and say what slows Pronk down"),
     "eval": ("pronk.commands.eval", "measure perplexity and divergence on a text"),
+    "compare": (
+        "pronk.commands.compare",
+        "say which variant of a model is better, and by how much",
+    ),
 }
 
 

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from pronk.errors import RequestError
-from pronk.evaluate.windows import (
-    LogitsModel,
-    check_logits,
-    log_normalizer,
-    rows_at_a_time,
-    windows,
-)
+from pronk.evaluate.scores import score_window
+from pronk.evaluate.windows import LogitsModel, windows
 
 __all__ = ["Divergence", "divergence"]
 
@@ -43,8 +35,6 @@ def divergence(
 ) -> Divergence:
     """Compare two models window by window, at the positions `perplexity` scores.
 
-    Memory: the logits of one window of each model, and some 40 MB.
-
     Parameters
     ----------
     reference, model : LogitsModel
@@ -63,30 +53,10 @@ def divergence(
     """
     kl, same, count = 0.0, 0, 0
     for part in windows(ids, window, stride, bos):
-        p_logits = check_logits(reference.logits(part.ids), part)
-        q_logits = check_logits(model.logits(part.ids), part)
-        if p_logits.shape[1] != q_logits.shape[1]:
-            raise RequestError(
-                f"the reference has {p_logits.shape[1]} tokens in its vocabulary and the model "
-                f"{q_logits.shape[1]}: only models of one vocabulary can be compared"
-            )
-        step = rows_at_a_time(p_logits.shape[1])
-        for at in range(0, len(part.targets), step):
-            p = p_logits[at : at + step].astype(np.float64)
-            q = q_logits[at : at + step].astype(np.float64)
-            same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
-            p -= log_normalizer(p)[:, None]
-            q -= log_normalizer(q)[:, None]
-            # A token that the reference rules out (-inf) adds nothing: 0 log 0 = 0.
-            possible = np.isfinite(p)
-            np.subtract(p, q, out=q, where=possible)
-            q[~possible] = 0
-            np.exp(p, out=p)
-            p *= q
-            kl += float(p.sum())
-        del p_logits, q_logits
-        count += len(part.targets)
+        (scores,) = score_window(part, [model], reference)
+        kl += float(scores.kl.sum())
+        same += int(scores.same.sum())
+        count += len(scores)
         if progress is not None:
             progress(count, len(ids) - 1)
-    # Rounding can leave a sum of equal distributions a hair below zero.
-    return Divergence(max(0.0, kl / count), same / count, count)
+    return Divergence(kl / count, same / count, count)

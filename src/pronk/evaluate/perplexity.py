@@ -6,15 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from pronk.evaluate.windows import (
-    LogitsModel,
-    check_logits,
-    log_normalizer,
-    rows_at_a_time,
-    windows,
-)
+from pronk.evaluate.scores import score_window
+from pronk.evaluate.windows import LogitsModel, windows
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -46,8 +39,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `ids`, each token but the first scored once.
 
-    The windows are those of `pronk.evaluate.windows.windows`. Memory: the logits of one
-    window, and 16 MB.
+    The windows are those of `pronk.evaluate.windows.windows`.
 
     Parameters
     ----------
@@ -62,15 +54,9 @@ def perplexity(
     """
     total, count = 0.0, 0
     for part in windows(ids, window, stride, bos):
-        logits = check_logits(model.logits(part.ids), part)
-        step = rows_at_a_time(logits.shape[1])
-        for at in range(0, len(part.targets), step):
-            x = logits[at : at + step].astype(np.float64)
-            targets = part.targets[at : at + step]
-            total += float((log_normalizer(x) - x[np.arange(len(x)), targets]).sum())
-        # Before the next window's are computed: one window's logits at a time.
-        del logits
-        count += len(part.targets)
+        (scores,) = score_window(part, [model])
+        total += float(scores.nll.sum())
+        count += len(scores)
         if progress is not None:
             progress(count, len(ids) - 1)
     return Perplexity(total / count, count)

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from pronk.errors import CheckpointError, RequestError
 
-__all__ = ["LogitsModel", "Window", "check_logits", "log_normalizer", "rows_at_a_time", "windows"]
+__all__ = ["LogitsModel", "Window", "log_normalizer", "rows_at_a_time", "windows"]
 
-# Float64 bytes of the logits in flight.
-_CHUNK_BYTES = 8 << 20
+# Float64 bytes of the logits in flight: little enough to stay in a core's cache.
+_CHUNK_BYTES = 2 << 20
 
 
 class LogitsModel(Protocol):
@@ -88,26 +88,6 @@ def windows(
             yield Window([*lead, *ids[start:stop]], list(ids[scored:stop]), first)
             scored = stop
         start += stride
-
-
-def check_logits(logits: NDArray[Any], window: Window) -> NDArray[Any]:
-    """The rows of `logits` that predict the window's targets.
-
-    Raises
-    ------
-    CheckpointError
-        If they are not one row per token, cannot score a target, or are not finite.
-    """
-    if logits.ndim != 2 or logits.shape[0] != len(window.ids):
-        raise CheckpointError(
-            f"the model gave logits of shape {logits.shape} for {len(window.ids)} tokens"
-        )
-    if max(window.targets) >= logits.shape[1] or min(window.targets) < 0:
-        raise CheckpointError(
-            f"the text has token {max(window.targets)}, and the model's vocabulary ends at "
-            f"{logits.shape[1] - 1}: its tokenizer is another model's"
-        )
-    return logits[window.first : window.first + len(window.targets)]
 
 
 def rows_at_a_time(vocabulary: int) -> int:
