@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from pronk import __version__
 from pronk.aside import Aside
 from pronk.checkpoint import packed_cache
 from pronk.checkpoint.base import Checkpoint
@@ -17,7 +18,12 @@ from pronk.engine.runner import Runner
 from pronk.engine.weights import Conversion, load_weights
 from pronk.graph.rope import model_frequencies
 
-__all__ = ["Weights", "provide_weights"]
+try:
+    from _blake2 import blake2b
+except ImportError:
+    from hashlib import blake2b
+
+__all__ = ["Weights", "identity", "provide_weights"]
 
 WORTHWHILE = 0.1
 """Seconds that a later start must save for a copy on disk to be worth its bytes."""
@@ -104,6 +110,15 @@ def _keep(key: Key, runner: Runner, facts: dict[str, object]) -> str:
     finally:
         for fd in key.files:
             os.close(fd)
+
+
+def identity(checkpoint: Checkpoint, runner: Runner) -> str:
+    """Names a model and all that decides the bits of its KV cache."""
+    content = packed_cache.content_hash(checkpoint.files)
+    program = runner.program
+    rest = [_program(checkpoint, runner), repr(program.spec), program.limits.kv_dtype, __version__]
+    digest = blake2b(json.dumps([content, *rest]).encode(), digest_size=16)
+    return digest.hexdigest()
 
 
 def _program(checkpoint: Checkpoint, runner: Runner) -> str:
