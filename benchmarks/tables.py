@@ -269,6 +269,21 @@ def speculation(result: Result) -> str:
     return markdown(head, rows)
 
 
+def batching(result: Result) -> str:
+    """The table of a `batching.py` result."""
+    what = {
+        "prefix": "first token of 2,000 + 24 tokens: new, and with the 2,000 known",
+        "short": "first token: of 8,000 tokens, and of 24 that came behind them",
+        "tpot": "between tokens (p90), 8 requests beside long prompts: as it comes, with a target",
+    }
+    rows = [
+        [what[name], f"{1000 * r['before']:.1f} ms", f"{1000 * r['after']:.1f} ms",
+         f"{r['ratio']:.1f}"]
+        for name, r in result["tasks"].items()
+    ]  # fmt: skip
+    return markdown([result["model"], "first", "second", "ratio"], rows)
+
+
 def long_context(result: Result) -> str:
     """The tables of a `long_context.py` result."""
     parts = [_depths(result), "Perplexity by the tokens read before:"]
@@ -492,5 +507,5 @@ def show(result: Result) -> str:
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
               "fitting": fitting, "speculation": speculation, "moe": moe,
               "long_context": long_context, "serve": serve, "experts": experts,
-              "compression": compression}  # fmt: skip
+              "compression": compression, "batching": batching}  # fmt: skip
     return makers[result["benchmark"]](result)

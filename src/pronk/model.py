@@ -21,7 +21,7 @@ from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
-from pronk.engine.packing import Weights, provide_weights
+from pronk.engine.packing import Weights, identity, provide_weights
 from pronk.engine.request import Event
 from pronk.engine.runner import ExpertReads, Recording, Runner
 from pronk.errors import BudgetError, PronkError, RequestError
@@ -367,6 +367,41 @@ class Model:
         if event.embedding is None:
             raise event.error or PronkError("the request ended without an embedding")
         return event.embedding
+
+    def _identity(self) -> str:
+        with open_checkpoint(self.path) as checkpoint:
+            return identity(checkpoint, self._open())
+
+    def save_session(self, session: str, path: str | os.PathLike[str]) -> int:
+        """Write what a session keeps (tokens, keys, values) to a file; gives its bytes.
+
+        Raises
+        ------
+        RequestError
+            If no session of the name is kept.
+        PronkError
+            If the file cannot be written.
+        """
+        self._drive()
+        return self._engine.save_session(session, Path(path), self._identity())
+
+    def restore_session(self, session: str, path: str | os.PathLike[str]) -> int:
+        """Keep a session that `save_session` wrote, in place of any of this name.
+
+        Returns
+        -------
+        int
+            Its tokens: a prompt that begins with them starts behind them.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is damaged, or was written by another model or with other options.
+        RequestError
+            If the cache has no room for it.
+        """
+        self._drive()
+        return self._engine.restore_session(session, Path(path), self._identity())
 
     def logits(self, ids: Sequence[int], *, last: int | None = None) -> NDArray[np.float32]:
         """Next-token logits at every position, or at the last ones.

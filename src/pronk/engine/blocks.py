@@ -226,6 +226,12 @@ class KvBlocks:
         others = (h for h in self._running if h is not apart)
         return sum(max(0, h.promised[group] - _count(h.blocks[group])) for h in others)
 
+    def spare(self, counts: Sequence[int]) -> bool:
+        """Whether so many blocks of each pool are neither held nor promised."""
+        nobody = Holding([])
+        both = zip(self.managers, counts, strict=True)
+        return all(n <= m.pool.free - self._promised(i, nobody) for i, (m, n) in enumerate(both))
+
     def settle(self, holding: Holding) -> None:
         """A sequence no longer runs: it keeps what it holds and is promised nothing."""
         if holding in self._running:

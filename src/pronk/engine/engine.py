@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -381,6 +382,53 @@ class Engine:
         if session is not None:
             self.drop_session(session)
         return session is not None
+
+    def save_session(self, session: str, path: Path, model: str) -> int:
+        """Write a kept session to a file; gives its bytes. See `write_session`.
+
+        Raises
+        ------
+        RequestError
+            If no session of the name is kept.
+        PronkError
+            If the file cannot be written.
+        """
+        from pronk.engine.session_file import write_session
+
+        kept = self._sessions.get(session)
+        if kept is None:
+            raise RequestError(f"there is no session {session!r}: it never was, or had to go")
+        tokens = kept.tokens[: kept.computed]
+        return write_session(path, tokens, kept.holding, self.runner, model)
+
+    def restore_session(self, session: str, path: Path, model: str) -> int:
+        """Keep what a file holds under a name; gives its tokens. See `read_session`.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is damaged, or not of this model.
+        RequestError
+            If the cache has no room for it.
+        """
+        from pronk.engine.session_file import read_session
+
+        tokens, holding = read_session(
+            path, self.kv, self.runner, model, self.context, self.scheduler.reclaim
+        )
+        self.drop_session(session)
+        self._sessions[session] = Request(
+            id=next(self._ids),
+            tokens=tokens,
+            max_length=len(tokens),
+            params=SamplingParams(),
+            sampler=None,
+            holding=holding,
+            session=session,
+            computed=len(tokens),
+        )
+        self.kv.publish(holding, tokens, len(tokens))
+        return len(tokens)
 
     def stats(self) -> Stats:
         """Figures of about now; any thread may ask."""

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pronk import _native
+from pronk import __version__, _native
 from pronk.aside import Aside
 from pronk.checkpoint import packed_cache
 from pronk.checkpoint.base import Checkpoint
@@ -23,7 +23,12 @@ from pronk.errors import RequestError
 from pronk.graph.memory import Layout
 from pronk.graph.rope import model_frequencies
 
-__all__ = ["Weights", "provide_weights", "read_packed", "write_packed"]
+try:
+    from _blake2 import blake2b
+except ImportError:
+    from hashlib import blake2b
+
+__all__ = ["Weights", "identity", "provide_weights", "read_packed", "write_packed"]
 
 WORTHWHILE = 0.1
 """Seconds that a later start must save for a copy on disk to be worth its bytes."""
@@ -286,6 +291,15 @@ def _keep(key: Key, size: int, write: Callable[[int], tuple[list[int], dict[str,
     finally:
         for fd in key.files:
             os.close(fd)
+
+
+def identity(checkpoint: Checkpoint, runner: Runner) -> str:
+    """Names a model and all that decides the bits of its KV cache."""
+    content = packed_cache.content_hash(checkpoint.files)
+    program = runner.program
+    rest = [_program(checkpoint, runner), repr(program.spec), program.limits.kv_dtype, __version__]
+    digest = blake2b(json.dumps([content, *rest]).encode(), digest_size=16)
+    return digest.hexdigest()
 
 
 def _program(checkpoint: Checkpoint, runner: Runner) -> str:
