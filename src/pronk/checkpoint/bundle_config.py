@@ -46,15 +46,16 @@ def check_bundled(spec: ModelSpec) -> None:
 
 
 def hf_config(
-    spec: ModelSpec, formats: Mapping[str, str], bos: int | None, eos: Sequence[int]
+    spec: ModelSpec, formats: Mapping[str, str] | None, bos: int | None, eos: Sequence[int]
 ) -> dict[str, Any]:
-    """``config.json`` of a bundle with `formats` by tensor kind.
+    """``config.json`` of a bundle with `formats` by tensor kind, or of float weights without.
 
-    The embedding is never tied: the output head is a packed Linear, and the embedding table
-    beside it, which `transformers` cannot keep packed, is float16.
+    In a bundle the embedding is never tied: the output head is a packed Linear, and the
+    embedding table beside it, which `transformers` cannot keep packed, is float16.
     """
     check_bundled(spec)
     family = family_of(spec.family)
+    packed = {} if formats is None else {"quantization_config": _quantization(formats)}
     return {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -75,13 +76,13 @@ def hf_config(
         "max_position_embeddings": spec.context_length,
         "rope_theta": spec.ropes[0].theta,
         "rope_scaling": _rope_scaling(spec),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": spec.tie_embeddings and formats is None,
         # Scales are float16 and norms float32: in float32 both load without rounding.
         "torch_dtype": "float32",
         "use_cache": True,
         "bos_token_id": bos,
         "eos_token_id": _one_or_many(eos),
-        "quantization_config": _quantization(formats),
+        **packed,
     }
 
 
