@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["add_output", "add_text", "add_training", "print_measured", "recipe", "texts"]
 
 STEPS = 200
+_JUDGED = 1 << 16  # tokens, more than are judged unless a window is longer
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +32,10 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     """``--calibration`` and ``--window``."""
     parser.add_argument(
         "--calibration", metavar="FILE",
-        help="UTF-8 text, its last tenth kept to judge on (default: Python's topics)",
+        help="UTF-8 text to measure and learn from, its last tenth kept to judge on (default: "
+        "Python's topics)",
     )  # fmt: skip
+    parser.add_argument("--judge", metavar="FILE", help="UTF-8 text to judge on instead")
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
 
 
@@ -87,9 +90,13 @@ def texts(
     need_torch("this verb")
     threads(args)
     corpus = load_corpus(args.calibration)
+    other = None if args.judge is None else load_corpus(args.judge)
     with open_checkpoint(teacher) as ckpt:
-        ids = encode(corpus, ckpt.load_tokenizer())
-    learned, judged = split_text(ids, args.window)
+        tokenizer = ckpt.load_tokenizer()
+        ids = encode(corpus, tokenizer)
+        learned, judged = split_text(ids, args.window)
+        if other is not None:
+            learned, judged = ids, encode(other, tokenizer, max(_JUDGED, args.window))
     made = _sampled(args, teacher, progress) if args.sampled else learned
     return Text(learned, made, judged)
 

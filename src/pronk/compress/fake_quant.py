@@ -45,12 +45,12 @@ class Grid:
     @property
     def low(self) -> int:
         """The lowest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << self.bits - 1)
 
     @property
     def high(self) -> int:
         """The highest."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << self.bits - 1) - 1
 
     @property
     def dtype(self) -> str:
@@ -158,7 +158,7 @@ def _module(grid: Grid, scale: Any) -> Any:
             self.scale = torch.nn.Parameter(scale)
 
         def forward(self, weight: Any) -> Any:
-            return Round.apply(weight, self.scale)  # type: ignore[no-untyped-call]
+            return Round.apply(weight, self.scale)
 
     return Rounded()
 

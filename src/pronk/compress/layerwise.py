@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["Stream", "cut_windows"]
 
 
-def cut_windows(ids: Sequence[int], length: int, count: int) -> Any:
+def cut_windows(ids: Sequence[int], length: int, count: int, what: str = "calibration text") -> Any:
     """The first `count` windows of a text, int64 [windows, length]; fewer if it has no more.
 
     Raises
@@ -23,7 +23,7 @@ def cut_windows(ids: Sequence[int], length: int, count: int) -> Any:
     whole = min(count, len(ids) // length)
     if whole < 1:
         raise RequestError(
-            f"the calibration text has {len(ids)} tokens, fewer than one window of {length}: "
+            f"the {what} has {len(ids)} tokens, fewer than one window of {length}: "
             "give a longer text or a smaller --window"
         )
     return torch.tensor(ids[: whole * length], dtype=torch.int64).reshape(whole, length)

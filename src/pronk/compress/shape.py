@@ -108,17 +108,23 @@ def shape_for(spec: ModelSpec, target: int) -> Shape:
         If no shape is that small.
     """
     have = shape_of(spec)
-    hiddens = [h for h in range(have.hidden, 0, -STEP) if h % STEP == 0 or h == have.hidden]
-    for hidden in hiddens:
-        least_layers = max(1, round(have.layers * _LEAST_LAYERS))
-        for layers in range(have.layers, least_layers - 1, -1):
-            # A layer is worth so many neurons: both shrink together.
-            lost = 1 - layers / have.layers
-            least = max(STEP, int(have.mlp * (_LEAST_MLP - _MLP_PER_LAYER * lost)) // STEP * STEP)
-            for mlp in range(have.mlp // STEP * STEP, least - 1, -STEP):
-                shape = Shape(layers, have.kv_heads, mlp, hidden)
-                if count_parameters(resized(spec, shape)) <= target:
-                    return shape
+    least_layers = max(1, round(have.layers * _LEAST_LAYERS))
+    widest = have.mlp // STEP * STEP
+    if widest and target >= STEP:
+        for hidden in (have.hidden, *range((have.hidden - 1) // STEP * STEP, 0, -STEP)):
+            for layers in range(have.layers, least_layers - 1, -1):
+                rest, neurons = (
+                    count_parameters(resized(spec, Shape(layers, have.kv_heads, mlp, hidden)))
+                    for mlp in (STEP, widest)
+                )
+                # Parameters grow evenly with neurons.
+                slope = (neurons - rest) / max(1, widest - STEP)
+                room = widest if slope == 0 else STEP + int((target - rest) // slope)
+                mlp = min(widest, room // STEP * STEP)
+                # The more layers go, the narrower may be those that are left.
+                lost = 1 - layers / have.layers
+                if rest <= target and mlp >= have.mlp * (_LEAST_MLP - _MLP_PER_LAYER * lost):
+                    return Shape(layers, have.kv_heads, mlp, hidden)
     raise RequestError(
         f"no shape of the model has {target:,} parameters or fewer: give --layers, --heads, "
         f"--mlp and --hidden themselves"

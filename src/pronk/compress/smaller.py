@@ -26,7 +26,7 @@ __all__ = ["Pruning", "Text", "distill", "prune", "qat"]
 
 Progress = Callable[[str, int, int], None]
 
-_JUDGED = 8  # windows of the text that is kept to judge on
+_JUDGED = 2048  # tokens
 _SPARSE = 0.25  # a matrix with such a share of zeros keeps them
 
 
@@ -147,8 +147,9 @@ def prune(
         if small == spec and zeros is None:
             raise RequestError("nothing to prune: give --parameters, --layers, --heads, --mlp, "
                                "--hidden or --sparsity")  # fmt: skip
+        _matchable(recipe, spec, small)
         windows = cut_windows(text.calibration, pruning.window, pruning.samples)
-        judged = cut_windows(text.judged, pruning.window, _JUDGED)
+        judged = _to_judge(text, pruning.window)
         teacher = to_transformers(ckpt)
         student = copy.deepcopy(teacher)
         kept = structured.prune(student, windows, shape, tell)
@@ -168,7 +169,7 @@ def prune(
         trainer = None
         if recipe is not None:
             layers = kept.get("layers", range(spec.num_layers))
-            pairs = list(enumerate(layers)) if small.hidden_size == spec.hidden_size else []
+            pairs = list(enumerate(layers))
             trainer = _train(student, teacher, text, recipe, writer.target, pairs, tell)
             report |= _trained(trainer, recipe)
             report["measured"]["recovered"] = compare(student, teacher, judged)
@@ -210,15 +211,14 @@ def distill(
                 f"the student has {spec.vocab_size} tokens in its vocabulary and the teacher "
                 f"{wide.vocab_size}: they must share one"
             )
-        judged = cut_windows(text.judged, recipe.window, _JUDGED)
+        _matchable(recipe, wide, spec)
+        judged = _to_judge(text, recipe.window)
         student, teacher = to_transformers(ckpt), to_transformers(other)
         ratio = wide.num_layers / spec.num_layers
         pairs = [(i, max(0, round((i + 1) * ratio) - 1)) for i in range(spec.num_layers)]
         measured = {"before": compare(student, teacher, judged)}
         trainer = _train(
-            student, teacher, text, recipe, writer.target,
-            pairs if spec.hidden_size == wide.hidden_size else [], tell,
-        )  # fmt: skip
+            student, teacher, text, recipe, writer.target, pairs, tell)  # fmt: skip
         measured["distilled"] = compare(student, teacher, judged)
         report = {
             "verb": "distill",
@@ -254,7 +254,7 @@ def qat(
         If the groups do not divide the rows; see `prune`.
     """
     with open_checkpoint(source) as ckpt, BundleWriter(directory) as writer:
-        judged = cut_windows(text.judged, recipe.window, _JUDGED)
+        judged = _to_judge(text, recipe.window)
         teacher = to_transformers(ckpt)
         student = copy.deepcopy(teacher)
         names = fake_quant.attach(student, grid, clip=False)
@@ -280,6 +280,19 @@ def qat(
         writer.commit()
         trainer.done()
     return {**report, "directory": os.fspath(writer.target)}
+
+
+def _matchable(recipe: Recipe | None, teacher: ModelSpec, student: ModelSpec) -> None:
+    if recipe is not None and recipe.hidden and teacher.hidden_size != student.hidden_size:
+        raise RequestError(
+            f"the teacher is {teacher.hidden_size} wide and the student {student.hidden_size}: "
+            "hidden states can be matched only where they are equally wide; leave "
+            "--hidden-weight out"
+        )
+
+
+def _to_judge(text: Text, window: int) -> Any:
+    return cut_windows(text.judged, window, max(1, _JUDGED // window), "text to judge on")
 
 
 def _settled(model: Any, spec: ModelSpec) -> Any:

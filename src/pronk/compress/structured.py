@@ -92,7 +92,7 @@ def keep_columns(weight: Any, gram: Any, size: int, keep: int) -> Any:
     return left.nonzero()[:, 0]
 
 
-_ROUNDS = 64
+_ROUNDS = 32
 _APART = 0.1
 
 

@@ -76,7 +76,8 @@ def from_spec(spec: ModelSpec) -> Any:
     config = AutoConfig.for_model(family, **fields)
     config.use_cache = False
     with no_init_weights():  # every weight is loaded, and random ones take long
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32).eval()
     model.tie_weights()
     return model
 

@@ -190,11 +190,6 @@ class Trainer:
                 f"the text to learn from has {len(ids)} tokens, fewer than one window of "
                 f"{recipe.window}: give a longer text or a smaller --window"
             )
-        if recipe.hidden and not matched:
-            raise RequestError(
-                "hidden states can be matched only where student and teacher are equally wide: "
-                "leave --hidden-weight out"
-            )
         self.student, self.teacher, self.recipe = student, teacher, recipe
         self.matched = list(matched) if recipe.hidden else []
         self.masks, self.every, self.path = masks or {}, every, state
