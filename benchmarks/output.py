@@ -11,7 +11,7 @@ from typing import Any
 
 import tables
 
-PLOTTED = ("peers", "kernels", "scaling", "long_context")
+PLOTTED = ("peers", "kernels", "scaling", "long_context", "pruning")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The plot of a result, where it has one and matplotlib is installed."""
-    if result["benchmark"] not in PLOTTED:
+    if result["benchmark"] not in PLOTTED or result.get("rows") == []:
         return
     try:
         import plots

@@ -1,4 +1,4 @@
-"""Write docs/performance.md and the end of docs/long-context.md from benchmarks/results.
+"""Write docs/performance.md and the ends of two other pages from benchmarks/results.
 
 python benchmarks/report.py [--check]
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 LONG_PAGE = ROOT / "docs" / "long-context.md"
+PRUNING_PAGE = ROOT / "docs" / "pruning.md"
 
 INTRO = """# Performance
 
@@ -149,9 +150,8 @@ def current() -> str:
     return page(load(), {path.stem for path in RESULTS.glob("*.svg")})
 
 
-def long_page(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
-    """The page on long contexts: its text as it is, and the section of results after it."""
-    name = "long_context"
+def measured_page(text: str, name: str, result: dict[str, Any] | None, plots: set[str]) -> str:
+    """A page that ends with a section of results: its text as it is, and the section after it."""
     parts = [text.partition("\n## Measured\n")[0].rstrip("\n")]
     if result is not None:
         command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
@@ -161,10 +161,30 @@ def long_page(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def long_page(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
+    """The page on long contexts."""
+    return measured_page(text, "long_context", result, plots)
+
+
+def current_measured(path: Path, name: str) -> str:
+    """What a page that ends with results must be."""
+    plots = {file.stem for file in RESULTS.glob("*.svg")}
+    return measured_page(path.read_text(), name, load().get(name), plots)
+
+
 def current_long() -> str:
     """What the page on long contexts must be."""
-    plots = {path.stem for path in RESULTS.glob("*.svg")}
-    return long_page(LONG_PAGE.read_text(), load().get("long_context"), plots)
+    return current_measured(LONG_PAGE, "long_context")
+
+
+def current_pruning() -> str:
+    """What the page on pruning must be."""
+    return current_measured(PRUNING_PAGE, "pruning")
+
+
+def pages() -> tuple[tuple[Path, str], ...]:
+    """Every page and what it must be."""
+    return (PAGE, current()), (LONG_PAGE, current_long()), (PRUNING_PAGE, current_pruning())
 
 
 def main() -> None:
@@ -172,13 +192,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if it differs")
     args = parser.parse_args()
     if args.check:
-        for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+        for path, text in pages():
             if not path.exists() or path.read_text() != text:
                 raise SystemExit(f"{path.name} differs: run python benchmarks/report.py")
         return
     for name, result in load().items():
         output.draw(result, RESULTS / f"{name}.svg")
-    for path, text in ((PAGE, current()), (LONG_PAGE, current_long())):
+    for path, text in pages():
         part = path.with_suffix(".part")
         part.write_text(text)
         part.replace(path)
