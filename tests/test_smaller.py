@@ -477,6 +477,7 @@ BAD = [
     (["--parameters", "-99%"], "no shape of the model"),
     (["--pattern", "4:2"], "neither unstructured nor n:m"),
     (["--pattern", "2:4", "--sparsity", "0.6"], "is not that of the pattern"),
+    (["--layers", "3", "--samples", "0"], "samples must be 1"),
     (["--sparsity", "1.5"], "between 0 and 1"),
     (["--layers", "3", "--window", "500000"], "two windows of 500000"),
     (["--layers", "3", "--distill", "-1"], "steps must be in"),
@@ -520,7 +521,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path, tiny, capsys):
     said = refused(capsys, "distill", other, "--teacher", tiny, *options)
     assert "352 tokens in its vocabulary and the teacher 320" in said
     gemma = tiny_dir(tmp_path / "gemma", "gemma3_text", head_dim=16)
-    assert "gemma3_text" in refused(capsys, "prune", gemma, "--layers", "1", *options)
+    said = refused(capsys, "prune", gemma, "--layers", "1", *options)
+    assert "a gemma3_text model cannot be made smaller so yet: llama, mistral, qwen2 can" in said
+    windowed = tiny_dir(tmp_path / "windowed", "mistral", sliding_window=64)
+    assert "with windows" in refused(capsys, "qat", windowed, "--format", "int4-g32", *options)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     said = refused(capsys, "prune", tiny, "--layers", "3", *options)

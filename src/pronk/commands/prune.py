@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> None:
         common.print_json(report)
         return
     count, shape = report["parameters"], report["shape"]["after"]
-    print(f"{count['before'] / 1e6:.1f} M parameters to {count['after'] / 1e6:.1f} M "
-          f"(-{count['removed']:.1%}): {shape['layers']} layers, {shape['kv_heads']} KV heads, "
-          f"{shape['mlp']} neurons, {shape['hidden']} channels")  # fmt: skip
+    if count["removed"]:
+        print(f"{count['before'] / 1e6:.1f} M parameters to {count['after'] / 1e6:.1f} M "
+              f"(-{count['removed']:.1%}): {shape['layers']} layers, {shape['kv_heads']} KV heads, "
+              f"{shape['mlp']} neurons, {shape['hidden']} channels")  # fmt: skip
     if "sparse" in report:
         one = report["sparse"]
         print(f"{one['sparsity']:.1%} zeros ({one['pattern']}); runs dense, no faster: as int4 "

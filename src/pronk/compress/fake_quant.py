@@ -140,7 +140,7 @@ def _module(grid: Grid, scale: Any) -> Any:
             return (codes_of(weight, scale, grid) * held).reshape(weight.shape)
 
         @staticmethod
-        def backward(ctx: Any, grad: Any) -> tuple[Any, Any]:  # type: ignore[override]
+        def backward(ctx: Any, grad: Any) -> tuple[Any, Any]:
             weight, scale = ctx.saved_tensors
             grad = grad.reshape(*scale.shape, grid.group)
             groups = weight.reshape(grad.shape) / _storable(scale)[..., None]
@@ -150,6 +150,8 @@ def _module(grid: Grid, scale: Any) -> Any:
             slope = torch.where(inside, slope - groups, slope)
             return (grad * inside).reshape(weight.shape), (grad * slope).sum(-1)
 
+    rounded: Any = Round.apply
+
     class Rounded(torch.nn.Module):
         """A weight on its grid; gradients pass to the weight and to the scales."""
 
@@ -158,7 +160,7 @@ def _module(grid: Grid, scale: Any) -> Any:
             self.scale = torch.nn.Parameter(scale)
 
         def forward(self, weight: Any) -> Any:
-            return Round.apply(weight, self.scale)
+            return rounded(weight, self.scale)
 
     return Rounded()
 

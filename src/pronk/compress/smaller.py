@@ -73,6 +73,10 @@ class Pruning:
     window: int = 512
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RequestError(f"--samples must be 1 window or more, not {self.samples}")
+
     def shape(self, spec: ModelSpec) -> shapes.Shape:
         """The shape asked for.
 
@@ -217,8 +221,7 @@ def distill(
         ratio = wide.num_layers / spec.num_layers
         pairs = [(i, max(0, round((i + 1) * ratio) - 1)) for i in range(spec.num_layers)]
         measured = {"before": compare(student, teacher, judged)}
-        trainer = _train(
-            student, teacher, text, recipe, writer.target, pairs, tell)  # fmt: skip
+        trainer = _train(student, teacher, text, recipe, writer.target, pairs, tell)
         measured["distilled"] = compare(student, teacher, judged)
         report = {
             "verb": "distill",
