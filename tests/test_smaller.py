@@ -40,7 +40,7 @@ def logits(model, windows=WINDOWS):
 
 
 def off(actual, expected):
-    return float((actual - expected).norm() / expected.norm())
+    return float(((actual - expected).norm() / expected.norm()).detach())
 
 
 def twin(path):
