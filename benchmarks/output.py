@@ -11,6 +11,7 @@ from typing import Any
 
 import tables
 
+_PLACES = ("--out", "--json", "--work", "--llama-python", "--openvino-python")
 PLOTTED = ("peers", "kernels", "scaling", "long_context", "pruning")
 
 
@@ -25,7 +26,7 @@ def command() -> str:
     words, skip = [], False
     for word in sys.argv[1:]:
         name = word.partition("=")[0]
-        if skip or name in ("--out", "--json", "--llama-python", "--openvino-python"):
+        if skip or name in _PLACES:
             skip = not skip and name != "--json" and "=" not in word
             continue
         words.append(Path(word).name if "/" in word else word)

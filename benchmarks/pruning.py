@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -120,7 +119,7 @@ def main() -> None:
         result = {
             "benchmark": "pruning",
             "command": output.command(),
-            "machine": describe(len(os.sched_getaffinity(0))),
+            "machine": describe(args.threads),
             "model": Path(args.model).name,
             "steps": args.steps,
             "grid_steps": args.grid_steps,

@@ -348,7 +348,8 @@ def moe(result: Result) -> str:
 
 def pruning(result: Result) -> str:
     """The tables of a `pruning.py` result."""
-    parts = []
+    claims = "; ".join(f"{what}: {claim}" for what, claim in result["claims"].items())
+    parts = [f"Claims that such methods are measured against: {claims}."]
     if result["rows"]:
         before = result["rows"][0]["pruned"]["teacher_perplexity"]
         head = [result["model"], "layers", "neurons", "channels", "perplexity", "KL",
