@@ -11,7 +11,8 @@ from typing import Any
 
 import tables
 
-PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression")
+_PLACES = ("--out", "--json", "--work", "--llama-python", "--openvino-python")
+PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression", "pruning")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def command() -> str:
     words, skip = [], False
     for word in sys.argv[1:]:
         name = word.partition("=")[0]
-        if skip or name in ("--out", "--json", "--llama-python", "--openvino-python", "--work"):
+        if skip or name in _PLACES:
             skip = not skip and name != "--json" and "=" not in word
             continue
         words.append(Path(word).name if "/" in word else word)
@@ -45,7 +46,7 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """The plot of a result, where it has one and matplotlib is installed."""
-    if result["benchmark"] not in PLOTTED:
+    if result["benchmark"] not in PLOTTED or result.get("rows") == []:
         return
     try:
         import plots

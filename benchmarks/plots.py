@@ -42,6 +42,7 @@ def draw(result: Result, path: Path) -> None:
         "scaling": scaling,
         "long_context": long_context,
         "compression": compression,
+        "pruning": pruning,
     }
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
@@ -216,6 +217,31 @@ def compression(result: Result) -> Figure:
     left.legend(fontsize=8)
     right.set_yscale("log")
     right.set_ylabel("KL from float32, nats a token")
+    return figure
+
+
+def pruning(result: Result) -> Figure:
+    """Perplexity and agreement against parameters, as pruned and as recovered."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = result["rows"]
+    removed = [0, *(100 * one["removed"] for one in rows)]
+    before = rows[0]["pruned"]["teacher_perplexity"]
+    for color, stage, label in (
+        (_PALETTE[1], "pruned", "pruned"),
+        (_PALETTE[0], "recovered", f"and distilled, {result['steps']} steps"),
+    ):
+        left.plot(removed, [before, *(one[stage]["perplexity"] for one in rows)], marker="o",
+                  ms=4, color=color, label=label)  # fmt: skip
+        agreed = [100, *(100 * one[stage]["top1_agreement"] for one in rows)]
+        right.plot(removed, agreed, marker="o", ms=4, color=color, label=label)
+    left.set_yscale("log")
+    left.set_ylabel("perplexity")
+    right.set_ylabel("same favourite token as before, %")
+    right.set_ylim(0, 102)
+    for axes in (left, right):
+        axes.set_xlabel("parameters removed, %")
+        axes.legend(fontsize=8)
     return figure
 
 

@@ -20,6 +20,7 @@ ENDS = {
     "compression": ROOT / "docs" / "compression.md",
     "experts": ROOT / "docs" / "experts.md",
     "long_context": ROOT / "docs" / "long-context.md",
+    "pruning": ROOT / "docs" / "pruning.md",
 }
 """Pages of words whose last section is a result."""
 

@@ -502,10 +502,56 @@ def _how(result: Result) -> list[str]:
     return lines
 
 
+def pruning(result: Result) -> str:
+    """The tables of a `pruning.py` result."""
+    claims = "; ".join(f"{what}: {claim}" for what, claim in result["claims"].items())
+    parts = [f"Claims that such methods are measured against: {claims}."]
+    if result["rows"]:
+        before = result["rows"][0]["pruned"]["teacher_perplexity"]
+        head = [result["model"], "layers", "neurons", "channels", "perplexity", "KL",
+                "top-1 agreement", f"after {result['steps']} steps: perplexity", "KL",
+                "top-1 agreement"]  # fmt: skip
+        rows = [["as it is", "", "", "", f"{before:.2f}", "", "", "", "", ""]]
+        for one in result["rows"]:
+            sizes = [f"{one['shape'][key]:,}" for key in ("layers", "mlp", "hidden")]
+            cells = _judged(one["pruned"]) + _judged(one["recovered"])
+            rows.append([f"-{one['removed']:.1%}", *sizes, *cells])
+        parts.append(markdown(head, rows))
+    if result["zeros"]:
+        head = ["2:4 zeros in all layers", "perplexity", "KL", "top-1 agreement",
+                "dense int4, MB", "were it kept sparse, MB"]  # fmt: skip
+        rows = [
+            [one["method"], *_judged(one), f"{one['bytes_dense_int4'] / 1e6:.1f}",
+             f"{one['bytes_sparse_int4'] / 1e6:.1f}"]
+            for one in result["zeros"]
+        ]  # fmt: skip
+        parts.append(markdown(head, rows))
+    for one in result["grids"]:
+        stages = one["measured"]
+        head = [f"{one['format']}, {result['grid_steps']} steps", "perplexity", "KL",
+                "top-1 agreement"]  # fmt: skip
+        rows = [[name, *_judged(stages[name])] for name in ("rounded", "clipped", "trained")]
+        nearest, trained = stages["rounded"]["perplexity"], stages["trained"]["perplexity"]
+        before = stages["trained"]["teacher_perplexity"]
+        closed = (nearest - trained) / (nearest - before)
+        parts.append(markdown(head, rows))
+        parts.append(
+            f"In float: {before:.2f}. Training closes {against(closed, 0.5, '{:.0%}')} of the "
+            f"perplexity that rounding to nearest loses; with the best clipping alone, "
+            f"{(nearest - stages['clipped']['perplexity']) / (nearest - before):.0%} is closed."
+        )
+    return "\n\n".join(parts)
+
+
+def _judged(one: Result) -> list[str]:
+    return [f"{one['perplexity']:.2f}", f"{one['kl']:.3f}", f"{one['top1_agreement']:.1%}"]
+
+
 def show(result: Result) -> str:
     """The tables of any result."""
     makers = {"peers": peers, "kernels": kernels, "scaling": scaling, "activations": activations,
               "fitting": fitting, "speculation": speculation, "moe": moe,
               "long_context": long_context, "serve": serve, "experts": experts,
-              "compression": compression, "batching": batching}  # fmt: skip
+              "compression": compression, "batching": batching,
+              "pruning": pruning}  # fmt: skip
     return makers[result["benchmark"]](result)

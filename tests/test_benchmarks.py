@@ -334,3 +334,38 @@ def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     output.draw(result, tmp_path / "one.svg")
     assert b"same" in (tmp_path / "one.svg").read_bytes()
+
+
+def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
+    """The script on a tiny model; a second run makes nothing again."""
+    import output
+    import pruning
+    import report
+    import tables
+    from checkpoints import mixed_lines
+
+    pytest.importorskip("matplotlib")
+    model, text = tiny_llama_dir(tmp_path / "tiny", num_hidden_layers=4), tmp_path / "text"
+    text.write_text("\n".join(mixed_lines(300)), encoding="utf-8")
+    out, work = tmp_path / "pruning.json", tmp_path / "work"
+    argv = ["pruning.py", str(model), "--calibration", str(text), "--text", str(text),
+            "--removed", "20", "--methods", "wanda", "--grids", "int3-g32", "--steps", "2",
+            "--grid-steps", "2", "--window", "32", "--samples", "2", "--work", str(work),
+            "--out", str(out)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    pruning.main()
+    result = json.loads(out.read_text())
+    assert result["rows"][0]["recovered"]["kl"] > 0
+    assert str(tmp_path) not in out.read_text()
+    shown = tables.show(result)
+    assert "after 2 steps: perplexity" in shown
+    assert "| wanda" in shown
+    assert "of the perplexity that rounding to nearest loses" in shown
+    page = report.with_end("# Words\n", result, {"pruning"})
+    assert shown in page
+    for name in ("one.svg", "two.svg"):
+        output.draw(result, tmp_path / name)
+    assert b"parameters removed" in (tmp_path / "one.svg").read_bytes()
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    monkeypatch.setattr(pruning.subprocess, "run", None)
+    pruning.main()

@@ -18,7 +18,14 @@ from pronk.checkpoint.bundle_config import check_bundled, hf_config
 from pronk.checkpoint.bundle_tensors import Quantize, write_tensors
 from pronk.errors import PronkError, RequestError
 
-__all__ = ["BUNDLE_FILE", "BundleWriter", "is_bundle", "write_bundle"]
+__all__ = [
+    "BUNDLE_FILE",
+    "BundleWriter",
+    "DirectoryWriter",
+    "is_bundle",
+    "write_bundle",
+    "write_json",
+]
 
 BUNDLE_FILE = "pronk.json"
 FORMAT = 1
@@ -31,8 +38,8 @@ def is_bundle(directory: str | os.PathLike[str]) -> bool:
     return (Path(directory) / BUNDLE_FILE).is_file()
 
 
-class BundleWriter:
-    """Writes a bundle beside its final place and moves it there when it is complete.
+class DirectoryWriter:
+    """Writes a checkpoint beside its final place and moves it there when it is complete.
 
     A context manager: leaving it without `commit` removes what was written. A run that is
     killed leaves a hidden directory that the next one removes.
@@ -40,33 +47,38 @@ class BundleWriter:
     Parameters
     ----------
     directory : path
-        Where the bundle goes. A bundle that is there is replaced; anything else is refused.
+        Where the checkpoint goes. One that is there and has the same `mark` is replaced;
+        anything else is refused.
+    mark : str
+        The file that every directory written so holds.
+    what : str
+        What such a directory is, for the refusal.
 
     Attributes
     ----------
     path : Path
-        The hidden directory where the bundle is until `commit`; it can be opened from there.
+        The hidden directory where the checkpoint is until `commit`; it can be opened from there.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], mark: str, what: str) -> None:
+        self._mark, self._what = mark, what
         # A link stays, and what it points to is replaced.
         self.target = Path(os.path.realpath(directory))
         self.path = self._beside("tmp", os.getpid())
-        self._fields: dict[str, Any] = {}
         self._open = False
 
     def check(self) -> None:
-        """Refuse a directory that holds something else than a bundle.
+        """Refuse a directory that holds something else than what is written.
 
         Raises
         ------
         RequestError
         """
-        if os.path.lexists(self.target) and not is_bundle(self.target):
+        if os.path.lexists(self.target) and not (self.target / self._mark).is_file():
             empty = self.target.is_dir() and not any(self.target.iterdir())
             if not empty:
                 raise RequestError(
-                    f"{self.target} exists and is not a bundle: give -o another directory"
+                    f"{self.target} exists and is not {self._what}: give -o another directory"
                 )
 
     def __enter__(self) -> Self:
@@ -78,7 +90,7 @@ class BundleWriter:
                 shutil.rmtree(self.path)
             self.path.mkdir()
         except OSError as error:
-            raise _cannot(self.target, error) from error
+            raise self.cannot(error) from error
         self._open = True
         return self
 
@@ -91,6 +103,49 @@ class BundleWriter:
         if self._open:
             self._open = False
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def commit(self) -> Path:
+        """Put the checkpoint in its place and return that.
+
+        Whenever this is cut short, the old one or the new one is there, or the next writer
+        puts the old one back.
+        """
+        try:
+            for file in self.path.iterdir():
+                _sync(file)
+            _sync(self.path)
+            old = self._beside("old", os.getpid())
+            replaced = os.path.lexists(self.target)
+            if replaced:
+                self.target.rename(old)
+            try:
+                self.path.rename(self.target)
+            except OSError:
+                if replaced:
+                    old.rename(self.target)
+                raise
+            _sync(self.target.parent)
+        except OSError as error:
+            raise self.cannot(error) from error
+        self._open = False
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
+        return self.target
+
+    def cannot(self, error: OSError) -> PronkError:
+        """An error of the system while writing, in a sentence."""
+        return PronkError(f"{self.target} cannot be written: {error.strerror or error}")
+
+    def _beside(self, what: str, pid: int) -> Path:
+        return self.target.parent / f".{self.target.name}.{what}-{pid}"
+
+
+class BundleWriter(DirectoryWriter):
+    """`DirectoryWriter` of a bundle, its tensors and its ``pronk.json``."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        super().__init__(directory, BUNDLE_FILE, "a bundle")
+        self._fields: dict[str, Any] = {}
 
     def write(
         self,
@@ -124,7 +179,7 @@ class BundleWriter:
             write_tensors(ckpt, formats, self.path / "model.safetensors", quantize, progress)
             tokenizer.save(self.path)
             eos = sorted(tokenizer.eos_ids)
-            _write_json(
+            write_json(
                 self.path / "config.json", hf_config(ckpt.spec, formats, tokenizer.bos_id, eos)
             )
             # That of a variant written before has figures which no longer hold.
@@ -137,48 +192,17 @@ class BundleWriter:
                 **meta,
                 "sha256": {file.name: _sha256(file) for file in sorted(self.path.iterdir())},
             }
-            _write_json(self.path / BUNDLE_FILE, self._fields)
+            write_json(self.path / BUNDLE_FILE, self._fields)
         except OSError as error:
-            raise _cannot(self.target, error) from error
+            raise self.cannot(error) from error
 
     def update(self, **fields: Any) -> None:
         """Set fields of ``pronk.json``, such as ``measurements``."""
         self._fields.update(fields)
         try:
-            _write_json(self.path / BUNDLE_FILE, self._fields)
+            write_json(self.path / BUNDLE_FILE, self._fields)
         except OSError as error:
-            raise _cannot(self.target, error) from error
-
-    def commit(self) -> Path:
-        """Put the bundle in its place and return that.
-
-        Whenever this is cut short, the old bundle or the new one is there, or the next
-        `BundleWriter` puts the old one back.
-        """
-        try:
-            for file in self.path.iterdir():
-                _sync(file)
-            _sync(self.path)
-            old = self._beside("old", os.getpid())
-            replaced = os.path.lexists(self.target)
-            if replaced:
-                self.target.rename(old)
-            try:
-                self.path.rename(self.target)
-            except OSError:
-                if replaced:
-                    old.rename(self.target)
-                raise
-            _sync(self.target.parent)
-        except OSError as error:
-            raise _cannot(self.target, error) from error
-        self._open = False
-        if replaced:
-            shutil.rmtree(old, ignore_errors=True)
-        return self.target
-
-    def _beside(self, what: str, pid: int) -> Path:
-        return self.target.parent / f".{self.target.name}.{what}-{pid}"
+            raise self.cannot(error) from error
 
 
 def write_bundle(
@@ -230,11 +254,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _cannot(target: Path, error: OSError) -> PronkError:
-    return PronkError(f"{target} cannot be written: {error.strerror or error}")
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)

@@ -76,12 +76,12 @@ def _ropes(spec: ModelSpec) -> tuple[int, int]:
 
 
 def hf_config(
-    spec: ModelSpec, formats: Mapping[str, str], bos: int | None, eos: Sequence[int]
+    spec: ModelSpec, formats: Mapping[str, str] | None, bos: int | None, eos: Sequence[int]
 ) -> dict[str, Any]:
-    """``config.json`` of a bundle with `formats` by tensor kind or name.
+    """``config.json`` of a bundle with `formats` by tensor kind or name, or of float weights.
 
-    The embedding is never tied: the output head is a packed Linear, and the embedding table
-    beside it, which `transformers` cannot keep packed, is float16.
+    In a bundle the embedding is never tied: the output head is a packed Linear, and the
+    embedding table beside it, which `transformers` cannot keep packed, is float16.
     """
     check_bundled(spec)
     family = family_of(spec.family)
@@ -103,7 +103,7 @@ def hf_config(
         **_window_fields(spec),
         **_rope_fields(spec),
         **_factor_fields(spec),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": spec.tie_embeddings and formats is None,
         # Scales are float16 and norms float32: in float32 both load without rounding.
         "torch_dtype": "float32",
         "use_cache": True,
@@ -114,7 +114,9 @@ def hf_config(
     }
 
 
-def _quantized(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, Any]:
+def _quantized(spec: ModelSpec, formats: Mapping[str, str] | None) -> dict[str, Any]:
+    if formats is None:
+        return {}
     config = _quantization(spec, formats)
     return {"quantization_config": config} if config["config_groups"] else {}
 
