@@ -360,8 +360,8 @@ class Damaging:
     def __getattr__(self, name):
         return getattr(self.runner, name)
 
-    def head(self, rows):
-        logits = self.runner.head(rows)
+    def head(self, rows, keep=()):
+        logits = self.runner.head(rows, keep)
         if self.row is not None:
             logits = logits.copy()
             logits[self.row] = np.nan
