@@ -85,7 +85,7 @@ def check(full, part, keep):
     """What counts is the same bits, and nothing else is made up."""
     left_out = np.isneginf(part) & ~np.isneginf(full)
     assert (part[~left_out].view(np.int32) == full[~left_out].view(np.int32)).all()
-    least = np.sort(full)[-keep.count] if keep.count else -np.inf
+    least = np.sort(full)[-keep.most] if keep.most else -np.inf
     least = max(least, full.max() - keep.span)
     assert (full[left_out] < least).all()
 
@@ -281,7 +281,7 @@ def test_what_a_sampler_does_not_ask_for_does_not_matter(params):
         logits = (3 * rng.standard_normal(400)).round(1).astype(np.float32)  # with ties
         one, other = (Sampler(SamplingParams(seed=seed, **params), [1], 400) for _ in range(2))
         keep = one.keep
-        least = np.sort(logits)[-keep.count] if keep.count else -np.inf
+        least = np.sort(logits)[-keep.most] if keep.most else -np.inf
         least = max(least, np.float32(logits.max() - keep.span * 1.00001))
         part = np.where(logits >= least, logits, np.float32(-np.inf))
         assert one.sample(logits) == other.sample(part)

@@ -30,17 +30,17 @@ MOST_KEPT = 64
 
 
 class Keep(NamedTuple):
-    """Which logits of a row count: those that may be among the `count` largest, and within `span`.
+    """Which logits of a row count: those that may be among the `most` largest, and within `span`.
 
     Parameters
     ----------
-    count : int
+    most : int
         At most `MOST_KEPT`; 0 means any number.
     span : float
         Of the largest logit.
     """
 
-    count: int
+    most: int
     span: float = math.inf
 
 
