@@ -314,7 +314,7 @@ def test_logits_that_cannot_be_sampled_end_their_request_only(tiny, monkeypatch)
     events = engine.step()
     head = engine.runner.head
 
-    def damaged(rows):
+    def damaged(rows, keep=()):
         logits = head(rows).copy()
         logits[1, 7] = np.nan
         return logits
