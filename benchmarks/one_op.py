@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pronk.engine.runner import Runner
 from pronk.graph.ir import Graph, Op, Ref, Value, Weight
 from pronk.graph.memory import plan_layout, weight_bytes
+from pronk.graph.pack import block_dtype
 from pronk.graph.passes import CPU_PASSES, chain_rows, fuse_siblings, run_passes
 from pronk.graph.program import Limits, Program, compile_program
 from pronk.graph.rope import model_frequencies
@@ -119,7 +120,7 @@ class Bench:
                 continue
             key = weight.dtype, weight.cols
             if key not in tiles:
-                tiles[key] = self._rows(weight.dtype, 512, weight.cols)
+                tiles[key] = self._rows(block_dtype(weight.dtype), 512, weight.cols)
             for start in range(0, weight.rows, 512):
                 rows = tiles[key][: weight.rows - start]
                 runner.executor.pack(weight.dtype, at, weight.rows, weight.cols, start, rows)

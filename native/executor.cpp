@@ -117,7 +117,7 @@ void Executor::pack(Format format, int64_t offset, int64_t total_rows, int64_t c
             const int64_t lo = std::max(row0, (first + i) * kPanel);
             const int64_t hi = std::min(row0 + rows, (first + std::min(i + 8, count)) * kPanel);
             pack_rows(format, kernels_.bias8, source + (lo - row0) * row_bytes(format, cols), lo,
-                      hi - lo, cols, target);
+                      hi - lo, total_rows, cols, target);
         }
     };
     team_.run(task);
@@ -147,9 +147,10 @@ void Executor::add(Op op) {
     const bool attends = op.kind == OpKind::rope_store || op.kind == OpKind::attention_parts ||
                          op.kind == OpKind::attention;
     require(attends || (op.cols >= 1 && op.cols <= kMaxSide), "row length is out of range");
-    const bool planar = op.kind == OpKind::matmul || op.kind == OpKind::quantize ||
-                        op.kind == OpKind::rms_norm || op.kind == OpKind::layer_norm ||
-                        op.kind == OpKind::activate;
+    const bool planar =
+        op.kind == OpKind::matmul || op.kind == OpKind::quantize || op.kind == OpKind::rms_norm ||
+        op.kind == OpKind::layer_norm || op.kind == OpKind::activate || op.kind == OpKind::bound ||
+        op.kind == OpKind::plan_bounds || op.kind == OpKind::lead || op.kind == OpKind::refine;
     require(!op.quantized || planar, "an op that writes floats alone is asked to quantize");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
     const int64_t out_bytes = act_row_bytes(op.cols, op.quantized);
@@ -249,6 +250,10 @@ void Executor::add(Op op) {
                 require(std::isfinite(slope), "a linear bias is not finite");
             op.attend.window = kv_shape_.groups[static_cast<size_t>(op.group)].window;
             break;
+        case OpKind::plan_bounds:
+        case OpKind::bound:
+        case OpKind::lead:
+        case OpKind::refine: check_bounded(op); break;
         default: break;  // experts were checked above
     }
     // The head follows the body: run() walks the one, head() the other.
@@ -334,10 +339,20 @@ int64_t Executor::chunks(const Batch& batch, const Window& window) const {
     return count > 1 && batch.tokens * count <= limits_.max_tokens ? count : 0;
 }
 
-void Executor::head(const int32_t* rows, int64_t count) {
+void Executor::head(const int32_t* rows, int64_t count, const Keep* keep) {
     require(count >= 1 && count <= limits_.max_rows, "too many logit rows at once");
     require_range(rows, count, last_tokens_, "logit row");
-    walk({{}, nullptr, rows, count, true, 0});
+    if (!plane_bytes_ || count > kBoundedRows) keep = nullptr;
+    for (int64_t i = 0; keep && i < count; ++i)
+        require(keep[i].count >= 0 && keep[i].count <= kMostKept && keep[i].span >= 0,
+                "what is kept of a row is out of range");
+    plane_calls_ += keep != nullptr;
+    walk({{}, nullptr, rows, count, true, 0, keep});
+}
+
+bool Executor::runs(const Op& op, const Step& step) const {
+    return op.head == step.head && (op.when == Op::When::always ||
+                                    (op.when == Op::When::largest) == (step.keep != nullptr));
 }
 
 int64_t Executor::items(const Op& op, const Step& step) const {
@@ -346,7 +361,9 @@ int64_t Executor::items(const Op& op, const Step& step) const {
     if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
     if (op.kind >= OpKind::route) return expert_items(op, step);
     if (op.kind == OpKind::softcap) return step.count * ((op.cols + kCapPiece - 1) / kCapPiece);
-    if (op.kind != OpKind::matmul) return step.count;
+    const bool by_panel =
+        op.kind == OpKind::matmul || op.kind == OpKind::bound || op.kind == OpKind::refine;
+    if (!by_panel) return step.count;
     int64_t panels = 0;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
     return panels;
@@ -356,7 +373,7 @@ void Executor::walk(const Step& step) {
     using Clock = std::chrono::steady_clock;
     const auto caller = std::this_thread::get_id();
     const size_t count_of_ops = ops_.size();
-    const auto count_of = [&](const Op& op) { return op.head == step.head ? items(op, step) : 0; };
+    const auto count_of = [&](const Op& op) { return runs(op, step) ? items(op, step) : 0; };
     // An op of one item is run by whoever is last in the barrier before it, while the others wait
     // there anyway. To be timed, ops run by themselves.
     const auto run_lone = [&](size_t i) {
@@ -428,8 +445,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
     const Kernels& k = kernels_;
     switch (op.kind) {
         case OpKind::embed:
-            return k.embed(op.parts[0].weight, op.parts[0].format, op.cols, op.scale,
-                           step.tokens.ids, out, first, last);
+            return k.embed(op.parts[0], op.cols, op.scale, step.tokens.ids, out, first, last);
         case OpKind::rope_table:
             return k.rope_table(step.tokens.positions, op.vector, op.scalar, op.cols / 2, out,
                                 first, last);
@@ -472,6 +488,10 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
                 last -= panels;
             }
             return;
+        case OpKind::plan_bounds:
+        case OpKind::bound:
+        case OpKind::lead:
+        case OpKind::refine: return apply_bounded(op, step, first, last);
         default: return apply_experts(op, step, first, last);
     }
 }

@@ -28,6 +28,10 @@ enum class OpKind {
     add,
     gather,
     softcap,
+    plan_bounds,  // of a head whose largest logits alone are wanted (bounded.cpp)
+    bound,
+    lead,
+    refine,
     route,  // and the table of rows for each expert
     expert_read,
     expert_gather,
@@ -65,6 +69,8 @@ struct Op {
     int64_t set = 0;            // of experts that the layer chooses from
     bool scales_input = false;  // an expert's weight multiplies gate and up, not the output
     Routing routing{};
+    // Of a head: whether it runs only if all logits are wanted, or only if the largest are.
+    enum class When : int { always, all, largest } when = When::always;
     // Whoever has taken rows of the op before runs this one on them too, without a barrier.
     bool chained = false;
 };
@@ -78,6 +84,16 @@ struct Stored {
     int64_t at;     // its first byte in the file
     int64_t pairs;  // rows of a head whose two halves alternate in the file; 0: rows as they are
 };
+
+// Which logits of a row count: those that may be among so many largest (0: any number), and within
+// `span` of the largest.
+struct Keep {
+    int32_t count;
+    float span;
+};
+constexpr int32_t kMostKept = 64;  // of Keep's count
+// Beyond so many rows, all logits are as fast: arithmetic is what takes the time then.
+constexpr int64_t kBoundedRows = 4;
 
 struct Limits {
     int64_t max_tokens, max_rows, max_sequences, max_blocks, vocab;
@@ -149,8 +165,14 @@ class Executor {
     };
     // Runs the body on all tokens; the final hidden states stay for head().
     void run(const Batch& batch);
-    // Runs the head on the given token rows of the last run().
-    void head(const int32_t* rows, int64_t count);
+    // Runs the head on the given token rows of the last run(). With `keep`, one a row, logits that
+    // do not count may be minus infinity; all others are the same bits as without.
+    void head(const int32_t* rows, int64_t count, const Keep* keep = nullptr);
+    // Bytes that such calls read of the lower plane of the head's weights, of how many they could.
+    struct Planes {
+        int64_t calls = 0, read = 0, bytes = 0;
+    };
+    Planes planes() const { return {plane_calls_, plane_read_, plane_bytes_}; }
     const uint8_t* arena() const { return arena_.data(); }
 
     // What the calling thread saw of one op: its whole time, and its wait in the barrier after it.
@@ -175,11 +197,17 @@ class Executor {
         int64_t count;
         bool head;
         int64_t group_tables;  // entries of the tables of a group
+        const Keep* keep = nullptr;
     };
     void walk(const Step& step);
     int64_t chunks(const Batch& batch, const Window& window) const;
     int64_t items(const Op& op, const Step& step) const;
+    bool runs(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    // bounded.cpp
+    void check_bounded(const Op& op);
+    void apply_bounded(const Op& op, const Step& step, int64_t first, int64_t last) const;
+    void lead(const Op& op, const Step& step, int64_t row) const;
     // experts.cpp
     void check_experts(const Op& op);
     int64_t expert_items(const Op& op, const Step& step) const;
@@ -200,6 +228,8 @@ class Executor {
     std::vector<int64_t> chunks_;  // a token's past in parts of so many, by group; 0: in one go
     std::vector<Times> times_;     // one an op, or empty
     int64_t last_tokens_ = 0;
+    int64_t plane_bytes_ = 0, plane_calls_ = 0;
+    mutable std::atomic<int64_t> plane_read_{0};
     int64_t moe_experts_ = 0;  // of each layer that has any
     std::vector<int32_t> scratch_;
     std::vector<uint64_t> expert_counts_;

@@ -111,7 +111,8 @@ void Executor::check_experts(const Op& op) {
             require(!op.parts.empty(), "matmul without weights");
             for (const MatmulPart& part : op.parts) {
                 require(is_grouped(part.format) == op.quantized &&
-                            op.cols % traits(part.format).block == 0 && part.rows % kPanel == 0,
+                            op.cols % traits(part.format).block == 0 && part.rows % kPanel == 0 &&
+                            part.format != Format::q8_planes,
                         "experts need whole panels, and activations of their kind");
                 const uint8_t* const slot = residency_ ? residency_->memory() : nullptr;
                 require(!slot || (part.weight >= slot &&

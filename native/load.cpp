@@ -97,7 +97,7 @@ int64_t Executor::load(const std::vector<Stored>& stored, double& packing) {
                 part_pairs(read, read + most, rows, s.pairs, bytes);
                 source = read + most;
             }
-            pack_rows(s.format, kernels_.bias8, source, piece.row0, rows, s.cols, target);
+            pack_rows(s.format, kernels_.bias8, source, piece.row0, rows, s.rows, s.cols, target);
             spent += thread_seconds() - start;
         }
         seconds[static_cast<size_t>(mine)] = spent;

@@ -17,6 +17,7 @@ from pronk.engine.runner import Runner
 from pronk.engine.weights import load_weights
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
+from pronk.graph.pack import block_dtype
 from pronk.graph.passes import CPU_PASSES, run_passes
 from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference
@@ -112,8 +113,9 @@ def random_weights(
             continue
         shape = (weight.rows, weight.cols)
         values = rng.standard_normal(shape).astype(np.float32) / np.sqrt(weight.cols)
-        rows[name] = quantize(values.astype(np.float32), weight.dtype)
-        exact[name] = dequantize(rows[name], weight.dtype, weight.cols)
+        dtype = block_dtype(weight.dtype)
+        rows[name] = quantize(values.astype(np.float32), dtype)
+        exact[name] = dequantize(rows[name], dtype, weight.cols)
     return exact, rows
 
 

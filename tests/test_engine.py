@@ -314,7 +314,7 @@ def test_logits_that_cannot_be_sampled_end_their_request_only(tiny, monkeypatch)
     events = engine.step()
     head = engine.runner.head
 
-    def damaged(rows):
+    def damaged(rows, keep=()):
         logits = head(rows).copy()
         logits[1, 7] = np.nan
         return logits
@@ -360,8 +360,8 @@ class Damaging:
     def __getattr__(self, name):
         return getattr(self.runner, name)
 
-    def head(self, rows):
-        logits = self.runner.head(rows)
+    def head(self, rows, keep=()):
+        logits = self.runner.head(rows, keep)
         if self.row is not None:
             logits = logits.copy()
             logits[self.row] = np.nan

@@ -12,7 +12,7 @@ from pronk.engine.runner import Runner
 from pronk.graph import passes
 from pronk.graph.build import build_decoder
 from pronk.graph.memory import plan_layout
-from pronk.graph.pack import ACT_RANGE, GROUPED
+from pronk.graph.pack import ACT_RANGE, GROUPED, block_dtype
 from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference, fake_quantize
 from pronk.model import compile_checkpoint
@@ -117,7 +117,8 @@ def test_values_that_live_together_do_not_overlap(tiny):
 def test_native_computes_what_the_interpreter_says(wide, tmp_path, isa, dtype):
     path = tiny_gguf(tmp_path / "model.gguf", wide, dtype)
     runner = make_runner(path, isa=isa, kv_dtype="f32", max_tokens=32, max_rows=5)
-    assert {w.dtype for w in runner.program.graph.weights.values() if w.rows > 1} == {dtype}
+    weights = runner.program.graph.weights.values()
+    assert {block_dtype(w.dtype) for w in weights if w.rows > 1} == {dtype}
     quantized = "a12" in {v.dtype for v in runner.program.graph.values.values()}
     assert quantized == (dtype in GROUPED)
     with open_checkpoint(path) as checkpoint:

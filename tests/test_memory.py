@@ -18,10 +18,12 @@ from pronk.graph.program import Limits
 from pronk.model import compile_checkpoint
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", *pack.GROUPED])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", *pack.GROUPED, *pack.PLANES])
 def test_sizes_are_those_of_the_native_core(dtype):
     for rows in (1, 16, 17, 320):
-        for cols in (32, 96, 1536) if BLOCK_SIZES[dtype][0] <= 32 else (256, 1536):
+        for cols in (
+            (32, 96, 1536) if BLOCK_SIZES[pack.block_dtype(dtype)][0] <= 32 else (256, 1536)
+        ):
             expected = _native.packed_bytes(dtype, rows, cols)
             assert pack.packed_bytes(dtype, rows, cols) == expected
             if cols % 512 == 0 and rows % 16 == 0 and dtype in pack.GROUPED:

@@ -66,7 +66,7 @@ def random_weights(runner: Runner, dtype: str) -> dict[str, np.ndarray]:
         kind = gguf.GGMLQuantizationType[dtype.upper()]
         stored = gguf.quants.quantize(values, kind).view(np.uint8)
         weights[name] = gguf.quants.dequantize(stored, kind).reshape(values.shape)
-        runner.executor.pack(dtype, offset, weight.rows, weight.cols, 0, stored)
+        runner.executor.pack(weight.dtype, offset, weight.rows, weight.cols, 0, stored)
     return weights
 
 

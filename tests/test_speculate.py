@@ -145,7 +145,7 @@ def test_an_interrupted_draft_loses_no_token(tiny, free, monkeypatch):
     engine = Engine(make_runner(tiny, max_rows=2), frozenset(), speculate=True)
     head, calls = engine.runner.head, iter(range(10_000))
 
-    def interrupted(rows):
+    def interrupted(rows, keep=()):
         if next(calls) % 3 == 2:
             raise KeyboardInterrupt
         return head(rows)

@@ -56,6 +56,11 @@ void bind_executor(nb::module_& m) {
     m.attr("GROUP") = kGroup;
     m.attr("KV_BLOCK") = kBlock;
     m.attr("PART_TAIL") = kPartTail;
+    m.attr("MOST_KEPT") = kMostKept;
+    m.def(
+        "bound_plan_bytes",
+        [](int64_t rows, int64_t cols) { return BoundPlan::floats(rows, cols) * 4; }, "rows"_a,
+        "cols"_a, "Bytes of a row of what bounded products need beside their logits.");
     m.def(
         "packed_bytes",
         [](const std::string& format, int64_t rows, int64_t cols) {
@@ -198,6 +203,25 @@ void bind_executor(nb::module_& m) {
             "x"_a, "parts"_a, "cols"_a, "quantized"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
             "grain"_a)
         .def(
+            "bounded_matmul",
+            [](Executor& e, Slot x, Slot plan, const Part& part, int64_t cols, float scale,
+               Slot out, int64_t grain) {
+                Op op{OpKind::matmul};
+                op.a = at(x), op.out = at(out), op.cols = cols, op.quantized = true;
+                op.head = true, op.grain = grain, op.when = Op::When::all;
+                op.parts = {make_part(e, part, cols)};
+                op.parts[0].scale = scale;
+                e.add(op);
+                op.b = at(plan), op.when = Op::When::largest;
+                for (const OpKind kind :
+                     {OpKind::plan_bounds, OpKind::bound, OpKind::lead, OpKind::refine}) {
+                    op.kind = kind;
+                    e.add(op);
+                }
+            },
+            "x"_a, "plan"_a, "part"_a, "cols"_a, "scale"_a, "out"_a, "grain"_a,
+            "The product that ends a head, from which the largest logits may be asked for alone.")
+        .def(
             "rope_store",
             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
                const std::string& norm, std::pair<int64_t, int64_t> weights, float eps,
@@ -278,11 +302,24 @@ void bind_executor(nb::module_& m) {
             "ids"_a, "positions"_a, "sequences"_a, "tables"_a)
         .def(
             "head",
-            [](Executor& e, Ids rows) {
+            [](Executor& e, Ids rows, const std::vector<std::pair<int32_t, float>>& keep) {
+                std::vector<Keep> kept;
+                for (const auto& [count, span] : keep) kept.push_back({count, span});
+                if (!kept.empty() && kept.size() != rows.size())
+                    throw std::invalid_argument("what is kept is not one a row");
                 nb::gil_scoped_release release;
-                e.head(rows.data(), static_cast<int64_t>(rows.size()));
+                e.head(rows.data(), static_cast<int64_t>(rows.size()),
+                       kept.empty() ? nullptr : kept.data());
             },
-            "rows"_a)
+            "rows"_a, "keep"_a = std::vector<std::pair<int32_t, float>>(),
+            "keep: how many of a row's largest logits count, within what of the largest.")
+        .def_prop_ro(
+            "planes",
+            [](const Executor& e) {
+                const Executor::Planes planes = e.planes();
+                return std::make_tuple(planes.calls, planes.read, planes.bytes);
+            },
+            "Calls of `head` with `keep`, bytes they read of the lower plane, and its bytes.")
         .def(
             "view",
             [](nb::handle_t<Executor> self, Slot source, int64_t rows, int64_t cols) {

@@ -146,8 +146,8 @@ inline void add_rows(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int6
 
 // Row `row` of a packed matrix, as floats.
 template <Format fmt>
-inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* out) {
-    const uint8_t* panel = weight + row / kPanel * panel_bytes(fmt, cols);
+inline void read_row(const MatmulPart& table, int64_t cols, int64_t row, float* out) {
+    const uint8_t* panel = table.weight + row / kPanel * panel_bytes(fmt, cols);
     const int64_t r = row % kPanel;
     if constexpr (!is_grouped(fmt)) {
         const uint16_t* halves = reinterpret_cast<const uint16_t*>(panel) + r;
@@ -158,7 +158,8 @@ inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* ou
                                           : bf16_to_f32(halves[k * kPanel]);
     } else {
         const uint8_t* quants = panel + scales_bytes(fmt, cols);
-        for (int64_t g = 0; g < cols / kGroup; ++g, quants += quant_bytes(fmt)) {
+        const uint8_t* plane = low_panel(fmt, table.weight, table.rows, cols, row / kPanel);
+        for (int64_t g = 0; g < cols / kGroup; ++g) {
             F d[2], m;
             float scale[2][kPanel], minimum[kPanel] = {};
             unpack_scales<fmt>(panel, g, d, m);
@@ -167,32 +168,33 @@ inline void read_row(const uint8_t* weight, int64_t cols, int64_t row, float* ou
             uint8_t bytes[8][64];
             unrolled<4>([&]<int i>() {
                 B low, high;
-                unpack_quants<fmt, i>(quants, low, high);
+                unpack_quants<fmt, i>(quants, plane, low, high);
                 store_b(bytes[i], low);
                 store_b(bytes[i + 4], high);
             });
             for (int j = 0; j < kGroup; ++j) {
                 const uint8_t u = bytes[j / 4][4 * r + j % 4];
-                const int q =
-                    fmt == Format::q8_0 ? static_cast<int8_t>(u ^ kBias8) : u - traits(fmt).offset;
+                const int q = traits(fmt).bits == 8 ? static_cast<int8_t>(u ^ kBias8)
+                                                    : u - traits(fmt).offset;
                 const float of = scale[traits(fmt).halves == 2 ? j / 16 : 0][r];
                 out[g * kGroup + j] = of * static_cast<float>(q) + minimum[r];
             }
+            quants += quant_bytes(fmt), plane += low_bytes(fmt);
         }
     }
 }
 
-inline void embed(const uint8_t* weight, Format format, int64_t cols, float scale,
-                  const int32_t* ids, Rows out, int64_t first, int64_t last) {
-    using Read = void (*)(const uint8_t*, int64_t, int64_t, float*);
+inline void embed(const MatmulPart& table, int64_t cols, float scale, const int32_t* ids, Rows out,
+                  int64_t first, int64_t last) {
+    using Read = void (*)(const MatmulPart&, int64_t, int64_t, float*);
     static constexpr Read readers[kFormats] = {
         read_row<Format::f32>,  read_row<Format::f16>,  read_row<Format::bf16>,
         read_row<Format::q8_0>, read_row<Format::q4_0>, read_row<Format::q4_1>,
         read_row<Format::q5_0>, read_row<Format::q5_1>, read_row<Format::q4_k>,
-        read_row<Format::q5_k>, read_row<Format::q6_k>};
+        read_row<Format::q5_k>, read_row<Format::q6_k>, read_row<Format::q8_planes>};
     for (int64_t t = first; t < last; ++t) {
         float* row = out.row<float>(t);
-        readers[static_cast<int>(format)](weight, cols, ids[t], row);
+        readers[static_cast<int>(table.format)](table, cols, ids[t], row);
         if (scale != 1.0f)
             for (int64_t k = 0; k < cols; ++k) row[k] *= scale;
     }

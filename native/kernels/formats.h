@@ -9,6 +9,9 @@
 //   4 to 6: 4 x 64 bytes of nibbles, of load i the low one k = 4i+j, the high one k = 16+4i+j; then
 //     the bits above the nibble, each where k = 4i+j has byte 4r+j:
 //     5 bits: 64 bytes, bit i.   6 bits: 2 x 64 bytes, bits 2(i%4) and up of load i/4.
+//   q8_planes: of each byte + 128 the upper nibbles as above; the lower ones, in the same order,
+//   lie
+//     in a plane of their own behind all panels, so that the upper ones can be read alone
 // Scales, each of 16 rows:
 //   one level: per group f16 d, then f16 m where the format has minima
 //   q4_k, q5_k: per 8 groups f16 d, f16 dmin, then 3 x 32 bits of sixteen 6-bit factors: of d for
@@ -34,8 +37,21 @@ constexpr int kPackVersion = 1;
 
 constexpr int kPartTail = 16;  // floats after the values of a part: maximum, total, padding
 
-enum class Format : int { f32, f16, bf16, q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k };
-constexpr int kFormats = 11;
+enum class Format : int {
+    f32,
+    f16,
+    bf16,
+    q8_0,
+    q4_0,
+    q4_1,
+    q5_0,
+    q5_1,
+    q4_k,
+    q5_k,
+    q6_k,
+    q8_planes
+};
+constexpr int kFormats = 12;
 
 struct Traits {
     const char* name;
@@ -53,7 +69,7 @@ static constexpr Traits kTraits[kFormats] = {
     {"q4_0", 32, 18, 4, 8, false, false, 1},   {"q4_1", 32, 20, 4, 0, true, false, 1},
     {"q5_0", 32, 22, 5, 16, false, false, 1},  {"q5_1", 32, 24, 5, 0, true, false, 1},
     {"q4_k", 256, 144, 4, 0, true, true, 1},   {"q5_k", 256, 176, 5, 0, true, true, 1},
-    {"q6_k", 256, 210, 6, 32, false, true, 2},
+    {"q6_k", 256, 210, 6, 32, false, true, 2}, {"q8_planes", 32, 34, 8, 0, false, false, 1},
 };
 static constexpr const Traits& traits(Format f) { return kTraits[static_cast<int>(f)]; }
 
@@ -79,7 +95,11 @@ static constexpr int64_t super_bytes(Format f) {
     if (f == Format::q6_k) return 32 + kSuper * 2 * kPanel;
     return traits(f).two_level ? 256 : kSuper * (traits(f).minimum ? 64 : 32);
 }
-static constexpr int64_t quant_bytes(Format f) { return 64 * traits(f).bits; }
+static constexpr int64_t quant_bytes(Format f) {
+    return 64 * (f == Format::q8_planes ? 4 : traits(f).bits);
+}
+// The same of a lower plane, where the format has one.
+static constexpr int64_t low_bytes(Format f) { return f == Format::q8_planes ? 256 : 0; }
 
 static inline int64_t scales_bytes(Format f, int64_t cols) {
     return round_up(cols / kGroup * super_bytes(f) / kSuper, 64);
@@ -96,7 +116,14 @@ constexpr int64_t kMaxSide = int64_t(1) << 30;
 static inline int64_t packed_bytes(Format f, int64_t rows, int64_t cols) {
     if (rows < 0 || rows > kMaxSide || cols < 0 || cols > kMaxSide)
         throw std::invalid_argument("matrix of an impossible shape");
-    return round_up(rows, kPanel) / kPanel * panel_bytes(f, cols);
+    return round_up(rows, kPanel) / kPanel * (panel_bytes(f, cols) + cols / kGroup * low_bytes(f));
+}
+
+// The lower plane's part of panel p.
+static inline const uint8_t* low_panel(Format f, const uint8_t* weight, int64_t rows, int64_t cols,
+                                       int64_t p) {
+    return weight + round_up(rows, kPanel) / kPanel * panel_bytes(f, cols) +
+           p * (cols / kGroup) * low_bytes(f);
 }
 
 // Quantized activations ("a12"): each group of 32 is 12-bit integers and a float scale. An integer

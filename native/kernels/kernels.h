@@ -114,6 +114,23 @@ struct HeadNorm {
     float eps = 0;
 };
 
+// What finding the largest logits of a row needs beside them (bounded.h): a row of floats.
+struct BoundPlan {
+    float* threshold;  // the least logit that counts
+    float* panel;      // [kPanel] logits of one panel
+    float* reach;      // [groups]
+    int32_t* order;    // [groups]
+    float* peaks;      // of each panel the largest logit, as the upper plane alone has it
+    BoundPlan(Rows rows, int64_t t, int64_t cols) {
+        threshold = rows.row<float>(t), panel = threshold + kPanel, reach = panel + kPanel;
+        order = reinterpret_cast<int32_t*>(reach + cols / kGroup);
+        peaks = reach + 2 * (cols / kGroup);
+    }
+    static int64_t floats(int64_t rows, int64_t cols) {
+        return 2 * kPanel + 2 * (cols / kGroup) + round_up(rows, kPanel) / kPanel;
+    }
+};
+
 struct Kernels {
     const char* name;
     uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
@@ -135,8 +152,8 @@ struct Kernels {
     // whole panels.
     void (*softcap)(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last);
     void (*add)(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last);
-    void (*embed)(const uint8_t* weight, Format format, int64_t cols, float scale,
-                  const int32_t* ids, Rows out, int64_t first, int64_t last);
+    void (*embed)(const MatmulPart& table, int64_t cols, float scale, const int32_t* ids, Rows out,
+                  int64_t first, int64_t last);
     // cos | sin of position * frequency, `half` of each, times `scale`.
     void (*rope_table)(const int32_t* positions, const float* frequencies, float scale,
                        int64_t half, Rows out, int64_t first, int64_t last);
@@ -163,6 +180,18 @@ struct Kernels {
     // One token: out = residual (or none) + factor * the sum of weighted rows of y, in order.
     void (*combine)(Rows y, const int32_t* rows, const float* weights, int64_t count, float factor,
                     const float* residual, int64_t cols, float* out);
+    // The steps to the largest logits (bounded.h), on q8_planes: rows [first, last) of x, then
+    // panels: bounds of their rows, for `tokens` rows of x, into out.
+    void (*plan_bounds)(Rows x, int64_t cols, Rows plan, int64_t first, int64_t last);
+    void (*bound)(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
+                  int64_t first, int64_t last);
+    // The product of row t of x with panel p alone, the bits that `matmul` gives.
+    void (*exact_panel)(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t,
+                        int64_t p);
+    // Bounds in out become logits where they may reach the thresholds, else minus infinity. Gives
+    // the bytes read of the lower plane.
+    int64_t (*refine)(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out,
+                      int64_t tokens, int64_t first, int64_t last);
     // Sums `bytes` of memory: what a read of the weights can reach at best.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Runs `rounds` of independent dot products; returns multiply and add operations done.
@@ -180,8 +209,9 @@ const Kernels* kernels_neon();
 // std::invalid_argument when this build or this CPU lacks it.
 const Kernels& select_kernels(const char* name);
 
-// Interleaves rows [row0, row0 + rows) of a row-major checkpoint matrix into `packed`.
+// Interleaves rows [row0, row0 + rows) of a row-major checkpoint matrix of `total` rows into
+// `packed`.
 void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0, int64_t rows,
-               int64_t cols, uint8_t* packed);
+               int64_t total, int64_t cols, uint8_t* packed);
 
 }  // namespace pronk

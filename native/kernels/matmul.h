@@ -24,7 +24,8 @@ template <int W, int M, class Fn>
 
 // The integer dot products of one group (or of its halves) of W panels and M tokens, exact.
 template <Format fmt, int W, int M>
-[[gnu::always_inline]] inline void tile_group(const uint8_t* const* quants, const Act* x, int64_t g,
+[[gnu::always_inline]] inline void tile_group(const uint8_t* const* quants,
+                                              const uint8_t* const* planes, const Act* x, int64_t g,
                                               I (*dot)[W][M]) {
     constexpr int H = traits(fmt).halves;
     constexpr bool nibbles = traits(fmt).bits == 4;
@@ -40,7 +41,7 @@ template <Format fmt, int W, int M>
     unrolled<4>([&]<int i>() __attribute__((always_inline)) {
         B low[W], high[W];
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
-            unpack_quants<fmt, i>(quants[p], low[p], high[p]);
+            unpack_quants<fmt, i>(quants[p], planes[p], low[p], high[p]);
         });
         unrolled<2>([&]<int s>() __attribute__((always_inline)) {
             each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
@@ -75,18 +76,24 @@ template <Format fmt, int W, int M>
 }
 
 template <Format fmt, int W, int M>
-[[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, int64_t cols, const Act* x,
-                                                F (*acc)[M]) {
+[[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, const uint8_t* plane,
+                                                int64_t cols, const Act* x, F (*acc)[M]) {
     constexpr int H = traits(fmt).halves;
     const int64_t bytes = panel_bytes(fmt, cols);
-    const uint8_t* quants[W];
-    for (int p = 0; p < W; ++p) quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+    const uint8_t *quants[W], *planes[W];
+    for (int p = 0; p < W; ++p) {
+        quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+        planes[p] = plane + p * (cols / kGroup) * low_bytes(fmt);
+    }
     each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
     for (int64_t g = 0; g < cols / kGroup; ++g) {
         // Few tokens wait for memory; many find the panel in a cache, where asking costs nothing.
-        for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
+        for (int p = 0; p < W; ++p) {
+            prefetch(quants[p] + kAhead, quant_bytes(fmt));
+            prefetch(planes[p] + kAhead, low_bytes(fmt));
+        }
         I dot[H][W][M];
-        tile_group<fmt, W, M>(quants, x, g, dot);
+        tile_group<fmt, W, M>(quants, planes, x, g, dot);
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             F d[2], minimum;
             unpack_scales<fmt>(panel + p * bytes, g, d, minimum);
@@ -96,7 +103,7 @@ template <Format fmt, int W, int M>
                 acc[p][m] = add_group<fmt>(acc[p][m], sum, set(x[m].scale[g * kActStep]), minimum,
                                            set(x[m].scaled_sum[g * kActStep]));
             });
-            quants[p] += quant_bytes(fmt);
+            quants[p] += quant_bytes(fmt), planes[p] += low_bytes(fmt);
         });
     }
 }
@@ -127,15 +134,17 @@ inline void tile_float(const uint8_t* panel, int64_t cols, const float* const* x
     }
 }
 
-// W panels by M tokens.
+// W panels from the first on by M tokens.
 template <Format fmt, int W, int M>
-void tile(const uint8_t* panel, const MatmulPart& part, int64_t cols, int64_t n, Rows x, Rows out,
-          Rows residual, int64_t t) {
+void tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows out, Rows residual,
+          int64_t t) {
+    const uint8_t* panel = part.weight + first * panel_bytes(fmt, cols);
     F acc[W][M];
     if constexpr (is_grouped(fmt)) {
         Act rows[M];
         for (int m = 0; m < M; ++m) rows[m] = Act(x, t + m, cols);
-        tile_grouped<fmt, W, M>(panel, cols, rows, acc);
+        const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, first);
+        tile_grouped<fmt, W, M>(panel, plane, cols, rows, acc);
     } else {
         const float* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = x.row<float>(t + m);
@@ -145,20 +154,17 @@ void tile(const uint8_t* panel, const MatmulPart& part, int64_t cols, int64_t n,
     for (int p = 0; p < W; ++p) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
-            finish_row(part, n + p * kPanel, t + m, acc[p][m], out, residual);
+            finish_row(part, (first + p) * kPanel, t + m, acc[p][m], out, residual);
     }
 }
 
 template <Format fmt, int W>
 void matmul_panels(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t from, int64_t tokens, int64_t p) {
-    const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
     int64_t t = from;
-    for (; t + kTile <= tokens; t += kTile)
-        tile<fmt, W, kTile>(panel, part, cols, p * kPanel, x, out, residual, t);
-    for (; t + 2 <= tokens; t += 2)
-        tile<fmt, W, 2>(panel, part, cols, p * kPanel, x, out, residual, t);
-    if (t < tokens) tile<fmt, W, 1>(panel, part, cols, p * kPanel, x, out, residual, t);
+    for (; t + kTile <= tokens; t += kTile) tile<fmt, W, kTile>(part, cols, p, x, out, residual, t);
+    for (; t + 2 <= tokens; t += 2) tile<fmt, W, 2>(part, cols, p, x, out, residual, t);
+    if (t < tokens) tile<fmt, W, 1>(part, cols, p, x, out, residual, t);
 }
 
 template <Format fmt>
@@ -197,6 +203,7 @@ inline void matmul(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
         PRONK_CASE(q4_k)
         PRONK_CASE(q5_k)
         PRONK_CASE(q6_k)
+        PRONK_CASE(q8_planes)
 #undef PRONK_CASE
     }
 }

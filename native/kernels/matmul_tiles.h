@@ -43,7 +43,7 @@ inline void shape_tiles() {
 
 // One group as tiles want it: rows of four consecutive k of 16 rows.
 template <Format fmt>
-inline void unpack_tile(const uint8_t* quants, uint8_t* b) {
+inline void unpack_tile(const uint8_t* quants, const uint8_t* plane, uint8_t* b) {
     constexpr int bits = traits(fmt).bits, up = bits == 4 ? 4 : 3;
     const auto put = [&](int i, B w) {
         const __m512i v = _mm512_sub_epi8(w.v, _mm512_set1_epi8(static_cast<char>(kOffset<fmt>)));
@@ -57,7 +57,7 @@ inline void unpack_tile(const uint8_t* quants, uint8_t* b) {
     };
     unrolled<4>([&]<int i>() {
         B low, high;
-        unpack_quants<fmt, i>(quants, low, high);
+        unpack_quants<fmt, i>(quants, plane, low, high);
         put(i, low);
         put(i + 4, high);
     });
@@ -183,11 +183,14 @@ void matmul_tiles(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows r
     for (int64_t p = first; p < last; ++p) {
         const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
         const uint8_t* quants = panel + scales_bytes(fmt, cols);
+        const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
         for (int64_t g0 = 0; g0 < groups; g0 += block) {
             const int64_t count = std::min(block, groups - g0);
-            for (int64_t g = 0; g < count; ++g, quants += quant_bytes(fmt)) {
+            for (int64_t g = 0; g < count; ++g) {
                 prefetch(quants + kAhead, quant_bytes(fmt));
-                unpack_tile<fmt>(quants, w.quants[g]);
+                prefetch(plane + kAhead, low_bytes(fmt));
+                unpack_tile<fmt>(quants, plane, w.quants[g]);
+                quants += quant_bytes(fmt), plane += low_bytes(fmt);
                 unpack_scales<fmt>(panel, g0 + g, w.d[g], w.minimum[g]);
             }
             publish();

@@ -39,9 +39,20 @@ void put_quants(Format format, const Group& group, int64_t r, uint8_t* quants) {
     for (int i = 0; i < bits - 4; ++i) put(4 + i, above[i]);
 }
 
+// 32 bytes, plus 128, as two planes of nibbles.
+void put_planes(const uint8_t* bytes, int64_t r, uint8_t* quants, uint8_t* plane) {
+    Group low, high;
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t word = word_at(bytes + 4 * i) ^ 0x80808080u;
+        high.low[i] = word >> 4 & 0x0f0f0f0fu, low.low[i] = word & 0x0f0f0f0fu;
+    }
+    put_quants(Format::q4_0, high, r, quants);
+    put_quants(Format::q4_0, low, r, plane);
+}
+
 // Blocks of 32: f16 d, f16 m if any, 32 bits above the nibbles if any, quants.
 void pack_block(Format format, uint8_t bias8, const uint8_t* block, int64_t r, uint8_t* scales,
-                uint8_t* quants) {
+                uint8_t* quants, uint8_t* plane) {
     std::memcpy(scales + 2 * r, block, 2);
     block += 2;
     if (traits(format).minimum) {
@@ -49,6 +60,10 @@ void pack_block(Format format, uint8_t bias8, const uint8_t* block, int64_t r, u
         block += 2;
     }
     Group group;
+    if (format == Format::q8_planes) {
+        put_planes(block, r, quants, plane);
+        return;
+    }
     if (traits(format).bits == 8) {
         for (int i = 0; i < 8; ++i) group.low[i] = word_at(block + 4 * i) ^ bias8 * 0x01010101u;
     } else {
@@ -117,7 +132,7 @@ void pack_six(const uint8_t* block, int64_t r, uint8_t* scales, uint8_t* quants)
 }  // namespace
 
 void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0, int64_t rows,
-               int64_t cols, uint8_t* packed) {
+               int64_t total, int64_t cols, uint8_t* packed) {
     const Traits t = traits(format);
     const int64_t panel = panel_bytes(format, cols), stride = row_bytes(format, cols);
     for (int64_t i = 0; i < rows; ++i, source += stride) {
@@ -130,6 +145,8 @@ void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0
             continue;
         }
         uint8_t* quants = out + scales_bytes(format, cols);
+        uint8_t* plane =
+            packed + (low_panel(format, packed, total, cols, (row0 + i) / kPanel) - packed);
         const int64_t step = quant_bytes(format) * t.block / kGroup;
         const int64_t scales = super_bytes(format) * t.block / (kSuper * kGroup);
         for (int64_t b = 0; b < cols / t.block; ++b) {
@@ -140,7 +157,8 @@ void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0
             else if (t.two_level)
                 pack_super(format, block, r, to_scales, to_quants);
             else
-                pack_block(format, bias8, block, r, to_scales, to_quants);
+                pack_block(format, bias8, block, r, to_scales, to_quants,
+                           plane + b * low_bytes(format));
         }
     }
 }

@@ -15,14 +15,19 @@ template <int n, class Fn>
     }(std::make_integer_sequence<int, n>());
 }
 
-// How far stored quants lie above the values: q8_0 is packed as the ISA wants it.
+// How far unpacked quants lie above the values: 8 bits are as the ISA wants them.
 template <Format fmt>
-constexpr int kOffset = fmt == Format::q8_0 ? kBias8 : traits(fmt).offset;
+constexpr int kOffset = traits(fmt).bits == 8 ? kBias8 : traits(fmt).offset;
 
-// The stored quants of k = 4i..4i+3 and of k = 16+4i..16+4i+3.
+// The stored quants of k = 4i..4i+3 and of k = 16+4i..16+4i+3; `plane` has the lower plane's.
 template <Format fmt, int i>
-inline void unpack_quants(const uint8_t* quants, B& low, B& high) {
-    if constexpr (traits(fmt).bits == 8) {
+inline void unpack_quants(const uint8_t* quants, const uint8_t* plane, B& low, B& high) {
+    if constexpr (fmt == Format::q8_planes) {
+        const B above = load_b(quants + 64 * i), below = load_b(plane + 64 * i);
+        low = merge<4, 240>(low_nibbles(below), above);
+        high = merge<0, 240>(high_nibbles(below), above);
+        if constexpr (kBias8 == 0) low = flip_signs(low), high = flip_signs(high);
+    } else if constexpr (traits(fmt).bits == 8) {
         low = load_b(quants + 64 * i);
         high = load_b(quants + 64 * (i + 4));
     } else {

@@ -152,6 +152,10 @@ inline B low_nibbles(B b) {
 inline B high_nibbles(B b) {
     return low_nibbles({_mm256_srli_epi16(b.lo, 4), _mm256_srli_epi16(b.hi, 4)});
 }
+inline B flip_signs(B b) {
+    const __m256i top = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(b.lo, top), _mm256_xor_si256(b.hi, top)};
+}
 template <int shift, int mask>
 inline __m256i merge(__m256i w, __m256i bits) {
     const __m256i x =

@@ -98,6 +98,7 @@ inline B low_nibbles(B b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}
 inline B high_nibbles(B b) {
     return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))};
 }
+inline B flip_signs(B b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8(-128))}; }
 // acc[lane] += sum over j of w[4 lane + j] * a[j]; w unsigned (int8 weights carry kBias8).
 inline I dot4(I acc, B w, const int8_t* a) {
     int32_t x;

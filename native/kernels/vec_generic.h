@@ -159,6 +159,10 @@ inline B low_nibbles(B b) {
     for (uint8_t& e : b.v) e &= 15;
     return b;
 }
+inline B flip_signs(B b) {
+    for (uint8_t& e : b.v) e ^= 128;
+    return b;
+}
 inline B high_nibbles(B b) {
     for (uint8_t& e : b.v) e >>= 4;
     return b;

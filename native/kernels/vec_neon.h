@@ -158,6 +158,9 @@ inline B low_nibbles(B b) {
 inline B high_nibbles(B b) {
     return each<B>([&](int i) { return vshrq_n_u8(b.v[i], 4); });
 }
+inline B flip_signs(B b) {
+    return each<B>([&](int i) { return veorq_u8(b.v[i], vdupq_n_u8(128)); });
+}
 // w | (bits moved up by `shift`, or down, and masked).
 template <int shift, int mask>
 inline B merge(B w, B bits) {

@@ -18,6 +18,7 @@ Layout layout(Format format) {
         case Format::f32: return {1, 4, -1, -1, -1, 0, false};
         case Format::f16:
         case Format::bf16: return {1, 2, -1, -1, -1, 0, false};
+        case Format::q8_planes:
         case Format::q8_0: return {32, 34, 0, -1, -1, 0, false};
         case Format::q4_0: return {32, 18, 0, -1, -1, 0, false};
         case Format::q4_1: return {32, 20, 0, 2, -1, 0, false};
@@ -49,7 +50,7 @@ uint16_t random_half(Fill fill, Random& random) {
 uint8_t random_byte(Format format, bool edge, Random& random) {
     if (!edge) return static_cast<uint8_t>(random.below(256));
     static const uint8_t bytes[] = {0x80, 0x7f, 0x81, 0x80}, nibbles[] = {0xff, 0x00, 0xf0, 0x0f};
-    return (format == Format::q8_0 ? bytes : nibbles)[random.below(4)];
+    return (traits(format).bits == 8 ? bytes : nibbles)[random.below(4)];
 }
 
 void fill_block(Format format, Fill fill, Random& random, uint8_t* block) {
@@ -94,6 +95,7 @@ Element small_element(Format format, const uint8_t* b, int j) {
     const auto nibble = [&](const uint8_t* qs) { return j < 16 ? qs[j] & 15 : qs[j - 16] >> 4; };
     const auto fifth = [&](const uint8_t* qh) { return (qh[j / 8] >> j % 8 & 1) * 16; };
     switch (format) {
+        case Format::q8_planes:
         case Format::q8_0: return {d, 0, static_cast<int8_t>(b[2 + j])};
         case Format::q4_0: return {d, 0, nibble(b + 2) - 8};
         case Format::q4_1: return {d, half_at(b + 2), nibble(b + 4)};
@@ -148,8 +150,8 @@ Weights::Weights(const Kernels& kernels, Format format, int64_t rows, int64_t co
     std::memset(packed.data(), 0, static_cast<size_t>(packed.size()));  // as the region is
     const int64_t cut = rows / 3, stride = cols / l.elements * l.bytes;
     // Rows arrive in pieces.
-    pack_rows(format, kernels.bias8, source.data(), 0, cut, cols, packed.data());
-    pack_rows(format, kernels.bias8, source.data() + cut * stride, cut, rows - cut, cols,
+    pack_rows(format, kernels.bias8, source.data(), 0, cut, rows, cols, packed.data());
+    pack_rows(format, kernels.bias8, source.data() + cut * stride, cut, rows - cut, rows, cols,
               packed.data());
 }
 

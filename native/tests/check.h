@@ -107,6 +107,7 @@ void test_executor(const Kernels& kernels);
 void test_residency();
 void test_load(const Kernels& kernels);
 void test_moe(const Kernels& kernels);
+void test_bounded(const Kernels& kernels);
 void test_pieces();
 
 }  // namespace pronk::test

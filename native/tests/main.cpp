@@ -17,7 +17,7 @@ void test_isa(const Kernels& kernels) {
     const Topic topics[] = {
         {"matmul", test_matmul},   {"rows", test_rows},         {"attention", test_attention},
         {"windows", test_windows}, {"executor", test_executor}, {"load", test_load},
-        {"moe", test_moe}};
+        {"moe", test_moe},         {"bounded", test_bounded}};
     for (const Topic& topic : topics) {
         const int64_t before = passed, wrong = failed;
         topic.run(kernels);

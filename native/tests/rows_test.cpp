@@ -390,9 +390,10 @@ void test_embed(const Kernels& kernels, Format format, Random& random) {
         const int64_t vocab = 37, cols = traits(format).block == 256 ? 512 : 96;
         const Weights w(kernels, format, vocab, cols, fill, random);
         const int32_t ids[] = {0, 36, 15, 16, 3, 31};
+        const MatmulPart table{w.packed.data(), format, vocab, 0, nullptr};
         const Buffer out(6 * cols * 4);
         const Rows rows{out.data(), cols * 4};
-        kernels.embed(w.packed.data(), format, cols, 1, ids, rows, 0, 6);
+        kernels.embed(table, cols, 1, ids, rows, 0, 6);
         double worst = 0;
         for (int64_t t = 0; t < 6; ++t)
             for (int64_t k = 0; k < cols; ++k) {
@@ -406,7 +407,7 @@ void test_embed(const Kernels& kernels, Format format, Random& random) {
         check(worst <= 1, "%s embed %s fill %d: %.2f of the bound", kernels.name,
               format_name(format), static_cast<int>(fill), worst);
         const Buffer scaled(6 * cols * 4);
-        kernels.embed(w.packed.data(), format, cols, 2.5f, ids, {scaled.data(), cols * 4}, 0, 6);
+        kernels.embed(table, cols, 2.5f, ids, {scaled.data(), cols * 4}, 0, 6);
         bool equal = true;
         for (int64_t i = 0; i < 6 * cols; ++i)
             equal &= scaled.floats()[i] == 2.5f * out.floats()[i];

@@ -20,6 +20,11 @@ KV_BLOCK: int = 32
 
 PART_TAIL: int = 16
 
+MOST_KEPT: int = 64
+
+def bound_plan_bytes(rows: int, cols: int) -> int:
+    """Bytes of a row of what bounded products need beside their logits."""
+
 def packed_bytes(format: str, rows: int, cols: int) -> int:
     """Bytes of a packed matrix."""
 
@@ -78,6 +83,11 @@ class Executor:
 
     def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int) -> None: ...
 
+    def bounded_matmul(self, x: tuple[int, int], plan: tuple[int, int], part: tuple[str, int, int, int, int], cols: int, scale: float, out: tuple[int, int], grain: int) -> None:
+        """
+        The product that ends a head, from which the largest logits may be asked for alone.
+        """
+
     def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, norm: str, weights: tuple[int, int], eps: float, grain: int) -> None:
         """Without a table, where its offset is -1, nothing is turned."""
 
@@ -98,7 +108,16 @@ class Executor:
 
     def run(self, ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], positions: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], sequences: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], tables: Annotated[NDArray[numpy.int32], dict(shape=(None, None, None), order='C', device='cpu', writable=False)]) -> None: ...
 
-    def head(self, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+    def head(self, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], keep: Sequence[tuple[int, float]] = []) -> None:
+        """
+        keep: how many of a row's largest logits count, within what of the largest.
+        """
+
+    @property
+    def planes(self) -> tuple[int, int, int]:
+        """
+        Calls of `head` with `keep`, bytes they read of the lower plane, and its bytes.
+        """
 
     def view(self, source: tuple[int, int], rows: int, cols: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None, None), device='cpu', writable=False)]:
         """

@@ -287,7 +287,8 @@ class Engine:
         done: set[int] = set()
         while wanted:
             part, wanted = wanted[:at_once], wanted[at_once:]
-            logits = self.runner.head([row for _, row, _ in part])
+            rows = [row for _, row, _ in part]
+            logits = self.runner.head(rows, [share.request.keep for _, _, share in part])
             for (place, _, share), values in zip(part, logits, strict=True):
                 if share.request.id not in done and not self._emit(share, place, values):
                     done.add(share.request.id)

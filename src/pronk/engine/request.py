@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk.engine.blocks import Holding
-from pronk.engine.sampler import Sample, Sampler
+from pronk.engine.sampler import Keep, Sample, Sampler
 from pronk.engine.speculate import Lookup
 from pronk.errors import PronkError
 from pronk.spec import SamplingParams
@@ -63,6 +63,11 @@ class Request:
     rank: tuple[int, int] = (0, 0)
     preempted: bool = False
     told: bool = False
+
+    @property
+    def keep(self) -> Keep | None:
+        """Which logits of a row its sampler needs; None: all, as where a constraint takes some."""
+        return None if self.sampler is None or self.constraint else self.sampler.keep
 
     @property
     def pending(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk._native import Executor, ExpertReadError
+from pronk.engine.sampler import Keep
 from pronk.errors import CheckpointError, RequestError
 from pronk.graph.cost import Step
 from pronk.graph.lower import lower
@@ -199,13 +200,16 @@ class Runner:
         if self._steps is not None:
             self._steps.append(Step.of(positions, sequences))
 
-    def head(self, rows: Sequence[int]) -> NDArray[np.float32]:
+    def head(self, rows: Sequence[int], keep: Sequence[Keep | None] = ()) -> NDArray[np.float32]:
         """Logits of tokens of the last `run`.
 
         Parameters
         ----------
         rows : sequence of int
             At most ``max_rows`` places of tokens in the run.
+        keep : sequence of Keep or None, one per row, optional
+            Which logits count. Where all rows say so, and the program can, others may be minus
+            infinity: then about half of the head's weights are read. None wants all.
 
         Returns
         -------
@@ -213,11 +217,17 @@ class Runner:
             Read-only, in the executor's own memory: the next call overwrites it.
         """
         start = time.thread_time()
-        self.executor.head(np.array(rows, np.int32))
+        wanted = [k for k in keep if k is not None]
+        before = self.executor.planes
+        self.executor.head(np.array(rows, np.int32), wanted if len(wanted) == len(rows) else [])
         self.seconds += time.thread_time() - start
         if self._steps:
             last = self._steps[-1]
-            self._steps[-1] = replace(last, heads=(*last.heads, len(rows)))
+            calls, read, plane = self.executor.planes
+            unread = (calls - before[0]) * plane - (read - before[1])
+            self._steps[-1] = replace(
+                last, heads=(*last.heads, len(rows)), unread=last.unread + max(unread, 0)
+            )
         return self.executor.view(self._logits, len(rows), self.program.spec.vocab_size)
 
     def hidden(self, count: int) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pronk.errors import PronkError, RequestError
 from pronk.spec import SamplingParams
 
-__all__ = ["Sample", "Sampler"]
+__all__ = ["MOST_KEPT", "Keep", "Sample", "Sampler"]
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -27,6 +27,22 @@ Ids = NDArray[np.int64]
 # Below this, every other token's probability is zero in float32 anyway.
 _MIN_TEMPERATURE = 1e-30
 _FIRST_NUCLEUS = 64
+MOST_KEPT = 64
+
+
+class Keep(NamedTuple):
+    """Which logits of a row count: those that may be among the `most` largest, and within `span`.
+
+    Parameters
+    ----------
+    most : int
+        At most `MOST_KEPT`; 0 means any number.
+    span : float
+        Of the largest logit.
+    """
+
+    most: int
+    span: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,13 +222,28 @@ class Sampler:
         # Shared by every step that starts from the whole vocabulary.
         self._all_ids = np.arange(vocab_size if params.temperature > 0 else 0, dtype=np.int64)
 
+    @property
+    def keep(self) -> Keep | None:
+        """Which logits `sample` needs; it may have minus infinity for others. None: all."""
+        params = self.params
+        if self._adjusts or params.logprobs is not None:
+            return None
+        if params.temperature == 0:
+            return Keep(1)
+        if params.top_k > MOST_KEPT or (params.top_p < 1 and not params.top_k):
+            return None
+        span = math.inf
+        if params.min_p > 0 and params.top_p == 1:  # a nucleus is a share of what min-p drops too
+            span = -math.log(params.min_p) * params.temperature
+        return Keep(params.top_k, span) if params.top_k or span < math.inf else None
+
     def sample(self, logits: Floats, mask: NDArray[Any] | None = None) -> Sample:
         """Choose the next token.
 
         Parameters
         ----------
         logits : ndarray of float32, shape (vocab_size,)
-            The model's output for the last token. Not modified.
+            The model's output for the last token, at least what `keep` says. Not modified.
         mask : ndarray, optional
             The tokens that may be chosen: bool [vocab_size], or bits of 32-bit words.
 

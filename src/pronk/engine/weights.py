@@ -15,7 +15,7 @@ from pronk.checkpoint.loss import ErrorSum
 from pronk.engine.runner import Runner
 from pronk.errors import CheckpointError
 from pronk.graph.ir import Weight
-from pronk.graph.pack import PANEL
+from pronk.graph.pack import PANEL, block_dtype
 from pronk.graph.program import Program
 from pronk.graph.rope import model_frequencies
 
@@ -234,7 +234,7 @@ def _stored(checkpoint: Checkpoint, place: Place) -> _Matrix | None:
     info = checkpoint.tensors[weight.name]
     span = checkpoint.span(weight.name)
     dtype = "f32" if weight.rows == 1 else weight.dtype
-    if span is None or info.dtype != dtype or span.pairs % PANEL:
+    if span is None or info.dtype != block_dtype(dtype) or span.pairs % PANEL:
         return None
     at = span.offset + info.nbytes * place.first // weight.rows
     return dtype, place.offset, place.rows, weight.cols, span.fd, at, span.pairs
@@ -252,18 +252,19 @@ def _load_matrix(checkpoint: Checkpoint, runner: Runner, place: Place, errors: _
     """Pack a matrix through Python; gives the seconds spent on more than reading."""
     weight = place.weight
     info = checkpoint.tensors[weight.name]
+    dtype = block_dtype(weight.dtype)
     # Conversion goes through float32, so the same bytes make fewer rows.
-    row = info.nbytes // weight.rows if info.dtype == weight.dtype else 4 * weight.cols
+    row = info.nbytes // weight.rows if info.dtype == dtype else 4 * weight.cols
     step = max(1, _CHUNK // max(1, row) // PANEL) * PANEL
     spent = time.thread_time()
     for start in range(0, place.rows, step):
         stop = min(start + step, place.rows)
         rows = checkpoint.read_rows(weight.name, place.first + start, place.first + stop)
-        if info.dtype != weight.dtype:
+        if info.dtype != dtype:
             exact = dequantize(rows, info.dtype, weight.cols)
-            rows = quantize(exact, weight.dtype)
-            difference = dequantize(rows, weight.dtype, weight.cols)
+            rows = quantize(exact, dtype)
+            difference = dequantize(rows, dtype, weight.cols)
             difference -= exact
-            errors.of(info.dtype, weight.dtype, weight.name).add(difference, exact)
+            errors.of(info.dtype, dtype, weight.name).add(difference, exact)
         runner.executor.pack(weight.dtype, place.offset, place.rows, weight.cols, start, rows)
     return time.thread_time() - spent

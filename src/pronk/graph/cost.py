@@ -31,11 +31,14 @@ class Step:
         Of each sequence, the position of its first token and the one behind its last.
     heads : tuple of int
         Logit rows of each call of the head.
+    unread : int
+        Bytes of its weights that calls for the largest logits alone did not read.
     """
 
     tokens: int
     spans: tuple[tuple[int, int], ...]
     heads: tuple[int, ...]
+    unread: int = 0
 
     @classmethod
     def of(
@@ -103,12 +106,13 @@ def label(graph: Graph, op: Op) -> str:
     """A name for the ops that do the same in every layer: ``matmul gate|up q4_1``."""
     matrices = [w for w in (graph.weights[name] for name in op.weights) if w.rows > 1]
     formats = "+".join(dict.fromkeys(w.dtype for w in matrices))
-    if op.kind not in ("matmul", "expert_matmul"):
+    if op.kind not in ("matmul", "head", "expert_matmul"):
         return f"{op.kind} {formats}".strip()
     role = "|".join(w.name.split(".")[-2].removesuffix("_proj") for w in matrices)
     if graph.values[op.output].rows == "R":
         role = "head"
-    return f"{op.kind} {role} {formats}"
+    kind = "matmul" if op.kind == "head" else op.kind
+    return f"{kind} {role} {formats}"
 
 
 def _cost(program: Program, op: Op, step: Step) -> Cost:
@@ -127,8 +131,12 @@ def _cost(program: Program, op: Op, step: Step) -> Cost:
     if op.kind == "embed":  # a row lies across the lines of its panel
         table = weights[0]
         return Cost(rows * packed_bytes(table.dtype, PANEL, table.cols), 0, activations)
-    macs = sum(w.rows * w.cols for w in weights if w.rows > 1) if op.kind == "matmul" else 0
-    return Cost(len(calls) * sum(map(weight_bytes, weights)), 0, activations, rows * macs)
+    product = op.kind in ("matmul", "head")
+    macs = sum(w.rows * w.cols for w in weights if w.rows > 1) if product else 0
+    read = len(calls) * sum(map(weight_bytes, weights))
+    if op.kind == "head":
+        read -= step.unread
+    return Cost(read, 0, activations, rows * macs)
 
 
 def _experts(program: Program, op: Op, step: Step) -> Cost:
@@ -170,7 +178,7 @@ def _input_bytes(graph: Graph, op: Op) -> int:
     """Bytes of the inputs, a row: of the columns used, where an input is a part of a value."""
     total = 0
     for index, ref in enumerate(op.inputs):
-        whole = op.kind == "matmul" and index == 0
+        whole = op.kind in ("matmul", "head") and index == 0
         total += _bytes(graph, ref, None if whole else graph.values[op.output].width)
     return total
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pronk.graph.pack import ACT_ROWS, GROUPED, act_row_bytes, align
+from pronk.graph.pack import ACT_ROWS, GROUPED, act_row_bytes, align, block_dtype
 
 __all__ = ["Attr", "Graph", "Op", "Ref", "Value", "Weight"]
 
@@ -65,7 +65,7 @@ class Weight:
     @property
     def grouped(self) -> bool:
         """Whether the format is quantized in groups, so that it meets int8 activations."""
-        return self.dtype in GROUPED
+        return block_dtype(self.dtype) in GROUPED
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,12 @@ class _Lowering:
             self.graph.values[op.inputs[0].value].quantized, _scale(op), self._second(op), out,
             self._is_head(op), grain)  # fmt: skip
 
+    def _head(self, op: Op, out: tuple[int, int], grain: int) -> None:
+        x, plan = (self.slot(ref) for ref in op.inputs)
+        self.executor.bounded_matmul(
+            x, plan, self._part(op.weights[0], 0), op.integer("cols"), _scale(op), out, grain
+        )
+
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, *table = (self.slot(ref) for ref in op.inputs)
         q, k = (self.weight(name) for name in op.weights) if op.weights else _NONE

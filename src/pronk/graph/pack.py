@@ -38,6 +38,9 @@ GROUPED = {
     "q5_k": (16, 20),
     "q6_k": (18, 24),
 }
+# Formats that are packed in another way than the checkpoint's blocks they hold: in two planes of
+# nibbles, so that the upper ones can be read alone (native/kernels/bounded.h).
+PLANES = {"q8_planes": "q8_0"}
 # What a format the kernels lack becomes at load: the native one that loses least, near its size.
 _NEAREST = {
     "q8_k": "q8_0",
@@ -56,9 +59,19 @@ def packed_bytes(dtype: str, rows: int, cols: int) -> int:
     panels = -(-rows // PANEL)
     if dtype in _ELEMENT:
         return panels * PANEL * cols * _ELEMENT[dtype]
-    scales, quants = GROUPED[dtype]
+    scales, quants = GROUPED[block_dtype(dtype)]
     groups = cols // GROUP
     return panels * (align(PANEL * scales * groups // SUPER) + PANEL * quants * groups)
+
+
+def block_dtype(dtype: str) -> str:
+    """The format of the checkpoint's blocks that a packed format holds."""
+    return PLANES.get(dtype, dtype)
+
+
+def bound_plan_floats(rows: int, cols: int) -> int:
+    """Width of what a product with bounds needs beside a row of its logits."""
+    return 2 * PANEL + 2 * (cols // GROUP) + -(-rows // PANEL)
 
 
 def act_row_bytes(cols: int, quantized: bool) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value
 from pronk.graph.moe import split_experts
-from pronk.graph.pack import PART_TAIL
+from pronk.graph.pack import PART_TAIL, bound_plan_floats
 
 __all__ = [
     "CPU_PASSES",
@@ -26,6 +26,7 @@ __all__ = [
     "quantize_activations",
     "run_passes",
     "split_experts",
+    "split_head",
     "split_threads",
 ]
 
@@ -200,6 +201,33 @@ def fuse_quantize(graph: Graph) -> Graph:
     return graph.with_ops([op for op in ops if op.output not in absorbed], graph.values)
 
 
+def split_head(graph: Graph) -> Graph:
+    """The last product becomes one from which the largest logits may be asked for alone.
+
+    Its weights lie in two planes, and ``workspace`` holds what bounds need (``bounded.h``). Only
+    where they are ``q8_0`` and nothing but the embedding reads them too, and the logits are the
+    product itself, times a positive scale.
+    """
+    op = graph.ops[-1]
+    weight = graph.weights[op.weights[0]] if op.weights else None
+    others = {o.kind for o in graph.ops[:-1] if weight and weight.name in o.weights}
+    if (
+        weight is None
+        or (op.kind, len(op.inputs), len(op.weights), weight.dtype) != ("matmul", 1, 1, "q8_0")
+        or graph.values[op.output].rows != "R"
+        or not graph.values[op.inputs[0].value].quantized
+        or float(op.attrs.get("scale", 1)) <= 0
+        or others - {"embed"}
+    ):
+        return graph
+    plan = Value(f"{op.output}.plan", "R", bound_plan_floats(weight.rows, weight.cols))
+    head = replace(op, kind="head", inputs=(*op.inputs, Ref(plan.name)))
+    planes = replace(weight, dtype="q8_planes")
+    graph = replace(graph, weights={**graph.weights, weight.name: planes})
+    ops = [*graph.ops[:-1], Op("workspace", (), plan.name), head]
+    return graph.with_ops(ops, {**graph.values, plan.name: plan})
+
+
 def split_threads(graph: Graph) -> Graph:
     """Give every op its grain: the most items (rows, panels, heads) a thread takes at once.
 
@@ -208,7 +236,7 @@ def split_threads(graph: Graph) -> Graph:
     """
     ops = []
     for op in graph.ops:
-        large = op.kind in ("matmul", "expert_matmul", "attention")
+        large = op.kind in ("matmul", "head", "expert_matmul", "attention")
         ops.append(op.with_attrs(grain=32 if large else 16))
     return graph.with_ops(ops, graph.values)
 
@@ -242,6 +270,7 @@ CPU_PASSES: tuple[Pass, ...] = (
     quantize_activations,
     fuse_quantize,
     split_experts,
+    split_head,
     split_threads,
     chain_rows,
 )

@@ -169,6 +169,10 @@ class Reference:
         out = _scaled(op, np.concatenate(parts, 1))
         return out + x[1][:, : out.shape[1]] if len(x) > 1 else out
 
+    def _head(self, op: Op, x: list[Array], w: list[Array]) -> Array:
+        """All logits: those that may be left out are minus infinity nowhere."""
+        return _scaled(op, x[0][:, : op.integer("cols")] @ w[0].T)
+
     def _rope(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
         return _rotate(x[0][:, :width], x[1], op.integer("heads"))

@@ -1,0 +1,196 @@
+// The largest logits of a row without reading all of the head's weights (q8_planes).
+//
+// A weight is d * (16 h + l - 128) with nibbles h and l. With l at its middle, 7.5, the upper plane
+// alone gives a logit that errs by at most the sum over the groups of |d| * 7.5 * |x|, for |x| the
+// sum of a group's magnitudes: a bound on every logit from half of the bytes. The groups with the
+// largest |x| then have their l read, where a row's bound still reaches the least that counts, and
+// what still does so at the end is multiplied as it would be without bounds: the same bits.
+//
+// Bounds are floats too, so all that rounding can do is added to them: the terms of a sum are at
+// most 128 * |d| * |x|, and no sum here or in the product itself has more than 3 (groups + 4)
+// roundings.
+#pragma once
+#include <limits>
+
+#include "kernels.h"
+#include "matmul.h"
+
+namespace pronk::PRONK_NS {
+
+constexpr float kUnread = 7.5f;  // farthest that a nibble is from its middle
+
+// Per row of x: what the unread nibbles of each group can add to d, and the groups, largest first.
+inline void plan_bounds(Rows x, int64_t cols, Rows plan, int64_t first, int64_t last) {
+    const int64_t groups = cols / kGroup;
+    for (int64_t t = first; t < last; ++t) {
+        const Act act(x, t, cols);
+        const BoundPlan row(plan, t, cols);
+        for (int64_t g = 0; g < groups; ++g) {
+            const int8_t* q = act.q + g * 2 * kGroup;
+            int32_t magnitude = 0;
+            for (int k = 0; k < kGroup; ++k) {
+                const int32_t value = kSplit * q[k] + q[k + kGroup];
+                magnitude += value < 0 ? -value : value;
+            }
+            row.reach[g] = kUnread * static_cast<float>(magnitude) * act.scale[g * kActStep];
+            int64_t i = g;
+            // A reach that is NaN stays where it is.
+            for (; i > 0 && row.reach[row.order[i - 1]] < row.reach[g]; --i)
+                row.order[i] = row.order[i - 1];
+            row.order[i] = static_cast<int32_t>(g);
+        }
+    }
+}
+
+inline int32_t sum_of(const Act& x, int64_t g) {
+    return x.sum[0][g * kActStep] + x.sum[1][g * kActStep];
+}
+
+inline F panel_scales(const uint8_t* panel, int64_t g) {
+    F d[2], none;
+    unpack_scales<Format::q8_planes>(panel, g, d, none);
+    return d[0];
+}
+
+template <int W, int M>
+void bound_tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows plan, Rows out,
+                int64_t t) {
+    constexpr Format fmt = Format::q8_planes;
+    const int64_t groups = cols / kGroup, bytes = panel_bytes(fmt, cols);
+    const uint8_t* panel = part.weight + first * bytes;
+    const uint8_t* quants[W];
+    for (int p = 0; p < W; ++p) quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+    Act act[M];
+    const float* reach[M];
+    for (int m = 0; m < M; ++m)
+        act[m] = Act(x, t + m, cols), reach[m] = BoundPlan(plan, t + m, cols).reach;
+    F middle[W][M], most[W][M];
+    each_sum<W, M>([&]<int p, int m>() { middle[p][m] = most[p][m] = set(0.0f); });
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
+        I dot[1][W][M];
+        tile_group<Format::q4_1, W, M>(quants, quants, act, g, dot);
+        unrolled<W>([&]<int p>() __attribute__((always_inline)) {
+            const F d = panel_scales(panel + p * bytes, g), size = abs(d);
+            unrolled<M>([&]<int m>() __attribute__((always_inline)) {
+                // Twice the sum of (16 h + 7.5 - 128) x.
+                const I twice = add(shift_left<5>(dot[0][p][m]), set_i(-241 * sum_of(act[m], g)));
+                const F half = set(0.5f * act[m].scale[g * kActStep]);
+                middle[p][m] = fma(mul(to_float(twice), d), half, middle[p][m]);
+                most[p][m] = fma(size, set(reach[m][g]), most[p][m]);
+            });
+            quants[p] += quant_bytes(fmt);
+        });
+    }
+    const F slack = set(1 + static_cast<float>(groups + 8) * 0x1p-24f * (1024 / kUnread));
+    for (int p = 0; p < W; ++p)
+        for (int m = 0; m < M; ++m) {
+            // Where products are subnormal, roundings are not in proportion.
+            const F bound = add(middle[p][m], fma(most[p][m], slack, set(1e-30f)));
+            store(out.row<float>(t + m) + (first + p) * kPanel, bound);
+            const auto live =
+                static_cast<int>(std::min<int64_t>(kPanel, part.rows - (first + p) * kPanel));
+            constexpr float least = std::numeric_limits<float>::lowest();
+            const float peak = hmax(keep_first(middle[p][m], live, least));
+            BoundPlan(plan, t + m, cols).peaks[first + p] = peak > least ? peak : least;
+        }
+}
+
+template <int W>
+void bound_panels(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows plan, Rows out,
+                  int64_t tokens) {
+    int64_t t = 0;
+    for (; t + kTile <= tokens; t += kTile) bound_tile<W, kTile>(part, cols, p, x, plan, out, t);
+    for (; t + 2 <= tokens; t += 2) bound_tile<W, 2>(part, cols, p, x, plan, out, t);
+    if (t < tokens) bound_tile<W, 1>(part, cols, p, x, plan, out, t);
+}
+
+inline void bound(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
+                  int64_t first, int64_t last) {
+    int64_t p = first;
+    for (; p + kTilePanels <= last; p += kTilePanels)
+        bound_panels<kTilePanels>(part, cols, p, x, plan, out, tokens);
+    for (; p < last; ++p) bound_panels<1>(part, cols, p, x, plan, out, tokens);
+}
+
+inline void exact_panel(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t,
+                        int64_t p) {
+    tile<Format::q8_planes, 1, 1>(part, cols, p, x, out, {}, t);
+}
+
+// Whether one of `live` rows with these bounds may reach the threshold; what is not finite may.
+inline bool reaches(const float* bounds, int64_t live, float scale, float threshold) {
+    bool any = false;
+    constexpr float least = std::numeric_limits<float>::lowest();
+    for (int64_t r = 0; r < live; ++r) {
+        const float bound = bounds[r] * scale;
+        any |= !(bound >= least) | !(bound < threshold);
+    }
+    return any;
+}
+
+// The lower plane's groups of one panel and row, until its bounds are below the threshold.
+inline bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, const BoundPlan& plan,
+                         int64_t p, float* bounds, int64_t live, int64_t& read) {
+    constexpr Format fmt = Format::q8_planes;
+    const int64_t groups = cols / kGroup;
+    const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
+    const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
+    F bound = load(bounds);
+    for (int64_t i = 0; i < groups; ++i) {
+        const int64_t g = plan.order[i];
+        const uint8_t* quants = plane + g * low_bytes(fmt);
+        I dot[1][1][1];
+        tile_group<Format::q4_1, 1, 1>(&quants, &quants, &x, g, dot);
+        read += low_bytes(fmt);
+        const I twice = add(shift_left<1>(dot[0][0][0]), set_i(-15 * sum_of(x, g)));
+        const F d = panel_scales(panel, g);
+        bound = fma(mul(to_float(twice), d), set(0.5f * x.scale[g * kActStep]), bound);
+        bound = fma(abs(d), set(-plan.reach[g]), bound);
+        store(bounds, bound);
+        if (!reaches(bounds, live, part.scale, *plan.threshold)) return false;
+    }
+    return true;
+}
+
+inline int64_t refine(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out,
+                      int64_t tokens, int64_t first, int64_t last) {
+    constexpr Format fmt = Format::q8_planes;
+    constexpr int64_t kAtOnce = 16, kSure = 2;  // panels, and groups of each, asked for together
+    const F none = set(-std::numeric_limits<float>::infinity());
+    const int64_t groups = cols / kGroup;
+    int64_t read = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const Act act(x, t, cols);
+        const BoundPlan row(plan, t, cols);
+        float* const logits = out.row<float>(t);
+        for (int64_t start = first; start < last; start += kAtOnce) {
+            int64_t kept[kAtOnce], count = 0;
+            for (int64_t p = start; p < std::min(start + kAtOnce, last); ++p) {
+                const int64_t live = std::min<int64_t>(kPanel, part.rows - p * kPanel);
+                if (!reaches(logits + p * kPanel, live, part.scale, *row.threshold)) {
+                    store(logits + p * kPanel, none);
+                    continue;
+                }
+                kept[count++] = p;
+                const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
+                const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
+                for (int64_t i = 0; i < std::min(kSure, groups); ++i) {
+                    prefetch(panel + row.order[i] * 2 * kPanel, 2 * kPanel);
+                    prefetch(plane + row.order[i] * low_bytes(fmt), low_bytes(fmt));
+                }
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t p = kept[i];
+                const int64_t live = std::min<int64_t>(kPanel, part.rows - p * kPanel);
+                if (refine_panel(part, cols, act, row, p, logits + p * kPanel, live, read))
+                    exact_panel(part, cols, x, out, t, p);
+                else
+                    store(logits + p * kPanel, none);
+            }
+        }
+    }
+    return read;
+}
+
+}  // namespace pronk::PRONK_NS
