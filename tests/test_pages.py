@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def browser(tmp_path):
     browser.quit()
 
 
+def slow_and_endless(engine) -> None:
+    """Have a tiny model answer no faster than a person can stop it, and not end by itself."""
+    run = engine.runner.run
+
+    def slowly(*args):
+        time.sleep(0.01)
+        return run(*args)
+
+    engine.eos_ids, engine.runner.run = frozenset(), slowly
+
+
 def until(browser, condition, seconds: float = 30):
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -80,8 +92,8 @@ def test_a_conversation(server, browser):
     picture(browser, "chat")
 
     # A long answer, stopped: the engine is free at once, and the conversation goes on.
-    server.models[0].engine.call(lambda engine: setattr(engine, "eos_ids", frozenset()))
-    browser.execute_script("document.getElementById('max_tokens').value = 30000")
+    server.models[0].engine.call(slow_and_endless).result()
+    browser.execute_script("document.getElementById('max_tokens').value = 3000")
     find("#prompt").send_keys("and then?\n")
     until(browser, lambda: find("#stop").is_displayed() and len(every(".turn.assistant")) == 2
           and every(".turn.assistant .said")[1].text)  # fmt: skip
