@@ -78,7 +78,9 @@ def test_logits_from_cached_blocks_are_the_same_bits(tiny, monkeypatch):
     engine = engine_of(tiny)
     rows = []
     head = engine.runner.head
-    monkeypatch.setattr(engine.runner, "head", lambda r: rows.append(head(r).copy()) or rows[-1])
+    monkeypatch.setattr(
+        engine.runner, "head", lambda r, keep=(): rows.append(head(r).copy()) or rows[-1]
+    )
     for _ in range(2):
         ask(engine, IDS)
     np.testing.assert_array_equal(np.concatenate(rows[:6]), np.concatenate(rows[6:]))
@@ -158,7 +160,7 @@ def test_a_session_does_not_write_to_what_others_hold(tiny):
 def test_what_failed_is_not_found(tiny, monkeypatch):
     engine = engine_of(tiny)
     head = engine.runner.head
-    monkeypatch.setattr(engine.runner, "head", lambda rows: head(rows) * np.float32("nan"))
+    monkeypatch.setattr(engine.runner, "head", lambda rows, keep=(): head(rows) * np.float32("nan"))
     request = engine.add(IDS[:100], PARAMS)
     events = []
     while engine.busy:

@@ -261,7 +261,7 @@ class SamplingParams:
         Drop tokens less likely than ``min_p`` times the most likely. Range [0, 1].
     repetition_penalty : float
         Divides positive and multiplies negative logits of tokens already in the prompt
-        or the output (Keskar et al. 2019, CTRL); 1 is off. Range (0, 10].
+        or the output (Keskar et al. 2019, CTRL); 1 is off. Range [0.01, 10].
     presence_penalty, frequency_penalty : float
         OpenAI's additive penalties over generated tokens. Range [-2, 2].
     logit_bias : Mapping[int, float]
@@ -321,7 +321,7 @@ class SamplingParams:
         check("temperature", 0, 100)
         check("top_p", 0, 1, low_open=True)
         check("min_p", 0, 1)
-        check("repetition_penalty", 0, 10, low_open=True)
+        check("repetition_penalty", 0.01, 10)
         check("presence_penalty", -2, 2)
         check("frequency_penalty", -2, 2)
         for name, low, high in (
