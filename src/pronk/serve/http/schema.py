@@ -112,7 +112,7 @@ class Sampling(Strict):
 
     top_k: Annotated[int, Field(ge=-1, le=_MOST_INT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     ignore_eos: bool | None = False
     structured_outputs: StructuredOutputs | None = None
 
