@@ -17,6 +17,8 @@ KV_BLOCK: int = 32
 
 PART_TAIL: int = 16
 
+MAGNITUDE_SHIFT: int = 19
+
 def packed_bytes(format: str, rows: int, cols: int) -> int:
     """Bytes of a packed matrix."""
 
@@ -73,14 +75,30 @@ class Executor:
 
     def quantize(self, x: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
 
-    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int) -> None: ...
+    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int, gates: bool = False, sparse: bool = False) -> None:
+        """
+        gates: relu follows the first part, and closes the second. sparse: x is often zero.
+        """
 
     def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, norm: str, weights: tuple[int, int], eps: float, grain: int) -> None:
         """Without a table, where its offset is -1, nothing is turned."""
 
     def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int, *, softcap: float = 0.0, slopes: Sequence[float] = [], growth: float = 0.0, growth_span: int = 1) -> None: ...
 
-    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int, threshold: float = 0.0) -> None: ...
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """
+        Below which magnitude the activations of MLPs are zero: one for each `activate`.
+        """
+
+    def watch(self, on: bool) -> None:
+        """Counts the activations of MLPs from now on, from zero; or no longer."""
+
+    def activity(self) -> Annotated[NDArray[numpy.uint64], dict(shape=(None, None), device='cpu')]:
+        """
+        Of each `activate`: its results by magnitude (`MAGNITUDE_SHIFT` bits of a float less, so the first are zeros), the groups, and those that are zero throughout.
+        """
 
     def softcap(self, x: tuple[int, int], cap: float, cols: int, out: tuple[int, int], grain: int) -> None: ...
 

@@ -22,7 +22,7 @@ from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
 from pronk.engine.packing import Weights, provide_weights
 from pronk.engine.request import Event
-from pronk.engine.runner import Recording, Runner
+from pronk.engine.runner import Recording, Runner, magnitudes
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
@@ -33,6 +33,7 @@ from pronk.graph.program import (
     compile_program,
     stored_dtypes,
 )
+from pronk.graph.sparse import SparseMlp, apply_sparse
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 from pronk.units import format_bytes
 
@@ -381,6 +382,31 @@ class Model:
         """Mean number of experts that a token went to in a layer; 0 where there are none."""
         return self._open().experts_per_token()
 
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Below which magnitude each MLP's activations are zero, instead of what it was loaded with.
+
+        Parameters
+        ----------
+        thresholds : sequence of float
+            One for each MLP that is not of experts.
+        """
+        try:
+            self._open().set_thresholds(thresholds)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    def watch(self, on: bool = True) -> None:
+        """Count the activations of MLPs from now on, from zero; or no longer."""
+        self._open().watch(on)
+
+    def activity(self) -> NDArray[np.uint64]:
+        """The counts since `watch` (see `Runner.activity`), uint64 [MLPs, magnitudes + 2]."""
+        return self._open().activity()
+
+    def magnitudes(self) -> NDArray[np.float32]:
+        """The least magnitude of each bin that `activity` counts, float32 [magnitudes]."""
+        return magnitudes()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -419,6 +445,7 @@ def load(
     packed_cache: bool = True,
     speculate: bool = True,
     experts: str = "",
+    sparse_mlp: str | SparseMlp | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -448,6 +475,9 @@ def load(
     experts : str
         How many experts a token of a mixture goes to, where not as many as the model was trained
         with: ``"top-p=0.8,min=1"`` takes the likeliest until they make up this share of all.
+    sparse_mlp : str or SparseMlp, optional
+        What ``down`` of an MLP is given counts as zero below ``"threshold=0.05"``, or below the
+        thresholds by layer in a ``.json`` file, which ``pronk eval --sparse-mlp kl=0.01`` writes.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -471,6 +501,8 @@ def load(
         spec = adapted(checkpoint.spec, attention, rope_scaling)
         if experts:
             spec = apply_experts(spec, experts)
+        if sparse_mlp is not None:
+            spec = apply_sparse(spec, sparse_mlp)
         context = choose_context(spec, context, checkpoint.budget)
         limits = Limits(context, kv_dtype=kv_dtype)
         program = compile_checkpoint(checkpoint, limits, spec)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pronk.errors import RequestError
+from pronk.errors import CheckpointError, RequestError
 from pronk.evaluate.windows import (
     LogitsModel,
     check_logits,
@@ -16,7 +18,7 @@ from pronk.evaluate.windows import (
     windows,
 )
 
-__all__ = ["Divergence", "divergence"]
+__all__ = ["Divergence", "divergence", "mean_divergence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +92,25 @@ def divergence(
             progress(count, len(ids) - 1)
     # Rounding can leave a sum of equal distributions a hair below zero.
     return Divergence(max(0.0, kl / count), same / count, count)
+
+
+def mean_divergence(expected: NDArray[Any], got: NDArray[Any]) -> float:
+    """KL(expected || got) of logits [rows, vocabulary], in nats a row.
+
+    Raises
+    ------
+    CheckpointError
+        If their shapes differ, or a row is not finite.
+    """
+    if expected.shape != got.shape:
+        raise CheckpointError(f"logits of shapes {expected.shape} and {got.shape} were compared")
+    total, step = 0.0, rows_at_a_time(expected.shape[1])
+    for at in range(0, len(expected), step):
+        p = expected[at : at + step].astype(np.float64)
+        q = got[at : at + step].astype(np.float64)
+        p -= log_normalizer(p)[:, None]
+        q -= log_normalizer(q)[:, None]
+        # A token that the reference rules out (-inf) adds nothing: 0 log 0 = 0.
+        possible = np.isfinite(p)
+        total += float((np.exp(p[possible]) * (p[possible] - q[possible])).sum())
+    return max(0.0, total / len(expected))
