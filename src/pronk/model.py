@@ -383,7 +383,7 @@ class Model:
         return self._open().experts_per_token()
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
-        """Below which magnitude each MLP's activations are zero, instead of what it was loaded with.
+        """Below which magnitude each MLP's activations are zero from now on.
 
         Parameters
         ----------

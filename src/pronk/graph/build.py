@@ -167,8 +167,9 @@ def _feed_forward(
     inputs = tuple(
         b.linear(h, f"{at}.{p}_proj", width, spec.hidden_size, f"{name}.{p}") for p in projections
     )
-    attrs: dict[str, Attr] = {"threshold": threshold} if threshold else {}
-    m = b.op("activate", inputs, f"{name}.act", width, fn=spec.activation, **attrs)
+    m = b.op("activate", inputs, f"{name}.act", width, fn=spec.activation)
+    if threshold:
+        b.ops[-1] = b.ops[-1].with_attrs(threshold=threshold)
     return b.linear(m, f"{at}.down_proj", spec.hidden_size, width, f"{name}.down",
                     scale=spec.residual_scale)  # fmt: skip
 
