@@ -23,6 +23,10 @@ void require_range(const int32_t* values, int64_t count, int64_t limit, const ch
                                         " is not in [0, " + std::to_string(limit) + ")");
 }
 
+void require_threshold(float threshold) {
+    require(std::isfinite(threshold) && threshold >= 0, "a threshold must be 0 or more");
+}
+
 // Bytes of the KV pools, of shapes whose products and sum cannot overflow.
 int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     const auto within = [](int64_t x, int64_t least, int64_t most) {
@@ -185,6 +189,9 @@ void Executor::add(Op op) {
             check(op.a, count, op.cols * 4, "gate");
             if (op.b.offset >= 0) check(op.b, count, op.cols * 4, "up");
             check(op.out, act_count, out_bytes, "activation's output");
+            require_threshold(op.threshold);
+            op.layer = activations_++;
+            activity_.reset();  // one an op, or none
             break;
         case OpKind::softcap:
             require(op.scalar > 0, "a cap must be positive");
@@ -204,6 +211,9 @@ void Executor::add(Op op) {
             break;
         case OpKind::matmul:
             require(!op.parts.empty(), "matmul without weights");
+            require(!op.gates || (op.parts.size() == 2 && op.parts[0].rows == op.parts[1].rows &&
+                                  op.parts[0].rows % kPanel == 0 && op.b.offset < 0 && !op.head),
+                    "a gate and what it gates are not two parts of one size");
             for (const MatmulPart& part : op.parts) {
                 require(
                     is_grouped(part.format) == op.quantized &&
@@ -365,6 +375,7 @@ int64_t Executor::items(const Op& op, const Step& step) const {
         op.kind == OpKind::matmul || op.kind == OpKind::bound || op.kind == OpKind::refine;
     if (!by_panel) return step.count;
     int64_t panels = 0;
+    if (op.gates && step.count == 1) return op.parts[0].rows / kPanel;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
     return panels;
 }
@@ -428,6 +439,43 @@ void Executor::walk(const Step& step) {
     team_.run(task);
 }
 
+// Panels of the gate for one token, and those of up that relu lets through: whoever has computed a
+// gate's panel knows, so nobody waits. The others become zero, which is what is left of any finite
+// value behind a closed gate.
+void Executor::gated_matmul(const Op& op, int64_t first, int64_t last) const {
+    const Rows a = rows(op.a), out = rows(op.out);
+    const MatmulPart &gate = op.parts[0], &up = op.parts[1];
+    kernels_.matmul(gate, op.cols, a, out, {nullptr, 0}, 1, first, last);
+    const auto open = [&](int64_t p) {
+        const float* values = out.row<float>(0) + gate.column + p * kPanel;
+        bool any = false;
+        for (int i = 0; i < kPanel; ++i) any |= !(values[i] <= 0);  // a NaN passes
+        return any;
+    };
+    for (int64_t p = first, end; p < last; p = end) {
+        const bool compute = open(p);
+        for (end = p + 1; end < last && open(end) == compute;) ++end;
+        if (compute)
+            kernels_.matmul(up, op.cols, a, out, {nullptr, 0}, 1, p, end);
+        else
+            std::fill_n(out.row<float>(0) + up.column + p * kPanel, (end - p) * kPanel, 0.0f);
+    }
+}
+
+void Executor::set_thresholds(const std::vector<float>& thresholds) {
+    require(static_cast<int64_t>(thresholds.size()) == activations_,
+            "there are more or fewer thresholds than activations");
+    for (const float threshold : thresholds) require_threshold(threshold);
+    for (Op& op : ops_)
+        if (op.kind == OpKind::activate) op.threshold = thresholds[static_cast<size_t>(op.layer)];
+}
+
+void Executor::watch(bool on) {
+    // Zeroed as it is made.
+    activity_ =
+        on ? std::make_unique<uint64_t[]>(static_cast<size_t>(activations_ * kActivity)) : nullptr;
+}
+
 KvView Executor::view(const Op& op, const Step& step) const {
     const auto group = static_cast<size_t>(op.group);
     return {kv_.data() + pools_[group] + op.layer,
@@ -455,7 +503,10 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             return k.layer_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
         case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
         case OpKind::activate:
-            return k.activate(op.fn, a, b, op.cols, out, op.quantized, first, last);
+            return k.activate(
+                op.fn, a, b, op.cols, out, op.quantized,
+                {op.threshold, activity_ ? activity_.get() + op.layer * kActivity : nullptr}, first,
+                last);
         case OpKind::softcap: return k.softcap(a, op.scalar, op.cols, out, first, last);
         case OpKind::add: return k.add(a, b, op.cols, out, first, last);
         case OpKind::rope_store:
@@ -479,6 +530,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
                             static_cast<size_t>(op.cols) * 4);
             return;
         case OpKind::matmul:
+            if (op.gates && step.count == 1) return gated_matmul(op, first, last);
             for (const MatmulPart& part : op.parts) {
                 const int64_t panels = round_up(part.rows, kPanel) / kPanel;
                 if (first < panels && last > 0)

@@ -53,6 +53,10 @@ struct Op {
     float scalar = 0;  // epsilon, the cap, or what the angles' table is multiplied by
     float scale = 1;   // of an embedding; a matmul's is in its parts
     Activation fn = Activation::silu;
+    float threshold = 0;  // of an activation: what is less becomes zero; `layer` counts them
+    // A matmul of gate and up whose activation is relu: panels of up that a lone token's gates
+    // close are not computed.
+    bool gates = false;
     bool quantized = false;  // a matmul's input, else the output
     int64_t group = 0;       // the layer's KV group
     int64_t layer = 0;       // offset of the layer within a block of its group
@@ -187,6 +191,12 @@ class Executor {
     int64_t experts() const { return moe_experts_; }
     uint64_t routed_tokens() const { return routed_tokens_; }
     void reset_experts();
+    // What the activations of MLPs become, one threshold an op.
+    void set_thresholds(const std::vector<float>& thresholds);
+    // From now on, their magnitudes are counted from zero (kernels.h), or no longer.
+    void watch(bool on);
+    int64_t activations() const { return activations_; }
+    const uint64_t* activity() const { return activity_.get(); }  // [activations, kActivity]
     int64_t op_count() const { return static_cast<int64_t>(ops_.size()); }
 
   private:
@@ -216,6 +226,7 @@ class Executor {
     PlanEntry* plan(const Op& op) const;
     void check_tables(const Batch& batch) const;
     KvView view(const Op& op, const Step& step) const;
+    void gated_matmul(const Op& op, int64_t first, int64_t last) const;
     Rows rows(const Ref& ref) const;
     void check(const Ref& ref, int64_t rows, int64_t row_bytes, const char* what) const;
 
@@ -235,6 +246,8 @@ class Executor {
     std::vector<uint64_t> expert_counts_;
     uint64_t routed_tokens_ = 0;
     std::unique_ptr<Residency> residency_;
+    int64_t activations_ = 0;
+    std::unique_ptr<uint64_t[]> activity_;      // while they are watched
     size_t resume_ = 0;                         // the op to go on with; written in a barrier
     alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
     Team team_;

@@ -227,7 +227,7 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
                     kernels_.scale(a, weight, op.cols, row, row + 1);
                     kernels_.scale(b, weight, op.cols, row, row + 1);
                 }
-                kernels_.activate(op.fn, a, b, op.cols, out, op.quantized, row, row + 1);
+                kernels_.activate(op.fn, a, b, op.cols, out, op.quantized, {}, row, row + 1);
             }
             return;
         default:

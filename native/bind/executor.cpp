@@ -2,8 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "slots.h"
 
@@ -20,6 +22,7 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
 using Vector = nb::ndarray<nb::numpy, const float, nb::ndim<1>, nb::device::cpu>;
 using Block = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::device::cpu>;
+using Counts = nb::ndarray<nb::numpy, uint64_t, nb::ndim<2>, nb::device::cpu>;
 // Bytes of a block, blocks, window, sinks, chunked.
 using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
@@ -61,6 +64,7 @@ void bind_executor(nb::module_& m) {
         "bound_plan_bytes",
         [](int64_t rows, int64_t cols) { return BoundPlan::floats(rows, cols) * 4; }, "rows"_a,
         "cols"_a, "Bytes of a row of what bounded products need beside their logits.");
+    m.attr("MAGNITUDE_SHIFT") = kMagnitudeShift;
     m.def(
         "packed_bytes",
         [](const std::string& format, int64_t rows, int64_t cols) {
@@ -190,18 +194,21 @@ void bind_executor(nb::module_& m) {
         .def(
             "matmul",
             [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, bool quantized,
-               float scale, Slot residual, Slot out, bool head, int64_t grain) {
+               float scale, Slot residual, Slot out, bool head, int64_t grain, bool gates,
+               bool sparse) {
                 Op op{OpKind::matmul};
                 op.a = at(x), op.b = at(residual), op.out = at(out);
                 op.cols = cols, op.quantized = quantized, op.head = head, op.grain = grain;
+                op.gates = gates;
                 for (const Part& p : parts) {
                     op.parts.push_back(make_part(e, p, cols));
-                    op.parts.back().scale = scale;
+                    op.parts.back().scale = scale, op.parts.back().sparse = sparse;
                 }
                 e.add(std::move(op));
             },
             "x"_a, "parts"_a, "cols"_a, "quantized"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
-            "grain"_a)
+            "grain"_a, "gates"_a = false, "sparse"_a = false,
+            "gates: relu follows the first part, and closes the second. sparse: x is often zero.")
         .def(
             "bounded_matmul",
             [](Executor& e, Slot x, Slot plan, const Part& part, int64_t cols, float scale,
@@ -254,13 +261,31 @@ void bind_executor(nb::module_& m) {
         .def(
             "activate",
             [](Executor& e, const std::string& fn, Slot gate, Slot up, int64_t cols, Slot out,
-               bool quantized, int64_t grain) {
+               bool quantized, int64_t grain, float threshold) {
                 Op op{OpKind::activate};
+                op.threshold = threshold;
                 op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
                 op.out = at(out), op.quantized = quantized, op.grain = grain;
                 e.add(std::move(op));
             },
-            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a)
+            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a,
+            "threshold"_a = 0.0f)
+        .def("set_thresholds", &Executor::set_thresholds, "thresholds"_a,
+             "Below which magnitude the activations of MLPs are zero: one for each `activate`.")
+        .def("watch", &Executor::watch, "on"_a,
+             "Counts the activations of MLPs from now on, from zero; or no longer.")
+        .def(
+            "activity",
+            [](const Executor& e) {
+                const auto ops = static_cast<size_t>(e.activity() ? e.activations() : 0);
+                auto copy = std::make_unique<uint64_t[]>(ops * kActivity);
+                std::copy_n(e.activity(), ops * kActivity, copy.get());
+                nb::capsule owner(copy.get(),
+                                  [](void* p) noexcept { delete[] static_cast<uint64_t*>(p); });
+                return Counts(copy.release(), {ops, kActivity}, owner);
+            },
+            "Of each `activate`: its results by magnitude (`MAGNITUDE_SHIFT` bits of a float less, "
+            "so the first are zeros), the groups, and those that are zero throughout.")
         .def(
             "softcap",
             [](Executor& e, Slot x, float cap, int64_t cols, Slot out, int64_t grain) {

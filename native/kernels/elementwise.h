@@ -102,28 +102,74 @@ inline void quantize(Rows x, int64_t cols, Rows out, bool quantized, int64_t fir
         write_row(cols, out, t, quantized, [&](int64_t k) { return load(x.row<float>(t) + k); });
 }
 
+// Half a group: values below the threshold become zero (a NaN stays), then all are counted. Gives
+// how many are left.
+inline int sparsify(F& x, const Sparsity& sparsity) {
+    float values[16];
+    int left = 0;
+    store(values, abs(x));
+    float kept[16];
+    store(kept, x);
+    for (int i = 0; i < 16; ++i) {
+        if (values[i] < sparsity.threshold) kept[i] = values[i] = 0;
+        left += values[i] != 0;
+    }
+    if (sparsity.counts)
+        for (const float value : values) {
+            uint32_t bits;
+            std::memcpy(&bits, &value, 4);
+            __atomic_fetch_add(sparsity.counts + (bits >> kMagnitudeShift), 1, __ATOMIC_RELAXED);
+        }
+    x = load(kept);
+    return left;
+}
+
+// A row of an MLP's activations, produced 16 at a time by fn(k), as `sparsity` has them.
+template <class Fn>
+inline void write_sparse_row(int64_t cols, Rows out, int64_t t, bool quantized,
+                             const Sparsity& sparsity, Fn fn) {
+    int64_t zero_groups = 0;
+    int left = 0;
+    write_row(cols, out, t, quantized, [&](int64_t k) {
+        F x = fn(k);
+        left = sparsify(x, sparsity) + (k % kGroup ? left : 0);
+        if (k % kGroup) zero_groups += left == 0;
+        return x;
+    });
+    if (!sparsity.counts) return;
+    const auto groups = static_cast<uint64_t>(cols / kGroup);
+    __atomic_fetch_add(sparsity.counts + kMagnitudes, groups, __ATOMIC_RELAXED);
+    __atomic_fetch_add(sparsity.counts + kMagnitudes + 1, static_cast<uint64_t>(zero_groups),
+                       __ATOMIC_RELAXED);
+}
+
 template <Activation fn>
 inline void activate_rows(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
-                          int64_t first, int64_t last) {
+                          const Sparsity& sparsity, int64_t first, int64_t last) {
+    const auto write = [&](int64_t t, auto values) {
+        if (sparsity.threshold > 0 || sparsity.counts)
+            write_sparse_row(cols, out, t, quantized, sparsity, values);
+        else
+            write_row(cols, out, t, quantized, values);
+    };
     for (int64_t t = first; t < last; ++t) {
         const float* gate = gates.row<float>(t);
         if (ups.data)
-            write_row(cols, out, t, quantized, [&](int64_t k) {
+            write(t, [&](int64_t k) {
                 return mul(activated<fn>(load(gate + k)), load(ups.row<float>(t) + k));
             });
         else
-            write_row(cols, out, t, quantized,
-                      [&](int64_t k) { return activated<fn>(load(gate + k)); });
+            write(t, [&](int64_t k) { return activated<fn>(load(gate + k)); });
     }
 }
 
 inline void activate(Activation fn, Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
-                     int64_t first, int64_t last) {
-    using Run = void (*)(Rows, Rows, int64_t, Rows, bool, int64_t, int64_t);
+                     const Sparsity& sparsity, int64_t first, int64_t last) {
+    using Run = void (*)(Rows, Rows, int64_t, Rows, bool, const Sparsity&, int64_t, int64_t);
     static constexpr Run runs[] = {activate_rows<Activation::silu>, activate_rows<Activation::gelu>,
                                    activate_rows<Activation::gelu_tanh>,
                                    activate_rows<Activation::relu>};
-    runs[static_cast<int>(fn)](gates, ups, cols, out, quantized, first, last);
+    runs[static_cast<int>(fn)](gates, ups, cols, out, quantized, sparsity, first, last);
 }
 
 inline void softcap(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last) {

@@ -10,11 +10,22 @@ namespace pronk {
 struct MatmulPart {
     const uint8_t* weight;  // packed
     Format format;
-    int32_t rows;       // outputs
-    int32_t column;     // first output column
-    const float* bias;  // [rows] or null
-    float scale = 1;    // of the sums and the bias
+    int32_t rows;         // outputs
+    int32_t column;       // first output column
+    const float* bias;    // [rows] or null
+    float scale = 1;      // of the sums and the bias
+    bool sparse = false;  // groups of x are often all zero: those of a lone token need no weights
 };
+
+// What an MLP's activations become, and how they are counted.
+struct Sparsity {
+    float threshold = 0;         // those of a lesser magnitude are zero
+    uint64_t* counts = nullptr;  // [kActivity] or null, for any thread to add to
+};
+// Magnitudes by the upper bits of a float, so that bin 0 is zero (and what is no normal number);
+// then groups of 32, and those of them that are zero throughout.
+constexpr int kMagnitudeShift = 19, kMagnitudes = 1 << (31 - kMagnitudeShift);
+constexpr int kActivity = kMagnitudes + 2;
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu };  // gelu: with erf
 
@@ -145,9 +156,9 @@ struct Kernels {
     void (*layer_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
                        bool quantized, int64_t first, int64_t last);
     void (*quantize)(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last);
-    // fn(gate) * up, or fn(gate) where `up` has no rows.
+    // fn(gate) * up, or fn(gate) where `up` has no rows; then what `sparsity` says.
     void (*activate)(Activation fn, Rows gate, Rows up, int64_t cols, Rows out, bool quantized,
-                     int64_t first, int64_t last);
+                     const Sparsity& sparsity, int64_t first, int64_t last);
     // cap * tanh(x / cap). Items are row * pieces + piece, of kCapPiece columns. Rows must hold
     // whole panels.
     void (*softcap)(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last);

@@ -75,22 +75,46 @@ template <Format fmt, int W, int M>
     });
 }
 
-template <Format fmt, int W, int M>
+// The groups of a token that are not zero throughout, in order; the sum of the others is zero.
+struct Groups {
+    static constexpr int64_t kMost = 2048;
+    int32_t at[kMost];
+    int64_t count = 0;
+};
+
+// All groups, or those of `listed`.
+template <Format fmt, int W, int M, bool all = true>
 [[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, const uint8_t* plane,
-                                                int64_t cols, const Act* x, F (*acc)[M]) {
+                                                int64_t cols, const Act* x, F (*acc)[M],
+                                                const Groups* listed = nullptr) {
     constexpr int H = traits(fmt).halves;
+    constexpr int64_t kListAhead = kAhead / quant_bytes(fmt);
     const int64_t bytes = panel_bytes(fmt, cols);
-    const uint8_t *quants[W], *planes[W];
+    const uint8_t *first[W], *quants[W], *planes[W];
     for (int p = 0; p < W; ++p) {
-        quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+        quants[p] = first[p] = panel + p * bytes + scales_bytes(fmt, cols);
         planes[p] = plane + p * (cols / kGroup) * low_bytes(fmt);
     }
     each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
-    for (int64_t g = 0; g < cols / kGroup; ++g) {
-        // Few tokens wait for memory; many find the panel in a cache, where asking costs nothing.
-        for (int p = 0; p < W; ++p) {
-            prefetch(quants[p] + kAhead, quant_bytes(fmt));
-            prefetch(planes[p] + kAhead, low_bytes(fmt));
+    const int64_t count = all ? cols / kGroup : listed->count;
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t g = i;
+        if constexpr (all) {
+            // Few tokens wait for memory; many find the panel in a cache, where asking is free.
+            for (int p = 0; p < W; ++p) {
+                prefetch(quants[p] + kAhead, quant_bytes(fmt));
+                prefetch(planes[p] + kAhead, low_bytes(fmt));
+            }
+        } else {
+            g = listed->at[i];
+            int64_t ahead = i + kListAhead, panels = 0;  // in the panels behind these, at the end
+            for (; ahead >= count; ahead -= count) panels += W;
+            for (int p = 0; p < W; ++p) {
+                quants[p] = first[p] + g * quant_bytes(fmt);
+                planes[p] = plane + (p * (cols / kGroup) + g) * low_bytes(fmt);
+                prefetch(first[p] + panels * bytes + listed->at[ahead] * quant_bytes(fmt),
+                         quant_bytes(fmt));
+            }
         }
         I dot[H][W][M];
         tile_group<fmt, W, M>(quants, planes, x, g, dot);
@@ -103,7 +127,7 @@ template <Format fmt, int W, int M>
                 acc[p][m] = add_group<fmt>(acc[p][m], sum, set(x[m].scale[g * kActStep]), minimum,
                                            set(x[m].scaled_sum[g * kActStep]));
             });
-            quants[p] += quant_bytes(fmt), planes[p] += low_bytes(fmt);
+            if constexpr (all) quants[p] += quant_bytes(fmt), planes[p] += low_bytes(fmt);
         });
     }
 }
@@ -167,11 +191,45 @@ void matmul_panels(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
     if (t < tokens) tile<fmt, W, 1>(part, cols, p, x, out, residual, t);
 }
 
+// Skipping pays where few groups are left: memory is read best in one go.
+constexpr int64_t kSparse = 4;
+
+// One token whose groups are mostly zero; false where they are not, and nothing is done.
+template <Format fmt, int W>
+bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
+                   int64_t first, int64_t last) {
+    const int64_t groups = cols / kGroup, most = groups / kSparse;
+    if (groups > Groups::kMost * kSparse) return false;
+    const Act row(x, 0, cols);
+    Groups listed;
+    for (int64_t g = 0; g < groups; ++g) {
+        if (row.scale[g * kActStep] == 0.0f) continue;
+        if (listed.count == most) return false;
+        listed.at[listed.count++] = static_cast<int32_t>(g);
+    }
+    int64_t p = first;
+    const auto run = [&]<int w>() {
+        F acc[w][1];
+        const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
+        const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
+        tile_grouped<fmt, w, 1, false>(panel, plane, cols, &row, acc, &listed);
+        for (int i = 0; i < w; ++i) finish_row(part, (p + i) * kPanel, 0, acc[i][0], out, residual);
+        p += w;
+    };
+    while (p + W <= last) run.template operator()<W>();
+    while (p < last) run.template operator()<1>();
+    return true;
+}
+
 template <Format fmt>
 void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last) {
     constexpr int W = traits(fmt).halves == 2 ? 1 : kTilePanels;  // halves take registers twice
     int64_t tiled = 0;
+    if constexpr (is_grouped(fmt))
+        if (tokens == 1 && part.sparse &&
+            matmul_sparse<fmt, W>(part, cols, x, out, residual, first, last))
+            return;
 #if defined(PRONK_AMX)
     if constexpr (is_grouped(fmt)) {
         const int64_t rest = tokens % kActRows;

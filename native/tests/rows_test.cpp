@@ -222,7 +222,8 @@ void test_activate(const Kernels& kernels, Activation fn, int64_t cols, Random& 
                       gated ? "gated" : "plain");
         const Rows ups{gated ? up.data() : nullptr, cols * 4};
         const auto run = [&](Rows out, bool quantized, int64_t first, int64_t last) {
-            kernels.activate(fn, {gate.data(), cols * 4}, ups, cols, out, quantized, first, last);
+            kernels.activate(fn, {gate.data(), cols * 4}, ups, cols, out, quantized, {}, first,
+                             last);
         };
         const auto want = [&](int64_t t) {
             std::vector<double> row(static_cast<size_t>(cols));
@@ -272,7 +273,7 @@ void test_exactness(const Kernels& kernels) {
         x.floats()[k] = k % 2 ? (at - 0.5f) * 30 : std::exp2(-30 * at) * (k % 4 ? 1.0f : -1.0f);
     }
     for (const Activation fn : kActivations) {
-        kernels.activate(fn, rows, {}, cols, to, false, 0, 1);
+        kernels.activate(fn, rows, {}, cols, to, false, {}, 0, 1);
         double worst = 0;
         for (int64_t k = 0; k < cols; ++k) {
             const double at = x.floats()[k];
@@ -293,7 +294,7 @@ void test_exactness(const Kernels& kernels) {
     check(worst < 5e-7, "%s tanh is wrong by %.2g of it", kernels.name, worst);
     x.floats()[3] = NAN;
     for (const Activation fn : kActivations) {
-        kernels.activate(fn, rows, {}, 32, to, false, 0, 1);
+        kernels.activate(fn, rows, {}, 32, to, false, {}, 0, 1);
         check(std::isnan(out.floats()[3]) && !std::isnan(out.floats()[2]),
               "%s activation %d hides a NaN", kernels.name, static_cast<int>(fn));
     }

@@ -25,6 +25,8 @@ MOST_KEPT: int = 64
 def bound_plan_bytes(rows: int, cols: int) -> int:
     """Bytes of a row of what bounded products need beside their logits."""
 
+MAGNITUDE_SHIFT: int = 19
+
 def packed_bytes(format: str, rows: int, cols: int) -> int:
     """Bytes of a packed matrix."""
 
@@ -81,7 +83,10 @@ class Executor:
 
     def quantize(self, x: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
 
-    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int) -> None: ...
+    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int, gates: bool = False, sparse: bool = False) -> None:
+        """
+        gates: relu follows the first part, and closes the second. sparse: x is often zero.
+        """
 
     def bounded_matmul(self, x: tuple[int, int], plan: tuple[int, int], part: tuple[str, int, int, int, int], cols: int, scale: float, out: tuple[int, int], grain: int) -> None:
         """
@@ -93,7 +98,20 @@ class Executor:
 
     def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int, *, softcap: float = 0.0, slopes: Sequence[float] = [], growth: float = 0.0, growth_span: int = 1) -> None: ...
 
-    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int, threshold: float = 0.0) -> None: ...
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """
+        Below which magnitude the activations of MLPs are zero: one for each `activate`.
+        """
+
+    def watch(self, on: bool) -> None:
+        """Counts the activations of MLPs from now on, from zero; or no longer."""
+
+    def activity(self) -> Annotated[NDArray[numpy.uint64], dict(shape=(None, None), device='cpu')]:
+        """
+        Of each `activate`: its results by magnitude (`MAGNITUDE_SHIFT` bits of a float less, so the first are zeros), the groups, and those that are zero throughout.
+        """
 
     def softcap(self, x: tuple[int, int], cap: float, cols: int, out: tuple[int, int], grain: int) -> None: ...
 

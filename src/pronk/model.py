@@ -23,7 +23,7 @@ from pronk.device.memory import resident_memory, trim
 from pronk.engine.engine import Engine
 from pronk.engine.packing import Weights, identity, provide_weights
 from pronk.engine.request import Event
-from pronk.engine.runner import ExpertReads, Recording, Runner
+from pronk.engine.runner import ExpertReads, Recording, Runner, magnitudes
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
@@ -35,6 +35,7 @@ from pronk.graph.program import (
     compile_program,
     stored_dtypes,
 )
+from pronk.graph.sparse import SparseMlp, apply_sparse
 from pronk.spec import MemoryPlan, ModelSpec, SamplingParams
 from pronk.units import format_bytes, parse_size
 
@@ -476,6 +477,31 @@ class Model:
         """How often experts were in memory since loading, and what was read of the others."""
         return self._open().expert_reads()
 
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Below which magnitude each MLP's activations are zero from now on.
+
+        Parameters
+        ----------
+        thresholds : sequence of float
+            One for each MLP that is not of experts.
+        """
+        try:
+            self._open().set_thresholds(thresholds)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    def watch(self, on: bool = True) -> None:
+        """Count the activations of MLPs from now on, from zero; or no longer."""
+        self._open().watch(on)
+
+    def activity(self) -> NDArray[np.uint64]:
+        """The counts since `watch` (see `Runner.activity`), uint64 [MLPs, magnitudes + 2]."""
+        return self._open().activity()
+
+    def magnitudes(self) -> NDArray[np.float32]:
+        """The least magnitude of each bin that `activity` counts, float32 [magnitudes]."""
+        return magnitudes()
+
     def record(self, on: bool = True) -> None:
         """Keep the times of ops from now on, from nothing; or no longer."""
         self._open().record(on)
@@ -520,6 +546,7 @@ def load(
     max_sequences: int = 16,
     target_tpot: float | None = None,
     expert_memory: int | str | None = None,
+    sparse_mlp: str | SparseMlp | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load a model by name, address or path.
@@ -561,6 +588,9 @@ def load(
         Bytes of memory for a mixture's experts, or a size such as ``"200MB"``. The hot ones are
         kept there, and the others are read from packed weights on disk when they are chosen. The
         logits are the same. All experts are in memory unless given.
+    sparse_mlp : str or SparseMlp, optional
+        What ``down`` of an MLP is given counts as zero below ``"threshold=0.05"``, or below the
+        thresholds by layer in a ``.json`` file, which ``pronk eval --sparse-mlp kl=0.01`` writes.
     progress : callable, optional
         Called with (bytes loaded, bytes in all).
 
@@ -590,6 +620,8 @@ def load(
         spec = adapted(checkpoint.spec, attention, rope_scaling)
         if experts:
             spec = apply_experts(spec, experts)
+        if sparse_mlp is not None:
+            spec = apply_sparse(spec, sparse_mlp)
         context = choose_context(spec, context, checkpoint.budget)
         if isinstance(expert_memory, str):
             expert_memory = parse_size(expert_memory)

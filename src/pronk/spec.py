@@ -84,6 +84,9 @@ class LayerSpec:
         mixture of gated experts.
     weights : int or None
         The layer whose weights this one uses too; None: it has its own.
+    mlp_threshold : float
+        What ``down`` is given is zero where its magnitude is less (arXiv:2408.14690); not in
+        experts.
     """
 
     attention: str = "global"
@@ -93,6 +96,7 @@ class LayerSpec:
     qk_norm: str = ""
     mlp: str = "gated"
     weights: int | None = None
+    mlp_threshold: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
     from pronk.device.limits import measure_limits
     from pronk.evaluate.experts import expert_load, expert_traffic, format_load
     from pronk.evaluate.latency import latency, turned
+    from pronk.evaluate.sparsity import format_sparse
 
     figures = latency(model, prompt, args.tokens, args.runs)
     peak = peak_memory()  # before the limits are measured: those need memory of their own
@@ -81,6 +82,11 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         traffic = expert_traffic(model, own, args.tokens)
     load = expert_load(model.expert_counts(), model.experts_per_token())
     drafted, accepted = model.speculation.drafted, model.speculation.accepted
+    sparse = None
+    if args.sparse_mlp is not None:
+        from pronk.commands.sparse import measure as measure_sparse
+
+        sparse = measure_sparse(args, path, model, prompt)
     model.close()
     limits = measure_limits(threads)
     operations = figures.prefill * 2 * parameters
@@ -105,6 +111,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.commands.depth import measure
 
         result["depth"] = measure(args, path)
+    if sparse is not None:
+        result["sparse"] = sparse
     if traffic is not None:
         result["experts"] = load.to_dict() | {"traffic": traffic.to_dict()}
     if args.json:
@@ -131,6 +139,8 @@ def _measure(args: argparse.Namespace, model: Model, prompt: list[int], load_tim
         from pronk.evaluate.depth import format_depth
 
         print(*format_depth(result["depth"]), sep="\n")
+    if sparse is not None:
+        print(*format_sparse(sparse), sep="\n")
     if traffic is not None:
         print(*format_load(load), traffic.format(), sep="\n")
 

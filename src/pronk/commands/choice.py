@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pronk.commands.kept import file_of, keep, kept
 from pronk.errors import RequestError
 
 if TYPE_CHECKING:
@@ -54,11 +53,11 @@ def choose(path: Path, args: argparse.Namespace) -> AttentionPolicy | None:
     corpus = default_corpus()
     with open_checkpoint(path) as checkpoint:
         key = [content_hash(checkpoint.files), corpus.name, policy.window, policy.sinks]
-    file = _file([*key, args.rope_scaling])
+    file = file_of("attention", [*key, args.rope_scaling])
     divergence = _remembered(file)
     if divergence is None:
         divergence = _measure(path, args, policy)
-        _remember(file, divergence)
+        keep(file, divergence)
     layers = choose_global(divergence, policy.auto)
     common.note(f"pronk: layers {':'.join(map(str, layers))} stay global")
     return replace(policy, layers=layers, auto=0)
@@ -102,28 +101,8 @@ def _measure(path: Path, args: argparse.Namespace, policy: AttentionPolicy) -> d
         return window_divergence(reference, windowed, open_to_choice, ids, rows, progress)
 
 
-def _file(key: list[object]) -> Path:
-    import hashlib
-
-    from pronk.checkpoint.cache import home
-
-    return (
-        home() / "attention" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-    )
-
-
 def _remembered(file: Path) -> dict[int, float] | None:
     try:
-        data = json.loads(file.read_bytes())
-        return {int(layer): float(value) for layer, value in data.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {int(layer): float(value) for layer, value in kept(file).items()}
+    except (ValueError, TypeError, AttributeError):
         return None
-
-
-def _remember(file: Path, divergence: dict[int, float]) -> None:
-    """Keep what was measured, where that can be done."""
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(divergence))
-        beside.replace(file)

@@ -69,10 +69,15 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads``, ``--kv``, ``--no-packed-cache`` and what `add_attention` has."""
+    """``--threads``, ``--kv``, ``--sparse-mlp``, ``--no-packed-cache`` and `add_attention`'s."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
     add_kv(parser)
     add_attention(parser)
+    parser.add_argument(
+        "--sparse-mlp", metavar="HOW",
+        help="MLPs' activations near zero count as zero: kl=0.01 calibrates thresholds to this "
+        "divergence, keep=0.6 to this share left; threshold=0.05; or a .json of thresholds",
+    )  # fmt: skip
     parser.add_argument(
         "--no-packed-cache", dest="packed_cache", action="store_false",
         help="neither read packed weights from disk nor keep them there",
@@ -172,10 +177,12 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     """
     from pronk.checkpoint.sources import resolve
     from pronk.commands.choice import choose
+    from pronk.commands.sparse import choose_sparse
     from pronk.model import load
 
     path = resolve(name)  # a download is not part of the load time
     attention = choose(path, args)
+    sparse = choose_sparse(path, args)
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
@@ -187,6 +194,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
         speculate=getattr(args, "speculate", False),
         experts=getattr(args, "dynamic_experts", ""),
         expert_memory=getattr(args, "expert_memory", None),
+        sparse_mlp=sparse,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:

@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="MODEL",
-        help="also report KL from this model, its KV in bf16, its attention and experts as made",
+        help="also report KL from this model as made, its KV in bf16",
     )
     parser.add_argument("--window", type=int, default=512, metavar="N", help="tokens at a time")
     parser.add_argument("--stride", type=int, metavar="N", help="default: half the window")
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from pronk.evaluate.divergence import divergence
     from pronk.evaluate.perplexity import perplexity
     from pronk.evaluate.profile_view import check_plot
+    from pronk.evaluate.sparsity import activity
 
     if args.max_tokens is not None and args.max_tokens < 2:
         raise RequestError(f"--max-tokens must be 2 or more, not {args.max_tokens}")
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     model, _ = common.open_model(args.model, args, args.window)
     ids = encode(corpus, model.tokenizer, most)
     bos = model.tokenizer.bos_id
+    if args.sparse_mlp is not None:
+        model.watch()
     options = {"window": args.window, "stride": args.stride, "bos": bos}
     with Progress("perplexity") as progress:
         result: dict[str, Any] = {
@@ -68,8 +71,11 @@ def run(args: argparse.Namespace) -> None:
             "stride": args.stride or max(1, args.window // 2),
             **perplexity(model, ids, progress=progress, **options).to_dict(),
         }
+    if args.sparse_mlp is not None:
+        result["sparse"] = activity(model.activity()).to_dict()
+        model.watch(False)
     if args.reference:
-        as_made = {"kv": "bf16", "attention": None, "dynamic_experts": ""}
+        as_made = {"kv": "bf16", "attention": None, "dynamic_experts": "", "sparse_mlp": None}
         exact = argparse.Namespace(**{**vars(args), **as_made})
         reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:
@@ -81,5 +87,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{corpus.name}: {result['tokens']} tokens, window {args.window}, "
           f"stride {result['stride']}")  # fmt: skip
     print(f"perplexity {result['perplexity']:.4f}")
+    if args.sparse_mlp is not None:
+        print(f"{result['sparse']['skipped']:.1%} of the MLPs' activations were zero")
     if args.reference:
         print(f"KL {result['kl']:.6f} nats a token, top-1 agreement {result['top1_agreement']:.2%}")

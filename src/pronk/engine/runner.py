@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk._native import Executor, ExpertReadError
+from pronk._native import MAGNITUDE_SHIFT, Executor, ExpertReadError
 from pronk.engine.sampler import Keep
 from pronk.errors import CheckpointError, RequestError
 from pronk.graph.cost import Step
@@ -19,7 +19,14 @@ from pronk.graph.lower import lower
 from pronk.graph.program import Program
 from pronk.graph.reference import normed
 
-__all__ = ["ExpertReads", "OpTime", "Recording", "Runner"]
+__all__ = ["ExpertReads", "OpTime", "Recording", "Runner", "magnitudes"]
+
+
+def magnitudes() -> NDArray[np.float32]:
+    """The least magnitude of each bin that `Runner.activity` counts, float32."""
+    return (np.arange(1 << (31 - MAGNITUDE_SHIFT), dtype=np.uint32) << MAGNITUDE_SHIFT).view(
+        np.float32
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +300,22 @@ class Runner:
     def reset_experts(self) -> None:
         """Count from zero."""
         self.executor.reset_experts()
+
+    def set_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Below which magnitude each MLP's activations are zero, instead of what its layer says."""
+        self.executor.set_thresholds(list(thresholds))
+
+    def watch(self, on: bool = True) -> None:
+        """Count the activations of MLPs from now on, from zero; or no longer."""
+        self.executor.watch(on)
+
+    def activity(self) -> NDArray[np.uint64]:
+        """What was counted since `watch`: uint64 [MLPs, magnitudes + 2].
+
+        How many inputs of ``down`` had each magnitude (`magnitudes`), how many groups of 32 there
+        were, and how many of these were zero throughout. Experts are not counted.
+        """
+        return self.executor.activity()
 
     def record(self, on: bool = True) -> None:
         """Keep the steps and the times of ops from now on, from nothing; or no longer."""

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
-from pronk.errors import CheckpointError, RequestError
-from pronk.evaluate.windows import log_normalizer, rows_at_a_time
+from pronk.errors import RequestError
+from pronk.evaluate.divergence import mean_divergence
 
 __all__ = ["choose_global", "window_divergence"]
 
@@ -54,7 +53,7 @@ def window_divergence(
     found: dict[int, float] = {}
     for layer in every:
         with windowed(layer) as model:
-            found[layer] = _divergence(expected, model.logits(ids, last=rows))
+            found[layer] = mean_divergence(expected, model.logits(ids, last=rows))
         if progress is not None:
             progress(len(found), len(every))
     return found
@@ -75,18 +74,3 @@ def choose_global(divergence: dict[int, float], count: int) -> tuple[int, ...]:
         )
     worst = sorted(divergence, key=lambda layer: (-divergence[layer], layer))[:count]
     return tuple(sorted(worst))
-
-
-def _divergence(expected: NDArray[Any], got: NDArray[Any]) -> float:
-    if expected.shape != got.shape:
-        raise CheckpointError(f"logits of shapes {expected.shape} and {got.shape} were compared")
-    total, step = 0.0, rows_at_a_time(expected.shape[1])
-    for at in range(0, len(expected), step):
-        p = expected[at : at + step].astype(np.float64)
-        q = got[at : at + step].astype(np.float64)
-        p -= log_normalizer(p)[:, None]
-        q -= log_normalizer(q)[:, None]
-        # A token that the reference rules out (-inf) adds nothing: 0 log 0 = 0.
-        possible = np.isfinite(p)
-        total += float((np.exp(p[possible]) * (p[possible] - q[possible])).sum())
-    return max(0.0, total / len(expected))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pronk.errors import CheckpointError
 from pronk.evaluate.scores import score_window
-from pronk.evaluate.windows import LogitsModel, windows
+from pronk.evaluate.windows import LogitsModel, log_normalizer, rows_at_a_time, windows
 
-__all__ = ["Divergence", "divergence"]
+__all__ = ["Divergence", "divergence", "mean_divergence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +65,25 @@ def divergence(
         if progress is not None:
             progress(count, len(ids) - 1)
     return Divergence(kl / count, same / count, count)
+
+
+def mean_divergence(expected: NDArray[Any], got: NDArray[Any]) -> float:
+    """KL(expected || got) of logits [rows, vocabulary], in nats a row.
+
+    Raises
+    ------
+    CheckpointError
+        If their shapes differ, or a row is not finite.
+    """
+    if expected.shape != got.shape:
+        raise CheckpointError(f"logits of shapes {expected.shape} and {got.shape} were compared")
+    total, step = 0.0, rows_at_a_time(expected.shape[1])
+    for at in range(0, len(expected), step):
+        p = expected[at : at + step].astype(np.float64)
+        q = got[at : at + step].astype(np.float64)
+        p -= log_normalizer(p)[:, None]
+        q -= log_normalizer(q)[:, None]
+        # A token that the reference rules out (-inf) adds nothing: 0 log 0 = 0.
+        possible = np.isfinite(p)
+        total += float((np.exp(p[possible]) * (p[possible] - q[possible])).sum())
+    return max(0.0, total / len(expected))

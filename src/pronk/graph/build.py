@@ -152,20 +152,24 @@ def _mlp(b: _Builder, layer: LayerSpec, i: int, at: str, x: str) -> str:
     if layer.mlp == "moe":
         d = _experts(b, i, f"{at}.mlp", h)
     else:
-        gated = layer.mlp == "gated"
-        d = _feed_forward(b, f"{at}.mlp", f"{i}", spec.intermediate_size, h, gated)
+        d = _feed_forward(b, f"{at}.mlp", f"{i}", spec.intermediate_size, h, layer.mlp == "gated",
+                          layer.mlp_threshold)  # fmt: skip
     if spec.post_norms:
         d = b.norm(d, f"{at}.post_feedforward_layernorm", f"{i}.post2")
     return b.op("add", (x, d), f"{i}.x2", spec.hidden_size)
 
 
-def _feed_forward(b: _Builder, at: str, name: str, width: int, h: str, gated: bool) -> str:
+def _feed_forward(
+    b: _Builder, at: str, name: str, width: int, h: str, gated: bool, threshold: float = 0.0
+) -> str:
     spec = b.spec
     projections = ("gate", "up") if gated else ("up",)
     inputs = tuple(
         b.linear(h, f"{at}.{p}_proj", width, spec.hidden_size, f"{name}.{p}") for p in projections
     )
     m = b.op("activate", inputs, f"{name}.act", width, fn=spec.activation)
+    if threshold:
+        b.ops[-1] = b.ops[-1].with_attrs(threshold=threshold)
     return b.linear(m, f"{at}.down_proj", spec.hidden_size, width, f"{name}.down",
                     scale=spec.residual_scale)  # fmt: skip
 

@@ -108,7 +108,8 @@ class _Lowering:
         self.executor.matmul(
             self.slot(op.inputs[0]), parts, op.integer("cols"),
             self.graph.values[op.inputs[0].value].quantized, _scale(op), self._second(op), out,
-            self._is_head(op), grain)  # fmt: skip
+            self._is_head(op), grain, bool(op.attrs.get("gates")),
+            bool(op.attrs.get("sparse")))  # fmt: skip
 
     def _head(self, op: Op, out: tuple[int, int], grain: int) -> None:
         x, plan = (self.slot(ref) for ref in op.inputs)
@@ -142,7 +143,8 @@ class _Lowering:
     def _activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.activate(
             str(op.attrs["fn"]), self.slot(op.inputs[0]), self._second(op),
-            self.graph.values[op.output].width, out, self._quantized(op), grain)  # fmt: skip
+            self.graph.values[op.output].width, out, self._quantized(op), grain,
+            float(op.attrs.get("threshold", 0)))  # fmt: skip
 
     def _softcap(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width

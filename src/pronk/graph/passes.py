@@ -25,6 +25,7 @@ __all__ = [
     "fuse_siblings",
     "quantize_activations",
     "run_passes",
+    "skip_inactive",
     "split_experts",
     "split_head",
     "split_threads",
@@ -228,6 +229,29 @@ def split_head(graph: Graph) -> Graph:
     return graph.with_ops(ops, {**graph.values, plan.name: plan})
 
 
+def skip_inactive(graph: Graph) -> Graph:
+    """Mark what need not be computed for a lone token whose activations are zero.
+
+    ``sparse``: a matmul whose input is zero below a threshold, or behind relu; it reads no weights
+    of the groups that are zero throughout. ``gates``: a gate and what it gates in one matmul, and
+    relu behind it; panels that the gate closes are left out. Neither changes a result.
+    """
+    producer = {op.output: op for op in graph.ops}
+    marked: dict[str, Op] = {}
+    for op in graph.ops:
+        source = producer[op.inputs[0].value] if op.inputs else op
+        if op.kind != "matmul" or source.kind != "activate":
+            continue
+        relu = source.attrs["fn"] == "relu"
+        if relu or "threshold" in source.attrs:
+            marked[op.output] = op.with_attrs(sparse=True)
+        gate = producer[source.inputs[0].value]
+        gated = len(source.inputs) == 2 and source.inputs[1].value == gate.output
+        if relu and gated and source.inputs[0].column == 0 and len(gate.weights) == 2:
+            marked[gate.output] = gate.with_attrs(gates=True)
+    return graph.with_ops([marked.get(op.output, op) for op in graph.ops], graph.values)
+
+
 def split_threads(graph: Graph) -> Graph:
     """Give every op its grain: the most items (rows, panels, heads) a thread takes at once.
 
@@ -269,6 +293,7 @@ CPU_PASSES: tuple[Pass, ...] = (
     fuse_residual,
     quantize_activations,
     fuse_quantize,
+    skip_inactive,
     split_experts,
     split_head,
     split_threads,

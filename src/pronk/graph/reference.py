@@ -243,7 +243,10 @@ class Reference:
     def _activate(self, op: Op, x: list[Array], w: list[Array]) -> Array:
         width = self.graph.values[op.output].width
         out = _ACTIVATIONS[str(op.attrs["fn"])](x[0][:, :width])
-        result: Array = out * x[1][:, :width] if len(x) > 1 else out
+        if len(x) > 1:
+            out = out * x[1][:, :width]
+        small = np.abs(out) < np.float32(op.attrs.get("threshold", 0))
+        result: Array = np.where(small, 0, out)
         return result
 
     def _softcap(self, op: Op, x: list[Array], w: list[Array]) -> Array:
