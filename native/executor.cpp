@@ -520,8 +520,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
                 return k.attention_parts(a, op.heads, attend, kv, step.tokens, b, step.count,
                                          chunks, first, last);
             if (chunks)
-                return k.attention_join(b, op.heads, kv.head_dim, attend.window, step.tokens,
-                                        chunks, out, first, last);
+                return k.attention_join(b, op.heads, attend.window, kv, step.tokens, chunks, out,
+                                        first, last);
             return k.attention(a, op.heads, attend, kv, step.tokens, out, step.count, first, last);
         }
         case OpKind::gather:

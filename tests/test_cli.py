@@ -198,6 +198,8 @@ def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
     assert same["top1_agreement"] == 1
     int8 = json.loads(pronk("eval", tiny, "--reference", tiny, "--kv", "int8", *arguments).stdout)
     assert 1e-9 < int8["kl"] < 1e-2
+    int4 = json.loads(pronk("eval", tiny, "--reference", tiny, "--kv", "int4", *arguments).stdout)
+    assert int8["kl"] < int4["kl"] < 1e-1
     other = json.loads(pronk("eval", tiny_q4, "--reference", tiny, *arguments).stdout)
     assert other["kl"] > same["kl"]
     assert other["tokens"] == same["tokens"] == 499

@@ -68,7 +68,7 @@ def test_company_does_not_matter(models, dtype):
         np.testing.assert_array_equal(np.stack(rows), expected)
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("isa", isas())
 def test_a_long_past_cut_over_threads_does_not_matter(models, isa, kv_dtype):
     ids = [int(i) for i in np.random.default_rng(1).integers(0, 320, 1100)]

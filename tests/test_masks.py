@@ -58,7 +58,7 @@ def test_native_computes_what_the_interpreter_says(name, isa):
     assert np.abs(native - expected).max() < 3e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("name", ["window", "sinks", "chunked", "soft caps", "alibi"])
 def test_chunks_threads_and_parts_do_not_matter(name, isa, kv_dtype):

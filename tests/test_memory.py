@@ -45,15 +45,23 @@ def test_the_executor_allocates_the_plan(tmp_path):
         assert executor.arena_bytes == planned.arena == model.memory.arena
 
 
-def test_an_int8_cache_takes_half(tmp_path):
-    path = tiny_llama_dir(tmp_path / "hf", head_dim=64)
-    with load(path, context=256, kv_dtype="int8") as model:
+@pytest.mark.parametrize(
+    ("kv_dtype", "head_dim", "row"),
+    [
+        ("int8", 64, 64 + 4),  # a scale for each row of a head
+        ("int4", 64, 32 + 2 * 2),  # a scale for each 32 elements
+        ("int4", 80, 40 + 5 * 2),  # or 16
+    ],
+)
+def test_a_rounded_cache_takes_what_is_planned(tmp_path, kv_dtype, head_dim, row):
+    path = tiny_llama_dir(tmp_path / "hf", head_dim=head_dim)
+    with load(path, context=256, kv_dtype=kv_dtype) as model:
         assert model._open().executor.kv_bytes == model.memory.kv
-        halved = model.memory.kv
-    planned = measured("inspect", path, "--context", 256, "--kv", "int8")["memory"]["kv"]
+        held = model.memory.kv
+    planned = measured("inspect", path, "--context", 256, "--kv", kv_dtype)["memory"]["kv"]
     whole = measured("inspect", path, "--context", 256)["memory"]["kv"]
-    assert planned == halved
-    assert halved / whole == (64 + 4) / (64 * 2)  # a scale for each row of a head
+    assert planned == held
+    assert held / whole == row / (head_dim * 2)
 
 
 def test_packed_weights_are_no_larger_than_the_file(smollm2):

@@ -18,6 +18,7 @@ POLICIES = {
     "global": {},
     "window": {"attention": "window=40,global-every=2,sinks=4"},
     "int8": {"kv_dtype": "int8"},
+    "int4": {"kv_dtype": "int4"},
 }
 
 

@@ -71,7 +71,7 @@ def test_native_is_as_interpreted(tiny, kind):
         assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_and_threads_do_not_matter(tiny, kind, kv_dtype):
     expected = run_whole(runner_of(tiny, kind, threads=1, kv_dtype=kv_dtype), IDS)

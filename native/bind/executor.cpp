@@ -30,6 +30,8 @@ KvType parse_kv(const std::string& name) {
     if (name == "f32") return KvType::f32;
     if (name == "bf16") return KvType::bf16;
     if (name == "int8") return KvType::int8;
+    if (name == "int4") return KvType::int4;
+    if (name == "int4_plain") return KvType::int4_plain;
     throw std::invalid_argument("unknown KV type: " + name);
 }
 

@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "attend.h"
-#include "kv_int8.h"
+#include "kv_past.h"
 #if defined(PRONK_AMX)
 #include "attend_amx.h"
 #endif
@@ -52,9 +52,10 @@ inline void join_values(float* values, const float* chunk, float old, float adde
         store(values + d, fma(load(chunk + d), y, mul(load(values + d), x)));
 }
 
-inline void divide(const float* values, float total, int64_t dim, float* out) {
+inline void divide(const float* values, float total, const KvView& kv, float* out) {
     const F inverse = set(1.0f / total);
-    for (int64_t d = 0; d < dim; d += 16) store(out + d, mul(load(values + d), inverse));
+    for (int64_t d = 0; d < kv.head_dim; d += 16) store(out + d, mul(load(values + d), inverse));
+    if (kv.rotated()) hadamard(out, kv.head_dim);
 }
 
 // Tiles of queries of one sequence and KV head on their way through the past.
@@ -87,6 +88,12 @@ class Queries {
         tile.slope[r] = attend_.slopes ? attend_.slopes[head] : 0.0f;
         out_[count_++] = out;
         const float scale = scale_at(position);
+        alignas(64) float turned[kMaxHeadDim];
+        if (kv_.rotated()) {
+            std::memcpy(turned, q, static_cast<size_t>(kv_.head_dim) * sizeof(float));
+            hadamard(turned, kv_.head_dim);
+            q = turned;
+        }
 #if defined(PRONK_AMX)
         if (tiles_)
             return split_query(q, scale, kv_.head_dim, kQueries * kv_.head_dim,
@@ -112,7 +119,7 @@ class Queries {
                 }
         }
         for (int i = 0; i < count_; ++i)
-            divide(values_ + i * kv_.head_dim, total_[i], kv_.head_dim, out_[i]);
+            divide(values_ + i * kv_.head_dim, total_[i], kv_, out_[i]);
         count_ = 0;
     }
 
@@ -280,10 +287,10 @@ inline void attention_parts(Rows qkv, int64_t heads, const Attend& attend, const
 }
 
 // Joins the parts; items are token * heads + head. The first part is overwritten.
-inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Window& window,
+inline void attention_join(Rows parts, int64_t heads, const Window& window, const KvView& kv,
                            const Tokens& tokens, int64_t chunks, Rows out, int64_t first,
                            int64_t last) {
-    const int64_t width = dim + kPartTail;
+    const int64_t dim = kv.head_dim, width = dim + kPartTail;
     for (int64_t item = first; item < last; ++item) {
         const int64_t t = item / heads, h = item % heads;
         const auto part = [&](int64_t c) { return parts.row<float>(t * chunks + c) + h * width; };
@@ -298,7 +305,7 @@ inline void attention_join(Rows parts, int64_t heads, int64_t dim, const Window&
             join_totals(top, total, chunk_top, chunk_total, old, added);
             join_values(all, part(c), old[0], added[0], dim);
         }
-        divide(all, total[0], dim, out.row<float>(t) + h * dim);
+        divide(all, total[0], kv, out.row<float>(t) + h * dim);
     }
 }
 

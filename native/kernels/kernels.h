@@ -40,11 +40,18 @@ struct Rows {  // a matrix in the arena
     }
 };
 
-enum class KvType : int { f32, bf16, int8 };
+// int4_plain is int4 without the rotation: to measure what it is worth.
+enum class KvType : int { f32, bf16, int8, int4, int4_plain };
+
+// Elements of an int4 row that share a scale.
+static inline int64_t kv_group(int64_t dim) { return dim % 32 ? 16 : 32; }
+
+static inline bool kv_expanded(KvType type) { return type >= KvType::int8; }
 
 // Bytes of the keys, or the values, of one head in a block.
 static inline int64_t kv_head_bytes(KvType type, int64_t dim) {
     if (type == KvType::int8) return kBlock * (dim + 4);  // a scale per position
+    if (kv_expanded(type)) return kBlock * (dim / 2 + 2 * dim / kv_group(dim));
     return kBlock * dim * (type == KvType::bf16 ? 2 : 4);
 }
 
@@ -56,6 +63,7 @@ struct KvView {
     KvType type;
     int32_t kv_heads, head_dim;
     [[gnu::always_inline]] int64_t head_bytes() const { return kv_head_bytes(type, head_dim); }
+    [[gnu::always_inline]] bool rotated() const { return type == KvType::int4; }
 };
 
 constexpr int64_t kMaxRouted = 64;  // most experts of a token
@@ -181,7 +189,7 @@ struct Kernels {
     void (*attention_parts)(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
                             const Tokens& tokens, Rows parts, int64_t count, int64_t chunks,
                             int64_t first, int64_t last);
-    void (*attention_join)(Rows parts, int64_t heads, int64_t dim, const Window& window,
+    void (*attention_join)(Rows parts, int64_t heads, const Window& window, const KvView& kv,
                            const Tokens& tokens, int64_t chunks, Rows out, int64_t first,
                            int64_t last);
     // Experts of tokens [first, last) by their logits: out gets their ids, the likeliest first and

@@ -4,7 +4,7 @@
 // bf16 keys lie [d / 2][position][2], so that 16 positions are scored without a horizontal sum,
 // and bf16 values [position / 2][d][2]: either is what a dot product of pairs of bf16 reads.
 // float32 keys lie [d][position] and values [position][d]. int8 lies as bf16 does, with a scale per
-// position behind it, and is expanded to bf16 a chunk at a time.
+// position behind it, and is expanded to bf16 a chunk at a time, as int4 is (kv_int4.h).
 #pragma once
 #include "kernels.h"
 #include "vec.h"

@@ -1,6 +1,5 @@
-// An int8 KV cache: rows quantized as they are stored, and expanded to bf16 a chunk at a time.
+// An int8 KV cache: rows quantized as they are stored, and expanded to bf16 to be read.
 #pragma once
-#include <bit>
 #include <cstring>
 
 #include "half.h"
@@ -41,7 +40,7 @@ inline void store_bf16(uint16_t* p, F a, F b) {
 #endif
 
 // The keys and the values of a head in a block, from int8 to bf16.
-inline void expand(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out) {
+inline void expand_int8(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out) {
     const float* scale = reinterpret_cast<const float*>(keys + kBlock * dim);
     const int8_t* q = reinterpret_cast<const int8_t*>(keys);
     float twice[2 * kBlock];  // of pairs, which are elements of one position
@@ -60,29 +59,6 @@ inline void expand(const uint8_t* keys, const uint8_t* values, int64_t dim, uint
         for (int64_t i = 0; i < 2 * dim; i += 32)
             store_bf16(out + i, mul(load_i8(q + i), both), mul(load_i8(q + i + 16), both));
     }
-}
-
-// A chunk of a past to read, of which the blocks with a bit in `wanted` are. Those of an int8 cache
-// become bf16 in this thread's own memory, until it expands others.
-inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted) {
-    if (kv.type != KvType::int8) return {kv, blocks, head};
-    alignas(64) static thread_local uint16_t memory[2 * kChunk * kMaxHeadDim];
-    static constexpr int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    static_assert(sizeof order / 4 == kChunkBlocks);
-    const int64_t dim = kv.head_dim, half = kv_head_bytes(KvType::bf16, dim);
-    for (; wanted; wanted &= wanted - 1) {
-        const int i = std::countr_zero(wanted), next = std::countr_zero(wanted & (wanted - 1));
-        if (next < kChunkBlocks) {
-            prefetch(kv_head(kv, blocks[next], head, false), kv.head_bytes());
-            prefetch(kv_head(kv, blocks[next], head, true), kv.head_bytes());
-        }
-        expand(kv_head(kv, blocks[i], head, false), kv_head(kv, blocks[i], head, true), dim,
-               memory + i * half);
-    }
-    return {
-        {reinterpret_cast<uint8_t*>(memory), 2 * half, nullptr, 0, KvType::bf16, 1, kv.head_dim},
-        order,
-        0};
 }
 
 }  // namespace pronk::PRONK_NS

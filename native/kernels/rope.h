@@ -5,6 +5,7 @@
 
 #include "half.h"
 #include "kv.h"
+#include "kv_int4.h"
 #include "kv_int8.h"
 
 namespace pronk::PRONK_NS {
@@ -74,11 +75,11 @@ inline void rope_store(Rows qkv, Rows table, int64_t heads, const HeadNorm& norm
         const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];
         for (int64_t h = 0; h < kv.kv_heads; ++h) {
             const float* k = q + (heads + h) * dim;
-            const auto store = kv.type == KvType::int8   ? store_int8
-                               : kv.type == KvType::bf16 ? store_half
-                                                         : store_float;
-            store(k, k + kv.kv_heads * dim, dim, position % kBlock, kv_head(kv, block, h, false),
-                  kv_head(kv, block, h, true));
+            static constexpr decltype(&store_float) stores[] = {
+                store_float, store_half, store_int8, store_int4<true>, store_int4<false>};
+            stores[static_cast<int>(kv.type)](k, k + kv.kv_heads * dim, dim, position % kBlock,
+                                              kv_head(kv, block, h, false),
+                                              kv_head(kv, block, h, true));
         }
     }
 }

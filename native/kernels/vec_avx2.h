@@ -87,6 +87,17 @@ inline F load_i8(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)))};
 }
+inline void load_nibbles(__m128i x, __m256& low, __m256& high) {
+    const __m256i wide = _mm256_cvtepu8_epi32(x);
+    low = _mm256_cvtepi32_ps(_mm256_and_si256(wide, _mm256_set1_epi32(15)));
+    high = _mm256_cvtepi32_ps(_mm256_srli_epi32(wide, 4));
+}
+// The low and the high nibbles of 16 bytes.
+inline void load_nibbles(const uint8_t* p, F& low, F& high) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    load_nibbles(x, low.lo, high.lo);
+    load_nibbles(_mm_srli_si128(x, 8), low.hi, high.hi);
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     const __m256i lo = load_256(p), hi = load_256(p + 16);

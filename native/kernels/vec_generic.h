@@ -87,6 +87,11 @@ inline F load_bf16(const uint16_t* p) {
 inline F load_i8(const int8_t* p) {
     return map([&](int i) { return static_cast<float>(p[i]); });
 }
+// The low and the high nibbles of 16 bytes.
+inline void load_nibbles(const uint8_t* p, F& low, F& high) {
+    low = map([&](int i) { return static_cast<float>(p[i] & 15); });
+    high = map([&](int i) { return static_cast<float>(p[i] >> 4); });
+}
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     first = map([&](int i) { return bf16_to_f32(p[2 * i]); });
     second = map([&](int i) { return bf16_to_f32(p[2 * i + 1]); });

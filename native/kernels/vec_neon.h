@@ -113,6 +113,18 @@ inline F load_i8(const uint8_t* p) {
     return to_float({{vmovl_s16(vget_low_s16(lo)), vmovl_s16(vget_high_s16(lo)),
                       vmovl_s16(vget_low_s16(hi)), vmovl_s16(vget_high_s16(hi))}});
 }
+// The low and the high nibbles of 16 bytes.
+inline void load_nibbles(const uint8_t* p, F& low, F& high) {
+    const uint8x16_t x = vld1q_u8(p);
+    const auto widen = [](uint8x16_t b) {
+        const uint16x8_t lo = vmovl_u8(vget_low_u8(b)), hi = vmovl_u8(vget_high_u8(b));
+        const uint32x4_t v[] = {vmovl_u16(vget_low_u16(lo)), vmovl_u16(vget_high_u16(lo)),
+                                vmovl_u16(vget_low_u16(hi)), vmovl_u16(vget_high_u16(hi))};
+        return each<F>([&](int i) { return vcvtq_f32_u32(v[i]); });
+    };
+    low = widen(vandq_u8(x, vdupq_n_u8(15)));
+    high = widen(vshrq_n_u8(x, 4));
+}
 template <int n>
 inline I shift_left(I a) {
     return each<I>([&](int i) { return vshlq_n_s32(a.v[i], n); });

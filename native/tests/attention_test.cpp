@@ -37,6 +37,10 @@ class Setup {
         return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks, c_.kv,
                 c_.kv_heads,          c_.dim};
     }
+    int64_t block(int64_t token) const {
+        return tables[size_t(sequences[size_t(token)] * kBlocks +
+                             positions[size_t(token)] / kBlock)];
+    }
     Tokens at(int64_t token) const {
         return {nullptr, positions.data() + token, sequences.data() + token};
     }
@@ -67,34 +71,46 @@ double rotation_error(const Case& c, const float* before, const float* after, co
     return worst;
 }
 
+// What the cache keeps of keys and values, of every token the keys of all heads first.
+std::vector<double> kept_rows(const Case& c, const Setup& setup, const Buffer& qkv) {
+    std::vector<double> all;
+    for (int64_t t = 0; t < setup.tokens(); ++t)
+        for (int h = 0; h < 2 * c.kv_heads; ++h) {
+            const auto row = kept(setup.view(), setup.block(t), setup.positions[size_t(t)], h,
+                                  qkv.floats() + t * setup.width() + (c.heads + h) * c.dim);
+            all.insert(all.end(), row.begin(), row.end());
+        }
+    return all;
+}
+
 // Error of one head of one token, as a share of what float scores allow; `rounding` bounds the
 // relative error of a weight against their total.
-double attention_error(const Case& c, const Setup& setup, const Buffer& qkv, int64_t t, int h,
-                       const float* got, float softmax_scale, double rounding) {
-    const auto rounded = [&](const float* row, int d) { return kept(c.kv, c.dim, row, d); };
+double attention_error(const Case& c, const Setup& setup, const Buffer& qkv,
+                       const std::vector<double>& kept, int64_t t, int h, const float* got,
+                       float softmax_scale, double rounding) {
     const int64_t kv = h / (c.heads / c.kv_heads);
     const float* q = qkv.floats() + t * setup.width() + h * c.dim;
     std::vector<double> scores, sum(static_cast<size_t>(c.dim)), size(static_cast<size_t>(c.dim));
     double top = -INFINITY, total = 0, largest = 0;
     const int64_t start = t - setup.positions[size_t(t)];
     for (int64_t s = start; s <= t; ++s) {
-        const float* k = qkv.floats() + s * setup.width() + (c.heads + kv) * c.dim;
+        const double* k = kept.data() + (s * 2 * c.kv_heads + kv) * c.dim;
         double dot = 0, magnitude = 0;
         for (int d = 0; d < c.dim; ++d) {
-            dot += q[d] * rounded(k, d);
-            magnitude += std::fabs(q[d] * rounded(k, d));
+            dot += q[d] * k[d];
+            magnitude += std::fabs(q[d] * k[d]);
         }
         scores.push_back(dot * double(softmax_scale));
         top = std::max(top, scores.back());
         largest = std::max(largest, magnitude * double(softmax_scale));
     }
     for (int64_t s = start; s <= t; ++s) {
-        const float* v = qkv.floats() + s * setup.width() + (c.heads + c.kv_heads + kv) * c.dim;
+        const double* v = kept.data() + ((s * 2 + 1) * c.kv_heads + kv) * c.dim;
         const double p = std::exp(scores[size_t(s - start)] - top);
         total += p;
         for (int d = 0; d < c.dim; ++d) {
-            sum[size_t(d)] += p * rounded(v, d);
-            size[size_t(d)] += p * std::fabs(rounded(v, d));
+            sum[size_t(d)] += p * v[d];
+            size[size_t(d)] += p * std::fabs(v[d]);
         }
     }
     double worst = 0;
@@ -128,6 +144,7 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     kernels.rope_store(rows, angles, c.heads, {}, setup.view(), setup.at(0), n / 2, n);
     kernels.attention(rows, c.heads, {scale}, setup.view(), setup.at(0), {out.data(), out_stride},
                       n, 0, n * c.kv_heads);
+    const std::vector<double> kept = kept_rows(c, setup, qkv);
     double rotation = 0, worst = 0;
     for (int64_t t = 0; t < n; ++t) {
         rotation = std::max(
@@ -137,8 +154,8 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
         for (int h = 0; h < c.heads; ++h)
             worst = std::max(
                 worst, attention_error(
-                           c, setup, qkv, t, h, out.floats() + (t * c.heads + h) * c.dim, scale,
-                           rounds_weights(kernels, c.kv, c.dim) ? std::ldexp(1, -8) : 0));
+                           c, setup, qkv, kept, t, h, out.floats() + (t * c.heads + h) * c.dim,
+                           scale, rounds_weights(kernels, c.kv, c.dim) ? std::ldexp(1, -8) : 0));
     }
     const char* kv = kv_names[static_cast<int>(c.kv)];
     check(rotation <= 1, "%s rope_store dim %d %s", kernels.name, c.dim, kv);
@@ -166,7 +183,7 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     const Rows part_rows{parts.data(), part_stride};
     kernels.attention_parts(rows, c.heads, {scale}, setup.view(), setup.at(0), part_rows, n, chunks,
                             0, chunks * c.kv_heads);
-    kernels.attention_join(part_rows, c.heads, c.dim, {}, setup.at(0), chunks,
+    kernels.attention_join(part_rows, c.heads, {}, setup.view(), setup.at(0), chunks,
                            {joined.data(), out_stride}, 0, n * c.heads);
     check(joined == out, "%s attention dim %d %s lengths %d, %d: parts differ", kernels.name, c.dim,
           kv, first_length, second_length);
@@ -175,7 +192,7 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
 }  // namespace
 
 void test_attention(const Kernels& kernels) {
-    for (const KvType kv : {KvType::f32, KvType::bf16, KvType::int8}) {
+    for (const KvType kv : kv_types) {
         for (const int32_t dim : {16, 64, 80, 96, 128}) {
             for (const int length : {1, 2, 15, 16, 17, 31, 32, 33, 64, 65})
                 test_case(kernels, {3, 1, dim, kv, 1.0f}, length, 1 + length / 3);

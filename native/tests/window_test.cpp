@@ -52,11 +52,11 @@ class Sequence {
         kernels.rope_store({qkv_.data(), width_ * 4}, {nullptr, 0}, shape.heads, {},
                            view(pool_, table_), tokens(0), 0, length);
         for (int64_t t = 0; t < length; ++t)
-            for (int h = 0; h < 2 * shape.kv_heads; ++h)
-                for (int d = 0; d < shape.dim; ++d)
-                    kept_.push_back(kept(kv, shape.dim,
-                                         qkv_.floats() + t * width_ + (shape.heads + h) * shape.dim,
-                                         d));
+            for (int h = 0; h < 2 * shape.kv_heads; ++h) {
+                const auto row = kept(view(pool_, table_), table_[size_t(t / kBlock)], t, h,
+                                      qkv_.floats() + t * width_ + (shape.heads + h) * shape.dim);
+                kept_.insert(kept_.end(), row.begin(), row.end());
+            }
         for (int h = 0; h < shape.heads; ++h) slopes_.push_back(0.7f / static_cast<float>(1 + h));
     }
 
@@ -148,10 +148,10 @@ class Sequence {
             for (int64_t i = chunks * shape_.kv_heads; i-- > 0;)
                 kernels_.attention_parts(queries(from), shape_.heads, attend(how), kv, tokens(from),
                                          {parts.data(), stride}, count, chunks, i, i + 1);
+            kernels_.attention_join({parts.data(), stride}, shape_.heads, how.window, kv,
+                                    tokens(from), chunks, {out, shape_.heads * shape_.dim * 4}, 0,
+                                    count * shape_.heads);
         });
-        kernels_.attention_join({parts.data(), stride}, shape_.heads, shape_.dim, how.window,
-                                tokens(from), chunks, {out, shape_.heads * shape_.dim * 4}, 0,
-                                count * shape_.heads);
     }
 
     // What the cache keeps of the keys of a head at a position, or behind all heads the values.
@@ -264,7 +264,7 @@ void test_type(const Kernels& kernels, KvType kv) {
 }  // namespace
 
 void test_windows(const Kernels& kernels) {
-    for (const KvType kv : {KvType::f32, KvType::bf16, KvType::int8}) test_type(kernels, kv);
+    for (const KvType kv : kv_types) test_type(kernels, kv);
 }
 
 }  // namespace pronk::test

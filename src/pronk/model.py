@@ -27,7 +27,7 @@ from pronk.engine.runner import ExpertReads, Recording, Runner, magnitudes
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
-from pronk.graph.pack import KV_BLOCK
+from pronk.graph.pack import KV_BLOCK, KV_DTYPES
 from pronk.graph.program import (
     Limits,
     Program,
@@ -559,9 +559,10 @@ def load(
         All cores this process may use unless given.
     context : int, optional
         Most tokens of a sequence; a bundle's own, or 2,048, unless given.
-    kv_dtype : {"bf16", "int8", "f32"}
-        Element type of the KV cache. ``"int8"`` halves it, which makes long contexts faster and
-        the logits less exact (``pronk eval --kv int8`` says by how much).
+    kv_dtype : {"bf16", "int8", "int4", "f32", "int4_plain"}
+        Element type of the KV cache. ``"int8"`` halves it, and ``"int4"``, whose rows are rotated
+        before they are rounded, nearly halves it again; the logits get less exact (``pronk eval
+        --kv int8`` says by how much). ``"int4_plain"`` leaves the rotation out, to compare.
     attention : str or AttentionPolicy, optional
         Full attention on some layers alone: ``"window=512,global-every=4,sinks=4"`` gives all but
         every fourth a window of 512 positions and 4 attention sinks. Long contexts take less
@@ -606,8 +607,8 @@ def load(
     from pronk.checkpoint.sources import resolve
 
     threads = choose_threads(threads)
-    if kv_dtype not in ("bf16", "int8", "f32"):
-        raise RequestError(f"kv_dtype must be bf16, int8 or f32, not {kv_dtype!r}")
+    if kv_dtype not in KV_DTYPES:
+        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
     if kv_tokens is not None and not KV_BLOCK <= kv_tokens <= 2**31:
         raise RequestError(f"kv_tokens must be in [{KV_BLOCK}, 2**31], not {kv_tokens}")
     if not 1 <= max_sequences <= 4096:

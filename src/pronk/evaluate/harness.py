@@ -43,7 +43,7 @@ class PronkLM(LM):  # type: ignore[misc]
         What `pronk.load` takes.
     threads, context : int, optional
         See `pronk.load`.
-    kv : {"bf16", "int8"}
+    kv : {"bf16", "int8", "int4"}
     batch_size, max_batch_size, device
         The harness's own; batches are the engine's affair, and so they are not used.
     """

@@ -9,6 +9,7 @@ __all__ = [
     "GROUP",
     "GROUPED",
     "KV_BLOCK",
+    "KV_DTYPES",
     "PANEL",
     "PART_TAIL",
     "act_row_bytes",
@@ -25,6 +26,7 @@ ALIGN = 64  # bytes
 ACT_ROWS = 16  # rows of quantized activations come in blocks of so many
 ACT_RANGE = 127 * 16  # largest integer of a quantized activation
 
+KV_DTYPES = ("bf16", "int8", "int4", "f32", "int4_plain")  # elements of the KV cache
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
 SUPER = 8  # groups that share the upper level of two-level scales
 # Bytes of scales of SUPER groups of one row, and of quants of one group.
@@ -82,9 +84,15 @@ def act_row_bytes(cols: int, quantized: bool) -> int:
 def kv_block_bytes(layers: int, kv_heads: int, head_dim: int, kv_dtype: str) -> int:
     """Bytes of one block of 32 positions over all layers, keys and values.
 
-    An int8 row of a head has a float32 scale.
+    An int8 row of a head has a float32 scale; an int4 row a bfloat16 scale for each 32 elements,
+    or each 16 where 32 do not divide it.
     """
-    row = head_dim + 4 if kv_dtype == "int8" else head_dim * _ELEMENT[kv_dtype]
+    if kv_dtype == "int8":
+        row = head_dim + 4
+    elif kv_dtype in ("int4", "int4_plain"):
+        row = head_dim // 2 + 2 * head_dim // (16 if head_dim % 32 else 32)
+    else:
+        row = head_dim * _ELEMENT[kv_dtype]
     return layers * 2 * kv_heads * KV_BLOCK * row
 
 

@@ -48,8 +48,8 @@ class Limits:
     kv_tokens : int or None
         Tokens the KV pools hold over all sequences; None means one full context. Layers that
         see a part of a sequence hold that part of as many full sequences.
-    kv_dtype : {"bf16", "int8", "f32"}
-        Element type of the KV cache.
+    kv_dtype : str
+        Element type of the KV cache, one of `pronk.graph.pack.KV_DTYPES`.
     expert_memory : int or None
         Bytes of memory for experts; those that have no room are read when they are chosen. None
         means that all are in memory.
