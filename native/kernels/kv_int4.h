@@ -50,9 +50,17 @@ inline void hadamard(float* x, int64_t dim) {
     }
 }
 
-// What int4 keeps of a group: x is about scale * (q - 8), and exactly where |x| is largest but for
-// the scale's rounding. An infinity or a NaN makes the scale a NaN.
-inline uint16_t quantize_group(const float* x, int64_t group, int8_t* q) {
+// A scale of 5 significant bits, the nearest; a NaN stays a NaN. Times a whole number of up to 3
+// bits, or 8, it is a bf16: expanding rounds nothing.
+inline uint16_t short_scale(float scale) {
+    uint32_t x;
+    std::memcpy(&x, &scale, 4);
+    if (std::isnan(scale)) return 0x7fc0;
+    return static_cast<uint16_t>((x + 0x3ffff + (x >> 19 & 1)) >> 19 << 3);
+}
+
+// What int4 keeps of a group: x is about scale * (q - 8). An infinity or a NaN makes the scale NaN.
+inline uint16_t quantize_nibbles(const float* x, int64_t group, int8_t* q) {
     F top = load(x), bottom = top, odd = set(0.0f);
     for (int64_t d = 0; d < group; d += 16) {
         const F v = load(x + d);
@@ -60,8 +68,9 @@ inline uint16_t quantize_group(const float* x, int64_t group, int8_t* q) {
         bottom = min(bottom, v);
         odd = fma(v, set(0.0f), odd);
     }
+    // The largest gets the ninth step, which one sign has and the other has not.
     const float most = hmax(top), least = -hmax(sub(set(0.0f), bottom));
-    const uint16_t kept = f32_to_bf16((most > -least ? most : least) / -8.0f + hsum(odd));
+    const uint16_t kept = short_scale((most > -least ? most : least) / -8.0f + hsum(odd));
     const float scale = bf16_to_f32(kept);
     const F inverse = set(std::fabs(scale) > 1e-30f ? 1.0f / scale : 0.0f);
     for (int64_t d = 0; d < group; d += 16) {
@@ -78,7 +87,7 @@ inline void quantize_rotated(const float* x, int64_t dim, bool rotate, int8_t* q
     if (rotate) hadamard(turned, dim);
     const int64_t group = kv_group(dim);
     for (int64_t d = 0; d < dim; d += group, scales += kBlock)
-        *scales = quantize_group(turned + d, group, q + d);
+        *scales = quantize_nibbles(turned + d, group, q + d);
 }
 
 template <bool rotate>
@@ -100,40 +109,44 @@ inline void store_int4(const float* k, const float* v, int64_t dim, int64_t slot
         for (int i = 0; i < 8; ++i) out[2 * i] = pair(d + i, 8);
 }
 
+// 32 bytes to bf16: the low nibbles and the high ones, less 8, times the scales of the first 16 and
+// of the others.
+inline void expand_nibbles(const uint8_t* q, F s0, F s1, uint16_t* low, uint16_t* high) {
+    const F zero0 = mul(s0, set(-8.0f)), zero1 = mul(s1, set(-8.0f));
+    F a, b, c, e;
+    load_nibbles(q, a, b);
+    load_nibbles(q + 16, c, e);
+    store_upper(low, fma(a, s0, zero0), fma(c, s1, zero1));
+    store_upper(high, fma(b, s0, zero0), fma(e, s1, zero1));
+}
+
 // The keys and the values of a head in a block, from int4 to bf16.
 inline void expand_int4(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out) {
-    const int64_t quants = kBlock * dim / 2, group = kv_group(dim);
-    const auto scale = [quants](const uint8_t* head) {
-        return reinterpret_cast<const uint16_t*>(head + quants);
-    };
-    // (q - 8) * s of 32 bytes, the low nibbles to `low` and the high ones to `high`
-    const auto put = [](const uint8_t* q, F s0, F s1, uint16_t* low, uint16_t* high) {
-        F a, b, c, e;
-        load_nibbles(q, a, b);
-        load_nibbles(q + 16, c, e);
-        const F eight = set(8.0f);
-        store_bf16(low, mul(sub(a, eight), s0), mul(sub(c, eight), s1));
-        store_bf16(high, mul(sub(b, eight), s0), mul(sub(e, eight), s1));
-    };
+    const int64_t group = kv_group(dim), quants = kBlock * dim / 2;
     const uint8_t* q = keys;
-    float twice[2 * kBlock];  // of pairs, which are elements of one position
-    for (int64_t d = 0; d < dim; d += 4, q += 2 * kBlock, out += 4 * kBlock) {
-        if (d % group == 0)
-            for (int i = 0; i < kBlock; ++i)
-                twice[2 * i] = twice[2 * i + 1] = bf16_to_f32(scale(keys)[d / group * kBlock + i]);
-        for (int i = 0; i < 2 * kBlock; i += 32)
-            put(q + i, load(twice + i), load(twice + i + 16), out + i, out + 2 * kBlock + i);
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(keys + quants);
+    for (int64_t d = 0; d < dim; d += group, scales += kBlock) {
+        float twice[2 * kBlock];  // of pairs, which are elements of one position
+        for (int i = 0; i < 2 * kBlock; ++i) twice[i] = bf16_to_f32(scales[i / 2]);
+        for (int64_t end = d + group, e = d; e < end; e += 4, q += 2 * kBlock, out += 4 * kBlock)
+            for (int i = 0; i < 2 * kBlock; i += 32)
+                expand_nibbles(q + i, load(twice + i), load(twice + i + 16), out + i,
+                               out + 2 * kBlock + i);
     }
     q = values;
+    scales = reinterpret_cast<const uint16_t*>(values + quants);
     for (int64_t j = 0; j < kBlock; j += 2)
-        for (int64_t d = 0; d < dim; d += 16, q += 16, out += 32) {
-            const uint16_t* s = scale(values) + d / group * kBlock + j;
+        for (int64_t d = 0; d < dim; d += group) {
+            const uint16_t* s = scales + d / group * kBlock + j;
+            const float s0 = bf16_to_f32(s[0]), s1 = bf16_to_f32(s[1]);
             float pair[16];  // pairs are elements of two positions
-            for (int i = 0; i < 16; ++i) pair[i] = bf16_to_f32(s[i % 2]);
-            F a, b;
-            load_nibbles(q, a, b);
-            const F both = load(pair), eight = set(8.0f);
-            store_bf16(out, mul(sub(a, eight), both), mul(sub(b, eight), both));
+            for (int i = 0; i < 16; i += 2) pair[i] = s0, pair[i + 1] = s1;
+            const F scale = load(pair), zero = mul(scale, set(-8.0f));
+            for (int64_t e = 0; e < group; e += 16, q += 16, out += 32) {
+                F a, b;
+                load_nibbles(q, a, b);
+                store_upper(out, fma(a, scale, zero), fma(b, scale, zero));
+            }
         }
 }
 

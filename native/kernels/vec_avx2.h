@@ -98,6 +98,18 @@ inline void load_nibbles(const uint8_t* p, F& low, F& high) {
     load_nibbles(x, low.lo, high.lo);
     load_nibbles(_mm_srli_si128(x, 8), low.hi, high.hi);
 }
+inline void store_upper(uint16_t* p, __m256 a, __m256 b) {
+    const __m256i x = _mm256_srli_epi32(_mm256_castps_si256(a), 16);
+    const __m256i y = _mm256_srli_epi32(_mm256_castps_si256(b), 16);
+    // Packing works within 128-bit halves: the permutation puts the quarters back in order.
+    const __m256i h = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, y), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+}
+// The upper halves of 32 floats: bf16, where the lower ones are zero.
+inline void store_upper(uint16_t* p, F a, F b) {
+    store_upper(p, a.lo, a.hi);
+    store_upper(p + 16, b.lo, b.hi);
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     const __m256i lo = load_256(p), hi = load_256(p + 16);

@@ -65,6 +65,14 @@ inline void load_nibbles(const uint8_t* p, F& low, F& high) {
     low.v = _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
     high.v = _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 4));
 }
+// The upper halves of 32 floats: bf16, where the lower ones are zero.
+inline void store_upper(uint16_t* p, F a, F b) {
+    const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
+    const __m512i order =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, order, y));
+}
 // 16 pairs of bf16 -> the first and the second of each pair.
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     const __m512i x = _mm512_loadu_si512(p);

@@ -92,6 +92,13 @@ inline void load_nibbles(const uint8_t* p, F& low, F& high) {
     low = map([&](int i) { return static_cast<float>(p[i] & 15); });
     high = map([&](int i) { return static_cast<float>(p[i] >> 4); });
 }
+// The upper halves of 32 floats: bf16, where the lower ones are zero.
+inline void store_upper(uint16_t* p, F a, F b) {
+    uint32_t x[2 * kLanes];
+    std::memcpy(x, a.v, sizeof a.v);
+    std::memcpy(x + kLanes, b.v, sizeof b.v);
+    for (int i = 0; i < 2 * kLanes; ++i) p[i] = static_cast<uint16_t>(x[i] >> 16);
+}
 inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
     first = map([&](int i) { return bf16_to_f32(p[2 * i]); });
     second = map([&](int i) { return bf16_to_f32(p[2 * i + 1]); });

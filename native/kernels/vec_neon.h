@@ -125,6 +125,14 @@ inline void load_nibbles(const uint8_t* p, F& low, F& high) {
     low = widen(vandq_u8(x, vdupq_n_u8(15)));
     high = widen(vshrq_n_u8(x, 4));
 }
+// The upper halves of 32 floats: bf16, where the lower ones are zero.
+inline void store_upper(uint16_t* p, F a, F b) {
+    const auto half = [](float32x4_t x) { return vshrn_n_u32(vreinterpretq_u32_f32(x), 16); };
+    for (int i = 0; i < 4; ++i) {
+        vst1_u16(p + 4 * i, half(a.v[i]));
+        vst1_u16(p + 16 + 4 * i, half(b.v[i]));
+    }
+}
 template <int n>
 inline I shift_left(I a) {
     return each<I>([&](int i) { return vshlq_n_s32(a.v[i], n); });

@@ -45,7 +45,7 @@ inline std::vector<double> kept_int4(const KvView& kv, int64_t block, int64_t po
         // The largest of a group is 8 steps of the sign of -scale; that of the other sign is cut.
         const double off = std::fabs(scale * q - exact[size_t(d)]);
         const bool cut = q == 7 && exact[size_t(d)] / scale > 7;
-        if (!(off <= std::fabs(scale) * (cut ? 1.04 : 0.5001) + 1e-6))
+        if (!(off <= std::fabs(scale) * (cut ? 1.26 : 0.5001) + 1e-6))
             check(false, "int4 keeps %g of %g, scale %g", scale * q, exact[size_t(d)], scale);
         found.push_back(double(to_bfloat(float(scale * q))));
     }
