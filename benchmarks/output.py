@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import rounding_tables
 import tables
 
 _PLACES = ("--out", "--json", "--work", "--llama-python", "--openvino-python")
@@ -19,6 +20,15 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """``--out`` and ``--json``."""
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="and FILE.svg beside it")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
+
+
+def show(result: dict[str, Any]) -> str:
+    """The tables of any result."""
+    own = {
+        "kv_cache": rounding_tables.kv_cache,
+        "static_activations": rounding_tables.static_activations,
+    }
+    return own.get(result["benchmark"], tables.show)(result)
 
 
 def command() -> str:
@@ -41,7 +51,7 @@ def finish(result: dict[str, Any], args: argparse.Namespace) -> None:
         part.write_text(compact(result))
         part.replace(args.out)
         draw(result, args.out.with_suffix(".svg"))
-    print(json.dumps(result, indent=2) if args.json else tables.show(result))
+    print(json.dumps(result, indent=2) if args.json else show(result))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

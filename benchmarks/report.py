@@ -84,6 +84,21 @@ ACTIVATIONS = """## The precision of activations and of the cache
 Against the same weights dequantized, with float32 activations and a float32 cache. `a12` is what
 meets quantized weights: integers of 12 bits, with a scale for each group of 32."""
 
+KV_CACHE = """## The KV cache in fewer bits
+
+`--kv int8` has a scale for each row of a head, `--kv int4` one for each 32 elements of a row that
+was rotated first ([QuaRot](https://arxiv.org/abs/2404.00456)). Divergence is from a float32 cache.
+Both are expanded to bf16 to be attended to: where that costs more than the bytes that are not read,
+fewer bits are slower. The first layers of Qwen2.5-Coder add biases to their keys that are far
+larger than what tells keys apart: four bits do not hold both, rotated or not."""
+
+STATIC = """## Static ranges of activations
+
+The recipes `int8-static-...` set the scale of each matrix's input once, on calibration text, for
+engines that want it so; Pronk's own kernels take scales from what they are given. Weights are as
+the checkpoint has them: what is measured, in torch, is the rounding of inputs alone. A few tokens
+have activations far larger than all others: ranges that leave them out lose the model."""
+
 FITTING = """## What `pronk fit` plans, and what is measured
 
 Budgets are for the peak resident memory of the whole process at a context of 1,024 tokens. The
@@ -123,6 +138,8 @@ SECTIONS = (
     ("speculation", SPECULATION),
     ("serve", SERVE),
     ("activations", ACTIVATIONS),
+    ("kv_cache", KV_CACHE),
+    ("static_activations", STATIC),
     ("fitting", FITTING),
 )
 
@@ -136,7 +153,7 @@ def page(results: dict[str, dict[str, Any]], plots: set[str]) -> str:
         result = results[name]
         command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
         parts += [text, command, f"On {tables.machine(result['machine'])}."]
-        parts.append(tables.show(result))
+        parts.append(output.show(result))
         if name == "peers":
             parts.append(engines(result))
         if name in plots:
@@ -181,7 +198,7 @@ def with_end(text: str, result: dict[str, Any] | None, plots: set[str]) -> str:
         name = result["benchmark"]
         command = f"```\n{result['command']} --out benchmarks/results/{name}.json\n```"
         parts += [MEASURED, *([NOTES[name]] if name in NOTES else []), command]
-        parts += [f"On {tables.machine(result['machine'])}.", tables.show(result)]
+        parts += [f"On {tables.machine(result['machine'])}.", output.show(result)]
         if name in plots:
             parts.append(f"![{name}](../benchmarks/results/{name}.svg)")
     return "\n\n".join(parts) + "\n"

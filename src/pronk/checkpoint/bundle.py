@@ -154,6 +154,7 @@ class BundleWriter(DirectoryWriter):
         *,
         quantize: Quantize,
         meta: Mapping[str, Any],
+        inputs: Mapping[str, float] | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Write every file.
@@ -168,6 +169,8 @@ class BundleWriter(DirectoryWriter):
             ``(ckpt, name, dtype)`` to ``(first row, blocks)`` pairs that cover the tensor.
         meta : Mapping
             Fields of ``pronk.json`` besides those written here.
+        inputs : Mapping[str, float], optional
+            Scales of each packed matrix's input in int8, by its name, for engines that want them.
         progress : callable, optional
             Called with the bytes written and the bytes to write.
         """
@@ -176,11 +179,14 @@ class BundleWriter(DirectoryWriter):
         check_bundled(ckpt.spec)
         tokenizer = ckpt.load_tokenizer()
         try:
-            write_tensors(ckpt, formats, self.path / "model.safetensors", quantize, progress)
+            write_tensors(
+                ckpt, formats, self.path / "model.safetensors", quantize, progress, inputs
+            )
             tokenizer.save(self.path)
             eos = sorted(tokenizer.eos_ids)
             write_json(
-                self.path / "config.json", hf_config(ckpt.spec, formats, tokenizer.bos_id, eos)
+                self.path / "config.json",
+                hf_config(ckpt.spec, formats, tokenizer.bos_id, eos, static=inputs is not None),
             )
             # That of a variant written before has figures which no longer hold.
             (self.path / BUNDLE_FILE).unlink(missing_ok=True)

@@ -23,6 +23,8 @@ _TARGETS = {
 }
 
 
+_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
 _ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 _ACTIVATIONS["silu"] = "silu"  # its other name is of old configs
 
@@ -76,12 +78,17 @@ def _ropes(spec: ModelSpec) -> tuple[int, int]:
 
 
 def hf_config(
-    spec: ModelSpec, formats: Mapping[str, str] | None, bos: int | None, eos: Sequence[int]
+    spec: ModelSpec,
+    formats: Mapping[str, str] | None,
+    bos: int | None,
+    eos: Sequence[int],
+    static: bool = False,
 ) -> dict[str, Any]:
     """``config.json`` of a bundle with `formats` by tensor kind or name, or of float weights.
 
     In a bundle the embedding is never tied: the output head is a packed Linear, and the
-    embedding table beside it, which `transformers` cannot keep packed, is float16.
+    embedding table beside it, which `transformers` cannot keep packed, is float16. With `static`,
+    integer weights are multiplied with int8 inputs whose scales are beside them.
     """
     check_bundled(spec)
     family = family_of(spec.family)
@@ -110,14 +117,14 @@ def hf_config(
         "bos_token_id": bos,
         "eos_token_id": _one_or_many(eos),
         "pad_token_id": None,  # some families default to one beyond a small vocabulary
-        **_quantized(spec, formats),
+        **_quantized(spec, formats, static),
     }
 
 
-def _quantized(spec: ModelSpec, formats: Mapping[str, str] | None) -> dict[str, Any]:
+def _quantized(spec: ModelSpec, formats: Mapping[str, str] | None, static: bool) -> dict[str, Any]:
     if formats is None:
         return {}
-    config = _quantization(spec, formats)
+    config = _quantization(spec, formats, static)
     return {"quantization_config": config} if config["config_groups"] else {}
 
 
@@ -201,7 +208,7 @@ def _rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     return fields
 
 
-def _quantization(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, Any]:
+def _quantization(spec: ModelSpec, formats: Mapping[str, str], static: bool) -> dict[str, Any]:
     """Every Linear of the decoder is the target of one group, or of none if it is float."""
     stored: dict[Storage, list[str]] = {}
     for name, shape in expected_tensors(spec):
@@ -219,7 +226,7 @@ def _quantization(spec: ModelSpec, formats: Mapping[str, str]) -> dict[str, Any]
         groups[f"group_{len(groups)}"] = {
             "targets": _targets(spec, stored[storage], stored),
             "weights": storage.weights,
-            "input_activations": None,
+            "input_activations": _INPUTS if static and storage.kind == "int" else None,
             "output_activations": None,
             "format": form,
         }

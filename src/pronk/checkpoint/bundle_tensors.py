@@ -123,12 +123,13 @@ def write_tensors(
     path: Path,
     quantize: Quantize,
     progress: Callable[[int, int], None] | None = None,
+    inputs: Mapping[str, float] | None = None,
 ) -> None:
     """Quantize every weight of a checkpoint into a safetensors file, a few rows at a time.
 
     Norms and biases are float32. A tied embedding becomes a packed output head, with the
     same values in float16 for `transformers`; one that is not tied is rounded likewise, and is
-    float16 alone.
+    float16 alone. Scales of inputs go to the packed matrices that they are named by.
     """
     tied = ckpt.spec.tie_embeddings
     plain = [name for name in ckpt.tensors if tensor_kind(name) is None]
@@ -152,6 +153,8 @@ def write_tensors(
             entries.append(_Entry(name, "F16", shape))
         if name in places and places[name].first == 0:
             entries.extend(_entries(places[name].name, storage, places[name].rows, shape[1]))
+            if inputs and storage.kind == "int":
+                entries.append(_Entry(_input_scale(places[name]), "F32", (1,)))
 
     less = family_of(ckpt.spec.family).norm_adds_one
     file = _File(path, entries, progress)
@@ -163,6 +166,9 @@ def write_tensors(
             if name in places:
                 storage = storage_of(formats, name)
                 _write_packed(ckpt, name, storage, places[name], file, quantize)
+                if inputs and storage.kind == "int" and places[name].first == 0:
+                    scale = np.array([inputs[name]], dtype=np.float32)
+                    file.put(_input_scale(places[name]), 0, scale)
             else:
                 _write_half(ckpt, name, file, quantize)
     finally:
@@ -176,6 +182,10 @@ class _Place:
     name: str
     first: int
     rows: int
+
+
+def _input_scale(place: _Place) -> str:
+    return f"{place.name.removesuffix('weight')}input_scale"
 
 
 def _places(ckpt: Checkpoint, names: list[str], formats: Mapping[str, str]) -> dict[str, _Place]:

@@ -188,7 +188,12 @@ def read_schemes(path: Path, config: object) -> frozenset[Scheme]:
         own = group.get("format") if form == "mixed-precision" else form
         if own not in _FORMS:
             raise refuse(f"format {str(own)[:40]!r} in a config group")
-        empty(group, "input_activations", "output_activations")
+        empty(group, "output_activations")
+        inputs = group.get("input_activations")
+        # What the kernels keep of inputs, 12 bits, is more than int8: its scales are left alone.
+        if inputs and not (isinstance(inputs, dict) and inputs.get("type", "int") == "int"
+                           and inputs.get("num_bits", 8) == 8):  # fmt: skip
+            raise refuse("input_activations set to other than int8")
         if own == "float-quantized":
             out.add(_float_scheme(group["weights"], refuse, empty))
         else:

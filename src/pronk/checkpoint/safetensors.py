@@ -44,6 +44,7 @@ _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2}
 _SIZES |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8}
 _PACKED = ".weight_packed"
+_UNUSED = (".input_scale", ".input_zero_point")  # inputs are rounded as they come
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +233,8 @@ class SafetensorsCheckpoint(Checkpoint):
         for name, tensor in stored.items():
             if name.endswith(".rotary_emb.inv_freq"):
                 continue  # a buffer that old checkpoints saved; it follows from the config
+            if schemes and name.endswith(_UNUSED):
+                continue
             if name in sources:
                 raise CheckpointError(f"{self.path} has {name!r} both packed and plain")
             dtype = _FLOATS.get(tensor.dtype)

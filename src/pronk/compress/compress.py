@@ -39,6 +39,7 @@ from pronk.compress.layers import (
 from pronk.compress.quantize import CHUNK_BYTES, quantize_tensor
 from pronk.compress.recipes import Recipe
 from pronk.compress.stages import Compressed, Stages
+from pronk.compress.static import observe
 from pronk.errors import PronkError, RequestError
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def compress(
         if to_gguf:
             if recipe.automatic:
                 raise RequestError("bits are chosen for bundles only yet: give -o a directory")
+            if recipe.static:
+                raise RequestError("no GGUF file holds scales of inputs: give -o a directory")
             check_gguf(ckpt, target, storages)
         else:
             check_bundled(ckpt.spec)
@@ -452,6 +455,10 @@ def _write_bundle(view: Compressed, work: _Work, target: Path, report: CompressR
         "errors": report.errors,
         **({"prediction": report.prediction} if report.prediction else {}),
     }
+    inputs = None
+    if work.recipe.static and work.calibration is not None:
+        seen = observe(view, _decoder(work), work.calibration.windows)
+        inputs = {name: found.scale(work.recipe.static) for name, found in seen.items()}
     with BundleWriter(target) as writer:
-        writer.write(view, formats, quantize=rows, meta=meta)
+        writer.write(view, formats, quantize=rows, meta=meta, inputs=inputs)
         writer.commit()

@@ -35,6 +35,8 @@ class Recipe:
         See `pronk.compress.gptq.gptq`.
     steps : int
         Steps of sign gradients a layer.
+    static : str
+        How scales of int8 inputs are set, for other engines: see `pronk.compress.static`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Recipe:
     damping: float = 0.01
     sweeps: int = 1
     steps: int = 100
+    static: str = ""
 
     @property
     def automatic(self) -> bool:
@@ -56,7 +59,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it looks at what matrices are multiplied with."""
-        return self.method not in ("rtn", "mse") or bool(self.fold)
+        return self.method not in ("rtn", "mse") or bool(self.fold or self.static)
 
     def storage(self, name: str, cols: int, group: str | None = None) -> Storage:
         """The format of a matrix by its canonical name and the length of its rows."""
@@ -73,6 +76,15 @@ class Recipe:
 _WIDER = "runs as 4 bits: unpacked to a nibble each at load, so smaller on disk only"
 
 
+_OTHERS = "for other engines: Pronk rounds inputs as they come, to 12 bits"
+_RANGES = {
+    "minmax": "its largest",
+    "percentile": "all but 1 in 10,000",
+    "mse": "least squared error",
+    "entropy": "least KL of its histogram",
+}
+
+
 def _all(text: str) -> tuple[tuple[str, str], ...]:
     return (("", text),)
 
@@ -86,6 +98,14 @@ def _table() -> dict[str, Recipe]:
         Recipe(
             "int8-smooth", "mse", _all("int8-{group}"), "8 bits after SmoothQuant's scaling",
             "channel", fold="smooth",
+        ),
+        *(
+            Recipe(
+                f"int8-static-{how}", "mse", _all("int8-{group}"),
+                f"8 bits, and a scale of each matrix's input by {about}; {_OTHERS}", "channel",
+                static=how,
+            )
+            for how, about in _RANGES.items()
         ),
         Recipe(
             "seed", "mse", ((".o_proj.", "bf16"), ("", "int8-{group}")),
