@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import output
@@ -45,7 +46,7 @@ def losses(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for dtype in DTYPES:
             with load(name, args.threads, args.window, kv_dtype=dtype) as model:
                 found = divergence(reference, model, ids, args.window, bos=model.tokenizer.bos_id)
-            rows.append({"model": name, "kv": dtype, **found.to_dict()})
+            rows.append({"model": Path(name).name, "kv": dtype, **found.to_dict()})
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
@@ -110,7 +111,7 @@ def main() -> None:
         "benchmark": "kv_cache",
         "command": output.command(),
         "machine": describe(args.threads),
-        "model": args.models[0],
+        "model": Path(args.models[0]).name,
         "prompt": TOGETHER,
         "window": args.window,
         "rates": found,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pruned_tables
 import rounding_tables
 import tables
 
@@ -26,6 +27,7 @@ def show(result: dict[str, Any]) -> str:
     """The tables of any result."""
     own = {
         "kv_cache": rounding_tables.kv_cache,
+        "pruning": pruned_tables.pruning,
         "static_activations": rounding_tables.static_activations,
     }
     return own.get(result["benchmark"], tables.show)(result)

@@ -1,10 +1,12 @@
 """What pruning costs and what distillation gives back: quality against parameters.
 
 python benchmarks/pruning.py --calibration FILE --text FILE [MODEL] [--steps 50]
-    [--grids int3-g64 ...] [--work DIR] [--out FILE.json]
+    [--grids int3-g64 ...] [--recipes int3-gptq ...] [--task-dir DIR] [--work DIR]
+    [--out FILE.json]
 
-Runs `pronk prune` and `qat` as a user does, judged on a text that they did not learn from. What is
-in --work already is not made again, so a run that was cut short goes on.
+Runs `pronk prune`, `qat` and `compress` as a user does, judged on a text that they did not learn
+from, and `compare` on all that came of it. What is in --work already is not made again, so a run
+that was cut short goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ CLAIMS = {
 }
 
 
+# Bits a weight of a format and its scales, in groups of 32, or 64 below int4.
+BITS = {"int4": 4.5, "int3": 3.25, "int2": 2.25, "2:4": 3.5}
+
+
 def pronk(*words: str) -> dict[str, Any]:
     """The JSON of a verb; ends the script with its sentence if it fails."""
     print("pronk " + " ".join(words), file=sys.stderr, flush=True)
@@ -39,6 +45,20 @@ def pronk(*words: str) -> dict[str, Any]:
         raise SystemExit(done.returncode)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def compared_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a report of `pronk compare`, a row for each model."""
+    return [
+        {
+            "name": one["name"],
+            "perplexity": one["perplexity"]["value"],
+            "kl": one["kl"]["value"],
+            "top1_agreement": one["top1_agreement"]["value"],
+            "accuracy": {name: task["accuracy"]["value"] for name, task in one["tasks"].items()},
+        }
+        for one in report["variants"]
+    ]
 
 
 class Bench:
@@ -78,12 +98,55 @@ class Bench:
         return rows
 
     def zeros(self) -> list[dict[str, Any]]:
-        """2:4 sparsity by each method, as it is."""
-        rows = []
+        """2:4 sparsity by each method, as it is and as recovered."""
+        args, rows = self.args, []
         for method in self.args.methods:
-            words = ("--pattern", "2:4", "--method", method, "--samples", str(self.args.samples))
-            made = self.make(f"sparse-{method}", "prune", *words)
-            rows.append({"method": method, **made["sparse"], **made["measured"]["pruned"]})
+            words = ("--samples", str(args.samples), "--distill", str(args.steps))
+            made = self.make(
+                f"sparse-{method}", "prune", "--pattern", "2:4", "--method", method, *words
+            )
+            rows.append({"method": method, **made["sparse"], **made["measured"]})
+        return rows
+
+    def packed(self) -> list[dict[str, Any]]:
+        """Dense matrices in few bits, and sparse ones in int4, which keeps their zeros."""
+        args, rows = self.args, []
+        for recipe in args.recipes:
+            rows.append(self._pack(f"packed-{recipe}", args.model, recipe))
+        for method in args.methods:
+            rows.append(self._pack(f"packed-2-4-{method}", str(self.work / f"sparse-{method}")))
+        return rows
+
+    def _pack(self, name: str, source: str, recipe: str = "int4-rtn") -> dict[str, Any]:
+        target, args = self.work / name, self.args
+        if not target.exists():
+            words = () if recipe.endswith("-rtn") else ("--calibration", args.calibration)
+            pronk(
+                "compress", source, "--recipe", recipe, *words, "--samples", str(2 * args.samples),
+                "--threads", str(args.threads), "-o", str(target),
+            )  # fmt: skip
+        kind = recipe.partition("-")[0] if source == args.model else "2:4"
+        return {"name": name, "bits": BITS[kind]}
+
+    def compared(self, packed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """All models on the text and, where there are tasks, on their first questions."""
+        args = self.args
+        names = [f"pruned-{percent}" for percent in args.removed]
+        names += [f"sparse-{method}" for method in args.methods] + [one["name"] for one in packed]
+        file = self.work / "compared.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        if kept.get("names") == names:
+            rows: list[dict[str, Any]] = kept["rows"]
+            return rows
+        tasks = ("--tasks", args.tasks, "--task-dir", args.task_dir, "--limit", str(args.limit))
+        report = pronk(
+            "compare", f"as it is={args.model}", *(f"{name}={self.work / name}" for name in names),
+            "--text", args.text, "--window", str(args.window), "--max-tokens", str(args.judged),
+            *(tasks if args.task_dir else ("--tasks", "none")), "--rounds", "0",
+            "--threads", str(args.threads), "--report", str(self.work / "compared"),
+        )  # fmt: skip
+        rows = compared_rows(report)
+        file.write_text(json.dumps({"names": names, "rows": rows}))
         return rows
 
     def grids(self) -> list[dict[str, Any]]:
@@ -106,6 +169,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of distillation")
     parser.add_argument("--grids", nargs="*", default=("int3-g64",), help="of qat")
     parser.add_argument("--grid-steps", type=int, default=50)
+    parser.add_argument(
+        "--recipes", nargs="*", default=("int4-rtn", "int4-gptq", "int3-gptq", "int2-gptq"),
+        help="of dense models to put sparse ones beside",
+    )  # fmt: skip
+    parser.add_argument("--task-dir", metavar="DIR", help="where NAME.jsonl of tasks are")
+    parser.add_argument("--tasks", default="arc_easy,piqa")
+    parser.add_argument("--limit", type=int, default=150, help="questions of each task")
+    parser.add_argument("--judged", type=int, default=2048, help="tokens of the text to compare on")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
@@ -116,6 +187,8 @@ def main() -> None:
         args.work = args.work or scratch
         Path(args.work).mkdir(parents=True, exist_ok=True)
         bench = Bench(args)
+        made = {"rows": bench.rows(), "zeros": bench.zeros(), "grids": bench.grids()}
+        packed = bench.packed()
         result = {
             "benchmark": "pruning",
             "command": output.command(),
@@ -126,9 +199,11 @@ def main() -> None:
             "window": args.window,
             "samples": args.samples,
             "claims": CLAIMS,
-            "rows": bench.rows(),
-            "zeros": bench.zeros(),
-            "grids": bench.grids(),
+            "questions": args.limit if args.task_dir else 0,
+            "judged": args.judged,
+            **made,
+            "packed": packed,
+            "compared": bench.compared(packed),
         }
     output.finish(result, args)
 

@@ -341,7 +341,6 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     import output
     import pruning
     import report
-    import tables
     from checkpoints import mixed_lines
 
     pytest.importorskip("matplotlib")
@@ -350,16 +349,21 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     out, work = tmp_path / "pruning.json", tmp_path / "work"
     argv = ["pruning.py", str(model), "--calibration", str(text), "--text", str(text),
             "--removed", "20", "--methods", "wanda", "--grids", "int3-g32", "--steps", "2",
-            "--grid-steps", "2", "--window", "32", "--samples", "2", "--work", str(work),
-            "--out", str(out)]  # fmt: skip
+            "--grid-steps", "2", "--window", "32", "--samples", "2", "--recipes", "int4-rtn",
+            "--work", str(work), "--out", str(out)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", argv)
     pruning.main()
     result = json.loads(out.read_text())
     assert result["rows"][0]["recovered"]["kl"] > 0
     assert str(tmp_path) not in out.read_text()
-    shown = tables.show(result)
+    shown = output.show(result)
     assert "after 2 steps: perplexity" in shown
     assert "| wanda" in shown
+    assert [one["name"] for one in result["compared"]] == [
+        "as it is", "pruned-20", "sparse-wanda", "packed-int4-rtn", "packed-2-4-wanda",
+    ]  # fmt: skip
+    assert result["compared"][0]["kl"] == 0 < result["compared"][3]["kl"]
+    assert "| 2:4 int4, wanda  | 3.5 " in shown
     assert "of the perplexity that rounding to nearest loses" in shown
     page = report.with_end("# Words\n", result, {"pruning"})
     assert shown in page
@@ -369,3 +373,53 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     monkeypatch.setattr(pruning.subprocess, "run", None)
     pruning.main()
+
+
+def test_sparse_int4_is_told_from_dense_that_is_smaller():
+    import pruned_tables
+
+    def row(name, kl):
+        judged = {"kl": kl, "perplexity": 20.0, "top1_agreement": 0.5, "accuracy": {"piqa": 0.5}}
+        return {"name": name, **judged}
+
+    packed = [{"name": "packed-int3-gptq", "bits": 3.25}, {"name": "packed-2-4-wanda", "bits": 3.5}]
+    result = {
+        "rows": [], "zeros": [], "grids": [], "claims": {}, "steps": 2, "benchmark": "pruning",
+        "judged": 64, "questions": 5, "packed": packed,
+        "compared": [row("as it is", 0.0), row("packed-int3-gptq", 0.3),
+                     row("packed-2-4-wanda", 0.7)],
+    }  # fmt: skip
+    assert "Dense int3-gptq takes 3.25 at 0.300: it is both smaller" in pruned_tables.pruning(
+        result
+    )
+    result["compared"][1]["kl"] = 0.9
+    assert "no dense model of that size or less is as near" in pruned_tables.pruning(result)
+
+
+def test_rounding_is_measured_and_shown(tmp_path, monkeypatch):
+    """The scripts of caches and of static ranges, on a tiny model."""
+    import kv_cache
+    import output
+    import static_activations
+    from checkpoints import mixed_lines
+
+    model, text = tiny_llama_dir(tmp_path / "tiny", num_hidden_layers=2), tmp_path / "text"
+    text.write_text("\n".join(mixed_lines(300)), encoding="utf-8")
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(kv_cache, "PASTS", (64, 256))
+    words = {
+        kv_cache: ["--text", str(text), "--tokens", "200", "--window", "64", "--rounds", "1"],
+        static_activations: ["--calibration", str(text), "--text", str(text), "--samples", "1",
+                             "--judged", "1"],
+    }  # fmt: skip
+    shown = {}
+    for script, options in words.items():
+        name = f"{script.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name, str(model), *options, "--out", str(out)])
+        script.main()
+        result = json.loads(out.read_text())
+        assert str(tmp_path) not in out.read_text()
+        shown[script] = output.show(result)
+    assert "| int4, not rotated" in shown[kv_cache]
+    assert "decode at 256" in shown[kv_cache]
+    assert "| int8, static: `entropy`" in shown[static_activations]
