@@ -109,8 +109,11 @@ class Bench:
         return rows
 
     def packed(self) -> list[dict[str, Any]]:
-        """Dense matrices in few bits, and sparse ones in int4, which keeps their zeros."""
-        args, rows = self.args, []
+        """Dense matrices in few bits, trained so or not, and sparse ones in int4, zeros kept."""
+        args = self.args
+        rows = [
+            {"name": f"qat-{one['format']}", "bits": one["bits"]["packed"]} for one in self.grids()
+        ]
         for recipe in args.recipes:
             rows.append(self._pack(f"packed-{recipe}", args.model, recipe))
         for method in args.methods:

@@ -189,9 +189,33 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
           kv, first_length, second_length);
 }
 
+// What is no number in a row of keys or values is none in what attention gives.
+void test_no_number(const Kernels& kernels, KvType kv) {
+    const Case c{1, 1, 64, kv, 1.0f};
+    for (const float bad : {INFINITY, -INFINITY, NAN})
+        for (const int at : {64, 100, 127, 128, 150, 191}) {  // of the key, then of the value
+            Random random(9);
+            int lengths[2] = {1, 0};
+            const Setup setup(c, lengths);
+            const Buffer qkv(setup.width() * 4), out(c.dim * 4);
+            qkv.fill(random);
+            qkv.floats()[at] = bad;
+            const Rows rows{qkv.data(), setup.width() * 4};
+            kernels.rope_store(rows, {nullptr, 0}, 1, {}, setup.view(), setup.at(0), 0, 1);
+            kernels.attention(rows, 1, {0.125f}, setup.view(), setup.at(0), {out.data(), c.dim * 4},
+                              1, 0, 1);
+            bool seen = false;
+            for (int d = 0; d < c.dim; ++d) seen |= !std::isfinite(out.floats()[d]);
+            check(seen, "%s %s hides %g at %d", kernels.name, kv_names[static_cast<int>(kv)],
+                  double(bad), at);
+        }
+}
+
 }  // namespace
 
 void test_attention(const Kernels& kernels) {
+    test_no_number(kernels, KvType::int4);
+    test_no_number(kernels, KvType::int4_plain);
     for (const KvType kv : kv_types) {
         for (const int32_t dim : {16, 64, 80, 96, 128}) {
             for (const int length : {1, 2, 15, 16, 17, 31, 32, 33, 64, 65})
