@@ -22,7 +22,7 @@ def pruning(result: Result) -> str:
             for one in result["zeros"]
         ]
         parts.append(markdown(head, rows))
-    if result.get("compared"):
+    if result["compared"]:
         parts += _compared(result)
     return "\n\n".join(parts)
 

@@ -360,9 +360,10 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     assert "after 2 steps: perplexity" in shown
     assert "| wanda" in shown
     assert [one["name"] for one in result["compared"]] == [
-        "as it is", "pruned-20", "sparse-wanda", "packed-int4-rtn", "packed-2-4-wanda",
+        "as it is", "pruned-20", "sparse-wanda", "qat-int3-g32", "packed-int4-rtn",
+        "packed-2-4-wanda",
     ]  # fmt: skip
-    assert result["compared"][0]["kl"] == 0 < result["compared"][3]["kl"]
+    assert result["compared"][0]["kl"] == 0 < result["compared"][4]["kl"]
     assert "| 2:4 int4, wanda  | 3.5 " in shown
     assert "of the perplexity that rounding to nearest loses" in shown
     page = report.with_end("# Words\n", result, {"pruning"})
