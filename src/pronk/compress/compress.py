@@ -152,6 +152,8 @@ def compress(
         if not ckpt.spec.tie_embeddings and not to_gguf:
             names.remove(EMBEDDING)  # of which a bundle keeps floats
         storages = _storages(ckpt, names, recipe, group)
+        if recipe.tune and all(storage.kind != "int" for storage in storages.values()):
+            raise RequestError(f"recipe {recipe.name} has no scales to tune")
         if to_gguf:
             if recipe.automatic:
                 raise RequestError("bits are chosen for bundles only yet: give -o a directory")
