@@ -97,6 +97,7 @@ def compression(result: Result) -> str:
     tasks = list(result["tasks"])
     head = [result["model"], "made by", "MB", "bytes a weight", "perplexity", "beside float32",
             "KL, nats", "same top-1", *tasks, "decode"]  # fmt: skip
+    timed = any("seconds" in row for row in order)
     rows = []
     for row in order:
         first = row["by"] == "reference"
@@ -110,7 +111,9 @@ def compression(result: Result) -> str:
             "" if first else f"{row['top1_agreement']['value']:.2%}",
             *(f"{row['tasks'][name]:.1%}" for name in tasks),
             f"{speed['decode']:.0f}" if speed else "-",
+            *([f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""] if timed else []),
         ])  # fmt: skip
+    head += ["made in"] if timed else []
     parts = [markdown(head, rows), *_beside(result), *_how(result)]
     return "\n\n".join(parts)
 
@@ -161,13 +164,16 @@ def _how(result: Result) -> list[str]:
             "\\* has tensors of types that Pronk does not run as they are stored: its dequantized "
             "values were run in float32, and its speed was not measured."
         )
-    check = result["check"]
-    if check is not None:
-        theirs, ours = f"{check['llama_cpp']:.2f}", f"{check['pronk']:.2f}"
-        lines.append(
+    for check in result["check"] or ():
+        text = (
             f"Perplexity of {check['name']} on {check['tokens']:,} of these tokens in llama.cpp "
-            f"itself: {theirs}, in Pronk {ours} ({check['apart']:+.2%})."
+            f"itself: {check['llama_cpp']:.3f}, in Pronk {check['pronk']:.3f} "
+            f"({check['apart']:+.2%})"
         )
+        if "dequantized" in check:
+            text += "; with its values dequantized, and float32 activations, in Pronk "
+            text += f"{check['dequantized']:.3f}"
+        lines.append(text + ".")
     return lines
 
 

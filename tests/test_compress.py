@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,14 @@ def test_calibrated_recipes_keep_what_layers_give(name: str, untied: Path, tmp_p
     ours = layer_error(untied, made(untied, recipe, tmp_path / "ours"))
     plain = layer_error(untied, made(untied, nearest(recipe), tmp_path / "plain"))
     assert ours < 0.85 * plain
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.fold])
+def test_folding_adds_to_the_method(name: str, untied: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(name)
+    ours = layer_error(untied, made(untied, recipe, tmp_path / "ours"))
+    plain = layer_error(untied, made(untied, replace(recipe, fold=""), tmp_path / "plain"))
+    assert ours < 0.97 * plain
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-channel", "seed", "int4-mse"])

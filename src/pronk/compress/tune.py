@@ -101,11 +101,7 @@ class Tuner:
         self._adam = torch.optim.Adam(
             [held.factor for held in self._held.values()], lr=rate, betas=(0.9, 0.95)
         )
-        warm = max(1, round(_WARM * steps))
-        self._rate = torch.optim.lr_scheduler.LambdaLR(
-            self._adam,
-            lambda at: min(1, (at + 1) / warm) * (0.525 + 0.475 * math.cos(math.pi * at / steps)),
-        )
+        self._rate = rate
         self._order = _order(len(windows), steps * _BATCH, seed)
         self._source, self._target = source, torch.empty(0)
         self.losses: list[float] = []
@@ -130,11 +126,16 @@ class Tuner:
             at = len(self.losses)
             self._adam.zero_grad()
             self.losses.append(self._step(self._order[at * _BATCH : (at + 1) * _BATCH]))
+            self._adam.param_groups[0]["lr"] = self._rate * self._share(at)
             self._adam.step()
-            self._rate.step()
             tell(len(self.losses), self._steps)
             if len(self.losses) % 16 == 0:
                 keep(self)
+
+    def _share(self, at: int) -> float:
+        """Of the rate, at a step: it rises, and falls by a cosine to a twentieth."""
+        warm = max(1, round(_WARM * self._steps))
+        return min(1, (at + 1) / warm) * (0.525 + 0.475 * math.cos(math.pi * at / self._steps))
 
     def _ends(self) -> Tensor:
         """What the source's last layer gives for every window."""
@@ -238,8 +239,6 @@ class Tuner:
                     for which in ("exp_avg", "exp_avg_sq")
                 },
             }
-        for _ in losses:
-            self._rate.step()
 
     def made(self) -> dict[str, NDArray[Any]]:
         """The tuned tensors: rows of blocks, uint8; vectors, float32."""
