@@ -142,6 +142,11 @@ def test_automatic_bits_beat_what_is_uniform_at_their_size(tiny: Path, tmp_path:
     assert stored["prediction"] == report.prediction
     uniform = layer_error(tiny, made(tiny, recipe_of("int4-gptq"), tmp_path / "all", group="g64"))
     assert layer_error(tiny, tmp_path / "auto") < uniform
+    larger = layer_error(tiny, made(tiny, recipe_of("int4-rtn"), tmp_path / "nearest"))
+    assert layer_error(tiny, tmp_path / "auto") < 0.8 * larger
+    costs = stored["sensitivity"]
+    assert set(costs) == set(report.formats)
+    assert all(cost["int8-g32"] < cost["int4-g32"] < cost["int3-g32"] for cost in costs.values())
     small = compress(tiny, recipe, tmp_path / "kl", samples=SAMPLES, goal=Goal(kl=0.05))
     assert small.prediction is not None
     assert small.prediction["kl"] <= 0.05

@@ -74,7 +74,7 @@ def tuner(source: Any, view: Any, **options: Any) -> Tuner:
     if not source.spec.tie_embeddings:
         names.remove("model.embed_tokens.weight")
     storages = dict.fromkeys(names, parse_storage("int4-g32"))
-    given = {"steps": 1, "rate": 1e-3, "seed": 0, **options}
+    given = {"steps": 2, "rate": 1e-3, "seed": 0, **options}
     return Tuner(source, view, Decoder(source.spec), storages, windows, **given)
 
 

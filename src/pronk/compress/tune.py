@@ -89,7 +89,7 @@ class Tuner:
     ) -> None:
         import torch
 
-        self._view, self._decoder, self._windows = view, decoder, windows
+        self._view, self._decoder = view, decoder
         self._steps = steps
         self._layers = view.spec.num_layers
         self._held: dict[str, _Held] = {}
@@ -102,7 +102,11 @@ class Tuner:
             [held.factor for held in self._held.values()], lr=rate, betas=(0.9, 0.95)
         )
         self._rate = rate
-        self._order = _order(len(windows), steps * _BATCH, seed)
+        # What the source gives is not asked of windows that no step takes.
+        used, self._order = np.unique(
+            _order(len(windows), steps * _BATCH, seed), return_inverse=True
+        )
+        self._windows = windows[used]
         self._source, self._target = source, torch.empty(0)
         self.losses: list[float] = []
 
