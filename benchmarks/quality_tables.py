@@ -114,8 +114,57 @@ def compression(result: Result) -> str:
             *([f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""] if timed else []),
         ])  # fmt: skip
     head += ["made in"] if timed else []
-    parts = [markdown(head, rows), *_beside(result), *_how(result)]
+    parts = [markdown(head, rows), *_goals(result), *_beside(result), *_how(result)]
     return "\n\n".join(parts)
+
+
+GOALS: tuple[tuple[str, float, dict[str, float | str]], ...] = (
+    ("int8", 1.07, {"kl": 0.001, "growth": 0.002}),
+    ("int4", 0.57, {"growth": 0.03, "saved": 0.4}),
+    ("int3", 0.44, {"beats": "Q3_K_M"}),
+    ("auto", 0.50, {"beats": "Q2_K"}),
+)
+"""What the best recipe of a kind is to reach: bytes a weight at most, and how near to float32."""
+
+
+def _goals(result: Result) -> list[str]:
+    """The recipe of each kind that diverges least, and which of its goals it reaches."""
+    ours = [row for row in result["rows"] if row["by"] == "pronk compress"]
+    stored = [row for row in ours if not row["name"].endswith("activations")]
+    named = {row["name"]: row for row in result["rows"]}
+    lines = []
+    for kind, most, goals in GOALS:
+        rows = [row for row in stored if row["name"].startswith(kind)]
+        if not rows:
+            continue
+        best = min(rows, key=lambda row: float(row["kl"]["value"]))
+        kl, growth = best["kl"]["value"], best["growth"]["value"]
+        found = [
+            _reached(f"{best['bits'] / 8:.3f}", f"≤ {most} bytes a weight", best["bits"], 8 * most)
+        ]
+        if "kl" in goals:
+            found.append(_reached(f"{kl:.5f}", f"KL ≤ {goals['kl']}", kl, goals["kl"]))
+        if "growth" in goals:
+            limit = goals["growth"]
+            found.append(_reached(f"{growth:+.2%}", f"perplexity ≤ {limit:+.1%}", growth, limit))
+        plain = named.get(f"{kind}-rtn")
+        if "saved" in goals and plain is not None:
+            share = kl / plain["kl"]["value"] - 1
+            text = f"KL beside round-to-nearest ≤ {-goals['saved']:+.0%}"
+            found.append(_reached(f"{share:+.0%}", text, share, -goals["saved"]))
+        other = named.get(str(goals.get("beats")))
+        if other is not None:
+            theirs = other["kl"]["value"]
+            found.append(_reached(f"KL {kl:.3f}", f"< {other['name']}'s {theirs:.3f}", kl, theirs))
+        lines += [[best["name"], *one] for one in found]
+    if not lines:
+        return []
+    return ["What was aimed at, by the recipe of each kind that diverges least:",
+            markdown(["recipe", "measured", "goal", "reached"], lines)]  # fmt: skip
+
+
+def _reached(measured: str, goal: str, value: float, limit: Any) -> list[str]:
+    return [measured, goal, "yes" if value <= float(limit) else "no"]
 
 
 def _range(interval: Result, form: str, factor: float) -> str:
