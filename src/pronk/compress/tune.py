@@ -23,6 +23,7 @@ from pronk.compress.calibrate import batches
 from pronk.compress.forward import Decoder, embedded
 from pronk.compress.grid import Grid, from_blocks, refit, to_blocks
 from pronk.compress.layers import read_floats
+from pronk.errors import PronkError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,7 +130,13 @@ class Tuner:
         while len(self.losses) < self._steps:
             at = len(self.losses)
             self._adam.zero_grad()
-            self.losses.append(self._step(self._order[at * _BATCH : (at + 1) * _BATCH]))
+            loss = self._step(self._order[at * _BATCH : (at + 1) * _BATCH])
+            if not math.isfinite(loss):
+                raise PronkError(
+                    f"the loss is no longer finite at step {at + 1} of tuning: leave "
+                    "--tune-scales out"
+                )
+            self.losses.append(loss)
             self._adam.param_groups[0]["lr"] = self._rate * self._share(at)
             self._adam.step()
             tell(len(self.losses), self._steps)

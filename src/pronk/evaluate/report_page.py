@@ -66,7 +66,8 @@ svg .grid{stroke:var(--line);fill:none}
 svg .front{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 4;fill:none}
 svg .mark{fill:var(--c);stroke:var(--c)}svg .mark circle{stroke:var(--card);stroke-width:1.5}
 svg .mark path{stroke-width:1.5;opacity:.75}svg .mark rect{stroke:none}
-code{font-size:12.5px;overflow-wrap:anywhere}details{margin-top:10px}details summary{cursor:pointer;color:var(--soft)}
+code{font-size:12.5px;overflow-wrap:anywhere}details{margin-top:10px}
+details summary{cursor:pointer;color:var(--soft)}
 """
 
 
