@@ -216,12 +216,12 @@ def _how(result: Result) -> list[str]:
     for check in result["check"] or ():
         text = (
             f"Perplexity of {check['name']} on {check['tokens']:,} of these tokens in llama.cpp "
-            f"itself: {check['llama_cpp']:.3f}, in Pronk {check['pronk']:.3f} "
+            f"itself: {check['llama_cpp']:.4g}, in Pronk {check['pronk']:.4g} "
             f"({check['apart']:+.2%})"
         )
         if "dequantized" in check:
             text += "; with its values dequantized, and float32 activations, in Pronk "
-            text += f"{check['dequantized']:.3f}"
+            text += f"{check['dequantized']:.4g}"
         lines.append(text + ".")
     return lines
 
