@@ -1,12 +1,14 @@
 """Recipes of `pronk compress` beside llama.cpp's own types, of one model and by one protocol.
 
-    python benchmarks/compression.py --text FILE [--recipes NAME,...] [--variants NAME=PATH,...]
-        [--fit 200MB,...] [--llama-python PATH] [--work DIR] [--out FILE.json]
+    python benchmarks/compression.py --text FILE [--recipes NAME,...] [--calibration FILE]
+        [--exact NAME,...] [--variants NAME=PATH,...] [--fit 200MB,...] [--llama-python PATH]
+        [--work DIR] [--out FILE.json]
 
 The reference is the model's weights in float32. llama.cpp quantizes that file, without an
 importance matrix; what Pronk runs as it is stored is run so, and of any other type the
-dequantized values are, in float32. One of llama.cpp's files is also scored by llama.cpp itself.
-Everything is kept in --work: a run that was interrupted goes on.
+dequantized values are, in float32; so are those of the recipes in --exact, to tell what their
+weights lose from what activations do. The reference and one of llama.cpp's files are also scored
+by llama.cpp itself. Everything is kept in --work: a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -96,12 +98,20 @@ class Work:
         for recipe in filter(None, self.args.recipes.split(",")):
             name, *options = shlex.split(recipe)
             label = " ".join([name, *options]).replace(" --", " ").replace("--", "")
-            path = self.once(
-                "recipe-" + label.replace(" ", "-"),
-                lambda path, words=(name, *options): pronk(  # type: ignore[misc]
-                    "compress", str(self.source), "--recipe", *words, "-o", str(path)),
-            )  # fmt: skip
-            found.append({"name": label, "by": "pronk compress", "run": path})
+            file = "recipe-" + label.replace(" ", "-")
+            make = partial(self.compress, name, *options)
+            row = {"name": label, "by": "pronk compress", "run": self.once(file, make)}
+            took = self.folder / f"{file}.json"
+            if took.exists():
+                row["seconds"] = json.loads(took.read_text())["seconds"]
+            found.append(row)
+            if label in self.args.exact.split(","):
+                stored = self.once(f"{file}.gguf", make)
+                to_float = partial(write_float, stored)
+                found.append({
+                    "name": f"{label}, float32 activations", "by": "pronk compress",
+                    "run": self.once(f"{file}.float32.gguf", to_float), "stored": stored,
+                })  # fmt: skip
         for memory in filter(None, self.args.fit.split(",")):
             path = self.once(
                 f"fit-{memory}",
@@ -125,6 +135,16 @@ class Work:
             found.append(row)
         return found
 
+    def compress(self, recipe: str, *options_path: Any) -> None:
+        """Make a recipe's output, the last argument; how long it took is kept beside."""
+        *options, path = options_path
+        words = ["compress", str(self.source), "--recipe", recipe, *options, "-o", str(path)]
+        words += ["--threads", str(self.args.threads)]
+        if self.args.calibration:
+            words += ["--calibration", self.args.calibration]
+        done = pronk(*words)
+        path.with_name(path.name + ".json").write_text(json.dumps({"seconds": done["seconds"]}))
+
     def compare(self, variants: list[dict[str, Any]]) -> dict[str, Any]:
         """The report of `pronk compare` on all of them."""
         a = self.args
@@ -137,13 +157,12 @@ class Work:
                 words += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
         return pronk(*words)
 
-    def check(self, report: dict[str, Any]) -> dict[str, Any] | None:
-        """One of llama.cpp's files scored by llama.cpp, on the same windows of the same tokens."""
-        row = next((r for r in report["variants"] if r["name"] == CHECKED), None)
-        if row is None or not self.args.check_windows:
-            return None
-        path = self.quantized(CHECKED)
-        with open_checkpoint(path) as checkpoint:
+    def check(self, report: dict[str, Any]) -> list[dict[str, Any]]:
+        """Files scored by llama.cpp too, on the same windows of the same tokens."""
+        names = [r["name"] for r in report["variants"] if r["name"] in (REFERENCE, CHECKED)]
+        if CHECKED not in names or not self.args.check_windows:
+            return []
+        with open_checkpoint(self.reference()) as checkpoint:
             words = checkpoint.load_tokenizer()
         ids = encode(load_corpus(self.args.text), words, self.args.max_tokens)
         plan = list(windows(ids, self.args.window, self.args.stride, words.bos_id))
@@ -151,22 +170,31 @@ class Work:
         file = self.folder / "windows.json"
         file.write_text(json.dumps(
             [{"ids": w.ids, "first": w.first, "targets": w.targets} for w in plan]))  # fmt: skip
-        theirs = llama(self.args.llama_python, "score", str(path), str(file), "--threads",
-                       str(self.args.threads))  # fmt: skip
         count = sum(len(w.targets) for w in plan)
-        ours = pronk("eval", str(path), "--text", self.args.text, "--window",
-                     str(self.args.window), "--stride", str(report["protocol"]["stride"]),
-                     "--max-tokens", str(count + 1))  # fmt: skip
-        if ours["tokens"] != theirs["tokens"]:
-            raise SystemExit("the two engines did not score the same tokens")
-        self.versions["llama_cpp_python"] = theirs["version"]
-        return {
-            "name": CHECKED,
-            "tokens": count,
-            "pronk": ours["perplexity"],
-            "llama_cpp": math.exp(theirs["nll"]),
-            "apart": math.expm1(ours["nll"] - theirs["nll"]),
-        }
+
+        def ours(path: Path) -> float:
+            done = pronk("eval", str(path), "--text", self.args.text, "--window",
+                         str(self.args.window), "--stride", str(report["protocol"]["stride"]),
+                         "--max-tokens", str(count + 1))  # fmt: skip
+            if done["tokens"] != count:
+                raise SystemExit("the two engines did not score the same tokens")
+            return float(done["nll"])
+
+        found = []
+        for name in names:
+            path = self.reference() if name == REFERENCE else self.quantized(name)
+            theirs = llama(self.args.llama_python, "score", str(path), str(file), "--threads",
+                           str(self.args.threads))  # fmt: skip
+            self.versions["llama_cpp_python"] = theirs["version"]
+            nll = {"pronk": ours(path), "llama_cpp": theirs["nll"]}
+            if name == CHECKED:
+                # What both would give, were activations not rounded to multiply with.
+                to_float = partial(write_float, path)
+                nll["dequantized"] = ours(self.once(f"{name}.float32.gguf", to_float))
+            row = {engine: math.exp(value) for engine, value in nll.items()}
+            apart = math.expm1(nll["pronk"] - nll["llama_cpp"])
+            found.append({"name": name, "tokens": count, **row, "apart": apart})
+        return found
 
 
 KEPT = ("perplexity", "growth", "kl", "top1_agreement", "bytes", "bits", "formats", "speed")
@@ -180,10 +208,13 @@ def measure(work: Work) -> dict[str, Any]:
     for variant, measured in zip(variants, report["variants"], strict=True):
         row = {"name": variant["name"], "by": variant["by"]}
         row |= {key: measured[key] for key in KEPT if key in measured}
+        if "seconds" in variant:
+            row["seconds"] = variant["seconds"]
         row["tasks"] = {name: t["accuracy"]["value"] for name, t in measured["tasks"].items()}
-        if variant.get("dequantized"):
+        if variant["run"] != variant.get("stored", variant["run"]):
             # What was run is as good as the file, and neither as small nor as fast.
-            row["dequantized"] = variant["dequantized"]
+            if "dequantized" in variant:
+                row["dequantized"] = variant["dequantized"]
             row.pop("speed", None)
             row |= sizes(variant["stored"])
         rows.append(row)
@@ -214,6 +245,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="smollm2-135m", help="a GGUF file or a name")
     parser.add_argument("--recipes", default="", metavar="NAME,...",
                         help="of pronk compress; options may follow: 'auto --bits 4'")  # fmt: skip
+    parser.add_argument("--calibration", metavar="FILE", help="text for recipes that look at any")
+    parser.add_argument("--exact", default="", metavar="NAME,...",
+                        help="recipes that are also measured with float32 activations")  # fmt: skip
     parser.add_argument("--fit", default="", metavar="SIZE,...", help="budgets of pronk fit")
     parser.add_argument("--variants", default="", metavar="NAME=PATH,...", help="others")
     parser.add_argument("--llama", default=",".join(LLAMA), metavar="TYPE,...")

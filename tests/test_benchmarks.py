@@ -304,12 +304,19 @@ def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 20)
     monkeypatch.setattr(sys, "argv", [
         "compression.py", str(model), "--text", str(text), "--window", "64", "--max-tokens", "150",
-        "--variants", f"same={model},other={other}", "--llama", "", "--tasks", "none", "--rounds",
+        "--variants", f"same={model},other={other}", "--recipes", "int8", "--exact", "int8",
+        "--calibration", str(text), "--llama", "", "--tasks", "none", "--rounds",
         "0", "--threads", "1", "--work", str(tmp_path / "work"), "--out", str(out)])  # fmt: skip
     compression.main()
     result = json.loads(out.read_text())
-    reference, same, different = result["rows"]
+    reference, rounded, exact, same, different = result["rows"]
     assert reference["by"] == "reference"
+    assert rounded["seconds"] > 0
+    # Nothing but the precision of activations tells these apart.
+    assert exact["name"] == "int8, float32 activations"
+    assert abs(exact["growth"]["value"] - rounded["growth"]["value"]) < 1e-3
+    assert exact["kl"]["value"] != rounded["kl"]["value"]
+    assert exact["bits"] == pytest.approx(rounded["bits"], rel=0.1)
     assert reference["bits"] == 32
     assert same["bits"] < 8
     # The twin holds the values that the quantized file stands for.
@@ -321,8 +328,8 @@ def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
     assert "llama.cpp" not in table
     # Beside llama.cpp's files: the smallest that is no smaller, as the paired test sees it.
     different |= {"by": "llama.cpp", "dequantized": ["q3_k"]}
-    result["check"] = {"name": "other", "tokens": 9, "pronk": 7.0, "llama_cpp": 7.007,
-                       "apart": -0.001}  # fmt: skip
+    result["check"] = [{"name": "other", "tokens": 9, "pronk": 7.0, "llama_cpp": 7.007,
+                        "dequantized": 6.999, "apart": -0.001}]  # fmt: skip
     table = tables.show(result)
     test = next(t for t in result["tests"]["perplexity"] if {t["a"], t["b"]} == {"same", "other"})
     assert test["adjusted"] < 0.05
@@ -330,7 +337,7 @@ def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
     (line,) = (line for line in table.splitlines() if line.startswith("| same ") and "p " in line)
     assert f"| {said} " in line
     assert "| other* " in table
-    assert "(-0.10%)" in table
+    assert "(-0.10%); with its values dequantized" in table
     pytest.importorskip("matplotlib")
     output.draw(result, tmp_path / "one.svg")
     assert b"same" in (tmp_path / "one.svg").read_bytes()

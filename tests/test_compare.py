@@ -243,8 +243,8 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     every = variants()
     sensitive = {"model.layers.0.mlp.up_proj.weight": {"int4": 0.1, "int8": 0.01}, "x": "bad"}
-    every[1] = Variant("near", "/m/near", "hash of near", {**every[1].facts,
-                                                          "sensitivity": sensitive})  # fmt: skip
+    told = {"sensitivity": sensitive, "prediction": {"kl": 0.0125, "measured_kl": 0.01}}
+    every[1] = Variant("near", "/m/near", "hash of near", {**every[1].facts, **told})
     rows = [{"query": "abcdefghijk"[i % 9 :], "choices": ["a", "bc", "d"], "gold": i % 3}
             for i in range(40)]  # fmt: skip
     task = load_task(write(folder / "odd<name>.jsonl", *rows))
@@ -326,6 +326,9 @@ def test_the_page_needs_nothing_else_and_believes_nothing(report):
     assert "odd<name>" in found.text
     assert "prefers-color-scheme:dark" in text
     assert "0.mlp.up_proj" in found.text
+    assert "predicted to cost 0.0125 nats, and cost 0.0100" in found.text
+    report["variants"][1]["prediction"] = {"kl": "<b>", "measured_kl": 1}
+    assert "predicted to cost" not in page(report)
     shown = [*format_report(report), markdown(report)]
     assert all(name in line for name in NAMES for line in shown[-1:])
     assert "| near | 0.0 |" in shown[-1].replace("0.00009", "0.0")

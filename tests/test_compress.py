@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ def test_calibrated_recipes_keep_what_layers_give(name: str, untied: Path, tmp_p
     assert ours < 0.85 * plain
 
 
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.fold])
+def test_folding_adds_to_the_method(name: str, untied: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(name)
+    ours = layer_error(untied, made(untied, recipe, tmp_path / "ours"))
+    plain = layer_error(untied, made(untied, replace(recipe, fold=""), tmp_path / "plain"))
+    assert ours < 0.97 * plain
+
+
 @pytest.mark.parametrize("name", ["int8", "int8-channel", "seed", "int4-mse"])
 def test_searched_scales_lower_the_squared_error(name: str, tiny: Path, tmp_path: Path) -> None:
     recipe = recipe_of(name)
@@ -138,6 +147,11 @@ def test_automatic_bits_beat_what_is_uniform_at_their_size(tiny: Path, tmp_path:
     assert stored["prediction"] == report.prediction
     uniform = layer_error(tiny, made(tiny, recipe_of("int4-gptq"), tmp_path / "all", group="g64"))
     assert layer_error(tiny, tmp_path / "auto") < uniform
+    larger = layer_error(tiny, made(tiny, recipe_of("int4-rtn"), tmp_path / "nearest"))
+    assert layer_error(tiny, tmp_path / "auto") < 0.8 * larger
+    costs = stored["sensitivity"]
+    assert set(costs) == set(report.formats)
+    assert all(cost["int8-g32"] < cost["int4-g32"] < cost["int3-g32"] for cost in costs.values())
     small = compress(tiny, recipe, tmp_path / "kl", samples=SAMPLES, goal=Goal(kl=0.05))
     assert small.prediction is not None
     assert small.prediction["kl"] <= 0.05

@@ -190,7 +190,8 @@ def _variant(text: str) -> Variant:
         sha256 = _hash(checkpoint)
     if path.is_dir() and is_bundle(path):
         told = read_json(path / BUNDLE_FILE)
-        about |= {key: told[key] for key in ("recipe", "sensitivity") if key in told}
+        known = ("recipe", "sensitivity", "prediction")
+        about |= {key: told[key] for key in known if key in told}
     return Variant(name, os.fspath(path), sha256, about)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from pronk.commands import common
 from pronk.errors import RequestError
@@ -33,6 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=64, metavar="N", help="windows of 512 tokens of it (64)"
     )
+    parser.add_argument(
+        "--tune-scales", type=int, default=0, metavar="STEPS",
+        help="then learn scales and norms end to end, so that the source's predictions are kept",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of their draw (0)")
     parser.add_argument(
         "-o", "--output", metavar="DIR|FILE.gguf",
@@ -62,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError(f"recipe {recipe.name} has no groups: leave --group-size out")
     if not 1 <= args.samples <= 1 << 20:
         raise RequestError(f"--samples must be from 1 to {1 << 20}, not {args.samples}")
+    if not 0 <= args.tune_scales <= 1 << 20:
+        raise RequestError(f"--tune-scales must be from 0 to {1 << 20}, not {args.tune_scales}")
     if not 0 <= args.seed < 1 << 63:
         raise RequestError(f"--seed must be 0 or more, and less than 2^63, not {args.seed}")
 
@@ -79,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     if any(value is not None for value in (args.bits, args.size, args.kl)):
         goal = Goal(args.bits, None if args.size is None else parse_size(args.size), args.kl)
     set_threads(choose_threads(args.threads))
+    recipe = dataclasses.replace(recipe, tune=args.tune_scales)
     source = resolve(args.model)
     output = Path(args.output or f"{source.stem}-{recipe.name}")
     with Progress("compressing") as progress:

@@ -28,7 +28,7 @@ from pronk.compress.bits import (
     sensitivity,
 )
 from pronk.compress.calibrate import Calibration, Inputs, batches, read_calibration
-from pronk.compress.forward import Decoder, embedded, import_torch
+from pronk.compress.forward import Decoder, embedded, import_torch, native_precision
 from pronk.compress.layers import (
     Made,
     compress_layer,
@@ -38,8 +38,10 @@ from pronk.compress.layers import (
 )
 from pronk.compress.quantize import CHUNK_BYTES, quantize_tensor
 from pronk.compress.recipes import Recipe
+from pronk.compress.report import CompressReport
 from pronk.compress.stages import Compressed, Stages
 from pronk.compress.static import observe
+from pronk.compress.tune import Tuner
 from pronk.errors import PronkError, RequestError
 
 if TYPE_CHECKING:
@@ -50,46 +52,6 @@ __all__ = ["CompressReport", "check_groups", "compress"]
 Progress = Callable[[str, int, int], None]
 
 _HEAD_TOKENS = 1 << 12  # most tokens whose logits an output head that comes first is fitted to
-
-
-@dataclass(frozen=True, slots=True)
-class CompressReport:
-    """What was written, and what it cost.
-
-    ``errors`` holds, by matrix, the relative RMS difference of its weights and, where there was
-    calibration text, the relative mean square of that of its outputs. ``prediction`` holds, of
-    automatic bits, ``kl`` as predicted and ``measured_kl``, both on calibration text. Sizes in
-    bytes.
-    """
-
-    source: str
-    output: str
-    recipe: Recipe
-    group: str
-    formats: Mapping[str, str]
-    weight_bytes: int
-    weights: int
-    errors: Mapping[str, Mapping[str, float]]
-    provenance: Mapping[str, Any]
-    seconds: float
-    prediction: Mapping[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data under stable names, for ``--json``."""
-        return {
-            "source": self.source,
-            "output": self.output,
-            "recipe": self.recipe.name,
-            "group_size": self.group,
-            "weight_bytes": self.weight_bytes,
-            "weights": self.weights,
-            "bytes_per_weight": self.weight_bytes / self.weights,
-            "formats": dict(self.formats),
-            "errors": {name: dict(error) for name, error in self.errors.items()},
-            **self.provenance,
-            **({"prediction": dict(self.prediction)} if self.prediction else {}),
-            "seconds": self.seconds,
-        }
 
 
 @dataclass(slots=True)
@@ -107,6 +69,7 @@ class _Work:
     dtypes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: dict[str, str] = field(default_factory=dict)
+    sensitivity: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def head(self) -> str:
@@ -190,6 +153,8 @@ def compress(
         if not ckpt.spec.tie_embeddings and not to_gguf:
             names.remove(EMBEDDING)  # of which a bundle keeps floats
         storages = _storages(ckpt, names, recipe, group)
+        if recipe.tune and all(storage.kind != "int" for storage in storages.values()):
+            raise RequestError(f"recipe {recipe.name} has no scales to tune")
         if to_gguf:
             if recipe.automatic:
                 raise RequestError("bits are chosen for bundles only yet: give -o a directory")
@@ -208,6 +173,7 @@ def compress(
             work = _Work(ckpt, recipe, storages, text, seed, stages, tell)
             prediction = _automatic(work, goal) if goal is not None else {}
             _run(work)
+            tuning = _tune(work) if recipe.tune else None
             view = _view(work)
             if text is not None and goal is not None:
                 prediction["measured_kl"] = divergence(ckpt, view, _decoder(work), text.windows)
@@ -228,6 +194,8 @@ def compress(
                 provenance=_provenance(key, text),
                 seconds=time.monotonic() - begun,
                 prediction=prediction or None,
+                sensitivity=work.sensitivity,
+                tuning=tuning,
             )
             if to_gguf:
                 write_gguf(view, ckpt, target)
@@ -280,6 +248,7 @@ def _automatic(work: _Work, goal: Goal) -> dict[str, float]:
         for name in work.storages
         if name in measured
     }
+    work.sensitivity = {name: dict(cost.kl) for name, cost in costs.items()}
     # What no output was measured of, an embedding that is not the head, stays as it is.
     chosen, kl = choose(costs, sum(_size(work, name) for name in costs), goal)
     work.storages |= {name: parse_storage(text) for name, text in chosen.items()}
@@ -317,12 +286,13 @@ def _key(
         "source_sha256": digests,
         "calibration_sha256": text.digest if text else None,
         "seed": seed,
+        "precision": native_precision(),
         "versions": {"pronk": pronk.__version__, "torch": torch.__version__},
     }
 
 
 def _provenance(key: Mapping[str, Any], text: Calibration | None) -> dict[str, Any]:
-    out = {name: key[name] for name in ("source_sha256", "seed", "versions")}
+    out = {name: key[name] for name in ("source_sha256", "seed", "precision", "versions")}
     calibration = None
     if text is not None:
         calibration = {"text": text.name, "sha256": text.digest,
@@ -374,14 +344,20 @@ def _size(work: _Work, name: str) -> int:
 
 
 def _decoder(work: _Work) -> Decoder:
+    """What measures: small divergences drown in bfloat16."""
     if work.decoder is None:
         work.decoder = Decoder(work.ckpt.spec)
     return work.decoder
 
 
-def _layer(work: _Work, index: int, x: Tensor | None) -> tuple[Made, Tensor]:
+def _quick(work: _Work) -> Decoder:
+    """What calibrates and learns."""
+    exact = work.recipe.method == "signround"  # it goes by the sign of small differences
+    return Decoder(work.ckpt.spec, "f32" if exact else native_precision())
 
-    decoder = _decoder(work)
+
+def _layer(work: _Work, index: int, x: Tensor | None) -> tuple[Made, Tensor]:
+    decoder = _quick(work)
     if x is None:
         x = _kept(work, index) if index else _embedded(work)
     made, out = compress_layer(
@@ -412,7 +388,7 @@ def _head(work: _Work, x: Tensor | None) -> Made:
     """The output head, on what the layers give: those of the source, where it comes first."""
     import torch
 
-    decoder, layers = _decoder(work), work.ckpt.spec.num_layers
+    decoder, layers = _quick(work), work.ckpt.spec.num_layers
     met = Inputs(work.ckpt.spec.hidden_size)
     with torch.no_grad():
         if work.head == EMBEDDING:
@@ -434,6 +410,46 @@ def _head(work: _Work, x: Tensor | None) -> Made:
     return made
 
 
+def _tune(work: _Work) -> dict[str, float]:
+    """Learn scales and norms end to end; the mean loss of the first and the last steps."""
+    recipe, stages, text = work.recipe, work.stages, work.calibration
+    if text is None:
+        raise ValueError("there is no calibration")
+    report = stages.done("tuned")
+    if report is None:
+        tuner = Tuner(
+            work.ckpt, _view(work), _quick(work), work.storages,
+            text.windows, steps=recipe.tune, rate=recipe.rate, seed=work.seed,
+        )  # fmt: skip
+        kept = stages.latest("tuning")
+        if kept is not None:
+            losses = (stages.done(kept) or {})["losses"]
+            tuner.resume(losses, lambda name: stages.tensor(kept, name))
+
+        def keep(tuner: Tuner) -> None:
+            before = stages.latest("tuning")
+            losses = tuner.losses
+            stages.finish(f"tuning-{len(losses)}", tuner.state(), {"losses": losses})
+            if before is not None:
+                stages.forget(before)
+
+        tuner.run(lambda done, total: work.progress("tuning scales", done, total), keep)
+        made, some = tuner.made(), max(1, recipe.tune // 8)
+        report = {
+            "dtypes": {name: work.dtypes.get(name, "f32") for name in made},
+            "loss": {
+                "steps": recipe.tune,
+                "first": sum(tuner.losses[:some]) / some,
+                "last": sum(tuner.losses[-some:]) / some,
+            },
+        }
+        stages.finish("tuned", made, report)
+    work.dtypes |= report["dtypes"]
+    work.steps |= dict.fromkeys(report["dtypes"], "tuned")
+    loss: dict[str, float] = report["loss"]
+    return loss
+
+
 def _write_bundle(view: Compressed, work: _Work, target: Path, report: CompressReport) -> None:
     ckpt = work.ckpt
 
@@ -453,7 +469,7 @@ def _write_bundle(view: Compressed, work: _Work, target: Path, report: CompressR
         "recipe": {name: getattr(work.recipe, name) for name in work.recipe.__slots__},
         **report.provenance,
         "errors": report.errors,
-        **({"prediction": report.prediction} if report.prediction else {}),
+        **report.learnt,
     }
     inputs = None
     if work.recipe.static and work.calibration is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,15 @@ from pronk.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Decoder", "Look", "embedded", "import_torch", "set_threads"]
+__all__ = [
+    "Decoder",
+    "Look",
+    "embedded",
+    "import_torch",
+    "native_precision",
+    "products",
+    "set_threads",
+]
 
 Look = Callable[[str, "Tensor"], None]
 """Called with the name of a matrix and what it is about to be multiplied with, [tokens, cols]."""
@@ -56,6 +66,23 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def native_precision() -> str:
+    """``bf16`` where the CPU multiplies it natively, else ``f32``."""
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.exists() else ""
+    return "bf16" if "avx512_bf16" in text or "amx_bf16" in text else "f32"
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """A context in which products are of this precision, ``bf16`` or ``f32``."""
+    import torch
+
+    # Casts are not kept: parameters change between steps, and in float32 they change unseen.
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        yield
+
+
 class Decoder:
     """A model's ops by layer; it holds no weights.
 
@@ -64,6 +91,8 @@ class Decoder:
     Parameters
     ----------
     spec : ModelSpec
+    precision : {"f32", "bf16"}
+        Of products; sums, norms and what goes from layer to layer are float32.
 
     Raises
     ------
@@ -71,14 +100,14 @@ class Decoder:
         If the model has experts, or layers that share weights.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, precision: str = "f32") -> None:
         import_torch()
         if spec.moe is not None or any(layer.weights is not None for layer in spec.layers):
             raise RequestError(
                 f"{spec.name} has experts or shared layers, which compress cannot calibrate yet: "
                 f"take a recipe that needs no calibration"
             )
-        self.spec = spec
+        self.spec, self.precision = spec, precision
         self.graph = build_decoder(spec, lambda name: "f32")
         self.layers: list[list[Op]] = [[] for _ in spec.layers]
         self.head: list[Op] = []
@@ -148,18 +177,23 @@ class Decoder:
         -------
         float32 [windows, tokens, width]
         """
-        ops = self._ops(layer)
+        with products(self.precision):
+            return self._run(self._ops(layer), x, weights, look, until)
+
+    def _run(
+        self, ops: list[Op], x: Tensor, weights: Mapping[str, Tensor], look: Look | None, until: str
+    ) -> Tensor:
         values: dict[str, Tensor] = {ops[0].inputs[0].value: x}
         shown: set[str] = set()
         for op in ops:
             inputs = [values[ref.value] for ref in op.inputs if ref.value in values]
             if op.kind == "matmul" and look is not None and op.inputs[0].value not in shown:
                 shown.add(op.inputs[0].value)
-                look(op.weights[0], inputs[0].reshape(-1, inputs[0].shape[-1]))
+                look(op.weights[0], inputs[0].reshape(-1, inputs[0].shape[-1]).float())
                 if until == op.weights[0]:
                     return inputs[0]
             values[op.output] = self._apply(op, inputs, [weights[n] for n in op.weights])
-        return values[ops[-1].output]
+        return values[ops[-1].output].float()
 
     def _apply(self, op: Op, x: list[Tensor], w: list[Tensor]) -> Tensor:
         import torch

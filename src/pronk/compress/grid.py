@@ -17,7 +17,7 @@ from pronk.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Grid", "code_range", "fit_grid", "round_floats", "to_blocks"]
+__all__ = ["Grid", "code_range", "fit_grid", "from_blocks", "refit", "round_floats", "to_blocks"]
 
 _SHRINK = {
     8: (0.9, 1.0, 6),
@@ -205,9 +205,9 @@ def _loss(w: Tensor, v: Tensor, scale: Tensor, low: Tensor | None, storage: Stor
     return (v * (out - w) ** 2).sum(2, keepdim=True)
 
 
-def refit(grid: Grid, scale: Tensor) -> Grid:
-    """The grid with other scales, as float16 holds them."""
-    return replace(grid, scale=_half(scale))
+def refit(grid: Grid, scale: Tensor, low: Tensor | None = None) -> Grid:
+    """The grid with other scales, and minima where given, as float16 holds them."""
+    return replace(grid, scale=_half(scale), low=grid.low if low is None else _half(low))
 
 
 def to_blocks(codes: Tensor, grid: Grid) -> NDArray[np.uint8]:
@@ -227,6 +227,25 @@ def to_blocks(codes: Tensor, grid: Grid) -> NDArray[np.uint8]:
         nibbles = (q if grid.storage.minimum else q + 8).astype(np.uint8)
         body = nibbles[:, :, :16] | (nibbles[:, :, 16:] << np.uint8(4))
     return np.concatenate([heads, body], axis=2).reshape(rows, -1)
+
+
+def from_blocks(blocks: NDArray[np.uint8], storage: Storage, cols: int) -> tuple[Tensor, Grid]:
+    """Codes, int8 [rows, cols], and grid of such rows of blocks; not those of K-quants."""
+    import torch
+
+    rows, groups = len(blocks), storage.groups(cols)
+    count = 2 if storage.minimum else 1
+    parts = blocks.reshape(rows, cols // 32, -1)
+    heads = np.ascontiguousarray(parts[:, :: cols // 32 // groups, : 2 * count])
+    scale, *low = torch.from_numpy(heads.view(np.float16).astype(np.float32)).unbind(2)
+    body = parts[:, :, 2 * count :]
+    if storage.bits == 8:
+        codes = body.view(np.int8)
+    else:
+        codes = np.concatenate([body & np.uint8(15), body >> np.uint8(4)], axis=2).view(np.int8)
+        codes -= 0 if storage.minimum else 8
+    grid = Grid(storage, scale.contiguous(), low[0].contiguous() if low else None)
+    return torch.from_numpy(codes.reshape(rows, cols)), grid
 
 
 def round_floats(weight: NDArray[np.float32], storage: Storage) -> NDArray[np.uint8]:

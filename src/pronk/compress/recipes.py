@@ -37,6 +37,9 @@ class Recipe:
         Steps of sign gradients a layer.
     static : str
         How scales of int8 inputs are set, for other engines: see `pronk.compress.static`.
+    tune, rate : int, float
+        Steps in which scales and norms are learnt end to end, and the largest change in one;
+        see `pronk.compress.tune`.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Recipe:
     sweeps: int = 1
     steps: int = 100
     static: str = ""
+    tune: int = 0
+    rate: float = 2e-3
 
     @property
     def automatic(self) -> bool:
@@ -59,7 +64,7 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether it looks at what matrices are multiplied with."""
-        return self.method not in ("rtn", "mse") or bool(self.fold or self.static)
+        return self.method not in ("rtn", "mse") or bool(self.fold or self.static or self.tune)
 
     def storage(self, name: str, cols: int, group: str | None = None) -> Storage:
         """The format of a matrix by its canonical name and the length of its rows."""
@@ -127,6 +132,11 @@ def _table() -> dict[str, Recipe]:
             Recipe(f"int{bits}-rtn", "rtn", formats, f"{bits} bits, nearest; {_WIDER}", "g64"),
             Recipe(f"int{bits}-gptq", "gptq", formats, f"{bits} bits, GPTQ; {_WIDER}", "g64"),
         ]
+    head4 = (
+        ("embed_tokens", "int4-g32"), ("lm_head", "int4-g32"), ("", "int3-{group}"),
+    )  # fmt: skip
+    about = f"3 bits, GPTQ, 4 the head; {_WIDER}"
+    rows += [Recipe("int3-head4-gptq", "gptq", head4, about, "g64")]
     mixed = (
         ("embed_tokens", "q6_k|int8-g32"), ("lm_head", "q6_k|int8-g32"),
         ("", "q4_k|int4-g32-min"),

@@ -98,6 +98,16 @@ class Stages:
             (beside / "report.json").write_text(json.dumps(report))
             beside.rename(self.path / step)
 
+    def latest(self, prefix: str) -> str | None:
+        """The finished step of the largest number, of those named ``prefix-number``."""
+        found = (p.name.rpartition("-") for p in self.path.glob(f"{prefix}-*") if p.is_dir())
+        numbers = [int(number) for name, _, number in found if name == prefix and number.isdigit()]
+        return f"{prefix}-{max(numbers)}" if numbers else None
+
+    def forget(self, step: str) -> None:
+        """Remove a finished step that a later one has replaced."""
+        shutil.rmtree(self.path / step, ignore_errors=True)
+
     def tensor(self, step: str, name: str) -> NDArray[Any]:
         """A finished tensor, mapped from its file."""
         array: NDArray[Any] = np.load(self.path / step / f"{name}.npy", mmap_mode="r")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pronk.compress.forward import native_precision, products
 from pronk.errors import PronkError, RequestError
 
-__all__ = ["Recipe", "Trainer", "compare", "precision_of", "split_text"]
+__all__ = [
+    "Recipe",
+    "Trainer",
+    "compare",
+    "precision_of",
+    "split_text",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,12 +71,8 @@ class Recipe:
 
 
 def precision_of(recipe: Recipe) -> str:
-    """The precision of a recipe on this machine: bf16 where the CPU multiplies it natively."""
-    if recipe.precision != "auto":
-        return recipe.precision
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return "bf16" if "avx512_bf16" in text or "amx_bf16" in text else "f32"
+    """The precision of a recipe on this machine."""
+    return native_precision() if recipe.precision == "auto" else recipe.precision
 
 
 def split_text(ids: Sequence[int], window: int) -> tuple[list[int], list[int]]:
@@ -97,15 +99,6 @@ def _hidden_states(model: Any, ids: Any, layers: Sequence[int]) -> tuple[Any, li
     out = model.model(ids, use_cache=False, output_hidden_states=True)
     # The last entry is normed; the others are what goes into the next layer.
     return out.last_hidden_state, [out.hidden_states[i + 1] for i in layers]
-
-
-@contextlib.contextmanager
-def _products(precision: str) -> Iterator[None]:
-    import torch
-
-    # Casts are not kept: parameters change between steps, and in float32 they change unseen.
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-        yield
 
 
 def compare(student: Any, teacher: Any, windows: Any) -> dict[str, float]:
@@ -278,15 +271,15 @@ class Trainer:
         from torch.nn.functional import kl_div, log_softmax
 
         heat = self.recipe.temperature
-        with torch.no_grad(), _products(self.precision):
+        with torch.no_grad(), products(self.precision):
             goal, near = _hidden_states(self.teacher, ids, [t for _, t in self.matched])
             goal = goal.reshape(-1, goal.shape[-1])
-        with _products(self.precision):
+        with products(self.precision):
             made, mine = _hidden_states(self.student, ids, [s for s, _ in self.matched])
         top = made.detach().reshape(-1, made.shape[-1]).requires_grad_()
         total = 0.0
         for at in range(0, len(top), _ROWS):
-            with _products(self.precision):
+            with products(self.precision):
                 with torch.no_grad():
                     p = self.teacher.lm_head(goal[at : at + _ROWS])
                 q = self.student.lm_head(top[at : at + _ROWS])

@@ -66,7 +66,8 @@ svg .grid{stroke:var(--line);fill:none}
 svg .front{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 4;fill:none}
 svg .mark{fill:var(--c);stroke:var(--c)}svg .mark circle{stroke:var(--card);stroke-width:1.5}
 svg .mark path{stroke-width:1.5;opacity:.75}svg .mark rect{stroke:none}
-code{font-size:12.5px;overflow-wrap:anywhere}details summary{cursor:pointer;color:var(--soft)}
+code{font-size:12.5px;overflow-wrap:anywhere}details{margin-top:10px}
+details summary{cursor:pointer;color:var(--soft)}
 """
 
 
@@ -100,7 +101,10 @@ def page(report: Row) -> str:
     sensitive = [row for row in rows if _sensitivity(row)]
     if sensitive:
         cards = (
-            _card(f"{row['name']}: what each tensor costs", bars(_sensitivity(row), "KL, nats"))
+            _card(
+                f"{row['name']}: what each tensor costs",
+                bars(_sensitivity(row), "KL, nats") + _prediction(row),
+            )
             for row in sensitive
         )
         parts += ["<h2>Sensitivity</h2>", f'<div class="grid2">{"".join(cards)}</div>']
@@ -259,6 +263,17 @@ def _sensitivity(row: Row) -> list[tuple[str, float, int]]:
     found.sort(key=lambda one: -one[1])
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in found))
     return [(n, v, kinds.index(n.rpartition(".")[2])) for n, v in found[:_MOST_LAYERS]]
+
+
+def _prediction(row: Row) -> str:
+    """What a bundle says its formats were to cost, and what they did; nothing if it says none."""
+    told = row.get("prediction")
+    told = told if isinstance(told, Mapping) else {}
+    known = [told.get(key) for key in ("kl", "measured_kl")]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in known):
+        return ""
+    text = "On calibration text, its formats were predicted to cost {:.4f} nats, and cost {:.4f}."
+    return f"<p class=soft>{escape(text.format(*known))}</p>"
 
 
 def _details(report: Row) -> str:
