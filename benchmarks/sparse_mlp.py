@@ -1,9 +1,9 @@
 """What sparse activation buys: divergence, share of zeros and speed of a model, and exact relu.
 
 A model's thresholds are calibrated to several divergences, and measured on another text; its
-speed with and without is of steps of one token, in turns of 32. The relu model has random weights, so
-that a share of its gates is open: each by itself, or 32 neighbours together. Without skipping it
-computes the same bits; the script fails if one differs.
+speed with and without is of steps of one token, in turns of 32. The relu model has random weights,
+so that a share of its gates is open: each by itself, or 32 neighbours together. Without skipping
+it computes the same bits; the script fails if one differs.
 
     python benchmarks/sparse_mlp.py [MODEL ...] [--text FILE] [--rounds 5] [--out FILE.json]
 """

@@ -282,6 +282,30 @@ def serve(result: Result) -> str:
     return "\n\n".join([markdown(head, rows), f"HTTP, JSON and text cost (clients): {lost}."])
 
 
+def soak(result: Result) -> str:
+    """The tables of a `soak.py` result."""
+    outcomes = sorted({o for kinds in result["counts"].values() for o in kinds})
+    rows = [
+        [kind, *(f"{found.get(o, 0):,}" for o in outcomes)]
+        for kind, found in result["counts"].items()
+    ]
+    first, last = result["samples"][0], result["samples"][-1]
+    total = sum(n for found in result["counts"].values() for n in found.values())
+    after = result["after"]
+    words = (
+        f"{total:,} requests in {result['seconds'] / 60:.0f} minutes, "
+        f"{last['generated']:,.0f} tokens; the longest took {result['longest']:.1f} s of at most "
+        f"{result['bound']:.0f}. Memory was {first['rss'] / 1e6:.0f} MB at first and "
+        f"{last['rss'] / 1e6:.0f} MB at last; after the first {result['warm']:.0%} of the time it "
+        f"changed by {result['growth'] / 1e6:+.2f} MB a minute (allowed: "
+        f"{result['bound_growth'] / 1e6:.2f}). When all was over, {after['held']:.0f} KV blocks "
+        f"were held, {after['cached']:.0f} kept as prefixes and {after['free']:.0f} free, and "
+        f"{after['files']:.0f} files were open ({first['files']:.0f} before). "
+        f"Sequences were preempted {last['preempted']:.0f} times."
+    )
+    return "\n\n".join([markdown(["", *outcomes], rows), words])
+
+
 def experts(result: Result) -> str:
     """The tables of an `experts.py` result."""
     sizes, rounds = result["sizes"], good_rounds(result, result["limits"])
@@ -335,6 +359,7 @@ def show(result: Result) -> str:
         "moe": moe,
         "long_context": quality.long_context,
         "serve": serve,
+        "soak": soak,
         "experts": experts,
         "compression": quality.compression,
         "batching": batching,

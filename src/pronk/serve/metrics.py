@@ -206,6 +206,14 @@ class _Engines:
         for model, values in stats.items():
             usage.add_metric([model], _usage(values))
         yield usage
+        blocks = GaugeMetricFamily(
+            "pronk:kv_cache_blocks", "KV blocks, by state.", labels=["model_name", "state"]
+        )
+        for model, values in stats.items():
+            for state in ("held", "cached", "free"):
+                count = sum(getattr(pool, state) for pool in values.pools)
+                blocks.add_metric([model, state], float(count))
+        yield blocks
         for name, what, read in (
             ("prefix_cache_queries", "Prompt tokens looked up.", "prefix_queries"),
             ("prefix_cache_hits", "Prompt tokens found.", "prefix_hits"),

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from pronk.engine.sampler import Sample
-from pronk.serve.errors import ApiError, error_body
 from pronk.serve.generate import Delta, Job, Tally, admit, generate
 from pronk.serve.hosted import Hosted
+from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.prepare import Turn, chat_logprobs, prepare
 from pronk.serve.http.replies import ChatReply
 from pronk.serve.http.schema import ChatRequest
-from pronk.serve.http.sse import DONE, EventStream, data, until_gone
+from pronk.serve.http.sse import DONE, data, until_gone
 from pronk.serve.tools import ArgumentText, CallStart, Found
 
 __all__ = ["router"]
@@ -33,10 +33,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     context = context_of(request)
     model = context.model(body.model)
     answer = await until_gone(request.receive, _begin(context, model, body, request))
-    if body.stream:
-        first, source = await until_gone(request.receive, answer.begin_stream())
-        return EventStream(resumed(first, source))
-    return JSONResponse(await until_gone(request.receive, answer.whole()))
+    return await send(answer, request, body.stream)
 
 
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
@@ -83,7 +80,7 @@ class _Choice:
         return {"content": found}
 
 
-class _Answer:
+class _Answer(Answer):
     """All choices of one request, whole or as a stream."""
 
     def __init__(
@@ -95,8 +92,12 @@ class _Answer:
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        self._model, self._body, self._deltas, self._tally = model, body, deltas, tally
+        super().__init__(deltas)
+        self._model, self._body, self._tally = model, body, tally
         self._head = head
+        self._chunk = {**head, "object": "chat.completion.chunk"}
+        if body.with_usage:
+            self._chunk["usage"] = None
         self._choices = [_Choice() for _ in range(body.count)]
         self._parsers = [turn.parser() for _ in range(body.count)]
 
@@ -136,32 +137,7 @@ class _Answer:
         return {**self._head, "object": "chat.completion", "choices": choices,
                 "usage": self._tally.usage()}  # fmt: skip
 
-    async def begin_stream(self) -> tuple[bytes, AsyncGenerator[bytes]]:
-        """The first piece, so that what is refused is so before an answer begins; and the rest."""
-        source = self._stream()
-        return await anext(source), source
-
-    async def _stream(self) -> AsyncGenerator[bytes]:
-        head = {**self._head, "object": "chat.completion.chunk"}
-        if self._body.with_usage:
-            head["usage"] = None
-        begun = False
-        try:
-            async with aclosing(self._deltas):
-                async for delta in self._deltas:
-                    begun = True
-                    for piece in self._chunks(head, delta):
-                        yield piece
-        except ApiError as error:
-            if not begun:
-                raise
-            yield data(error_body(error))
-            return
-        if self._body.with_usage:
-            yield data({**head, "choices": [], "usage": self._tally.usage()})
-        yield DONE
-
-    def _chunks(self, head: dict[str, Any], delta: Delta) -> list[bytes]:
+    def pieces(self, delta: Delta) -> list[bytes]:
         """A delta as chunks; those of one delta share its log-probabilities."""
         choice = self._choices[delta.index]
         parts = self._take(delta)
@@ -184,13 +160,11 @@ class _Answer:
                 "logprobs": logprobs if at == 0 else None,
                 "finish_reason": choice.reason if last and delta.finish_reason else None,
             }
-            out.append(data({**head, "choices": [entry]}))
+            out.append(data({**self._chunk, "choices": [entry]}))
         return out
 
-
-async def resumed(first: bytes, source: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A stream whose first piece was taken already."""
-    async with aclosing(source):
-        yield first
-        async for piece in source:
-            yield piece
+    def ending(self) -> list[bytes]:
+        """What it took, if asked for, and the mark of the end."""
+        if not self._body.with_usage:
+            return [DONE]
+        return [data({**self._chunk, "choices": [], "usage": self._tally.usage()}), DONE]

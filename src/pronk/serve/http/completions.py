@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from pronk.serve.errors import ApiError, error_body
 from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
 from pronk.serve.hosted import Hosted
-from pronk.serve.http.chat import resumed
+from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.prepare import completion_logprobs, form_of
 from pronk.serve.http.replies import CompletionReply
 from pronk.serve.http.schema import CompletionRequest
-from pronk.serve.http.sse import DONE, EventStream, data, until_gone
+from pronk.serve.http.sse import DONE, data, until_gone
 
 __all__ = ["router"]
 
@@ -31,10 +29,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     context = context_of(request)
     model = context.model(body.model)
     texts = await until_gone(request.receive, _begin(context, model, body, request))
-    if body.stream:
-        first, source = await until_gone(request.receive, texts.begin_stream())
-        return EventStream(resumed(first, source))
-    return JSONResponse(await until_gone(request.receive, texts.whole()))
+    return await send(texts, request, body.stream)
 
 
 async def _begin(
@@ -70,7 +65,7 @@ async def _begin(
     return _Texts(model, body, echoes, deltas, tally, head)
 
 
-class _Texts:
+class _Texts(Answer):
     """All texts of one request, whole or as a stream."""
 
     def __init__(
@@ -82,8 +77,10 @@ class _Texts:
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        self._model, self._body, self._deltas, self._tally = model, body, deltas, tally
+        super().__init__(deltas)
+        self._model, self._body, self._tally = model, body, tally
         self._head = head
+        self._chunk = {**head, "usage": None} if body.with_usage else head
         self._echoes = echoes
         self._offsets = [0] * len(echoes)
 
@@ -107,24 +104,12 @@ class _Texts:
         choices = [self._choice(delta) for delta in texts]
         return {**self._head, "choices": choices, "usage": self._tally.usage()}
 
-    async def begin_stream(self) -> tuple[bytes, AsyncGenerator[bytes]]:
-        """The first piece, so that what is refused is so before an answer begins; and the rest."""
-        source = self._stream()
-        return await anext(source), source
+    def pieces(self, delta: Delta) -> list[bytes]:
+        """A delta as a chunk."""
+        return [data({**self._chunk, "choices": [self._choice(delta)]})]
 
-    async def _stream(self) -> AsyncGenerator[bytes]:
-        head = {**self._head, "usage": None} if self._body.with_usage else self._head
-        begun = False
-        try:
-            async with aclosing(self._deltas):
-                async for delta in self._deltas:
-                    begun = True
-                    yield data({**head, "choices": [self._choice(delta)]})
-        except ApiError as error:
-            if not begun:
-                raise
-            yield data(error_body(error))
-            return
-        if self._body.with_usage:
-            yield data({**head, "choices": [], "usage": self._tally.usage()})
-        yield DONE
+    def ending(self) -> list[bytes]:
+        """What it took, if asked for, and the mark of the end."""
+        if not self._body.with_usage:
+            return [DONE]
+        return [data({**self._chunk, "choices": [], "usage": self._tally.usage()}), DONE]

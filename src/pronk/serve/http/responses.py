@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from pronk.serve.errors import ApiError, error_body
-from pronk.serve.generate import Delta, Job, Tally, admit, generate
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
 from pronk.serve.hosted import Hosted
-from pronk.serve.http.chat import resumed
+from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.prepare import prepare
 from pronk.serve.http.schema import ChatRequest
-from pronk.serve.http.sse import EventStream, event, until_gone
+from pronk.serve.http.sse import event, until_gone
 
 __all__ = ["router"]
 
@@ -155,15 +154,7 @@ async def respond(body: ResponseRequest, request: Request) -> Response:
     context = context_of(request)
     model = context.model(body.model)
     answer = await until_gone(request.receive, _begin(context, model, body, request))
-    if body.stream:
-        source = answer.stream()
-        first = await until_gone(request.receive, _first(source))
-        return EventStream(resumed(first, source))
-    return JSONResponse(await until_gone(request.receive, answer.whole()))
-
-
-async def _first(source: AsyncGenerator[bytes]) -> bytes:
-    return await anext(source)
+    return await send(answer, request, body.stream)
 
 
 async def _begin(
@@ -179,14 +170,19 @@ async def _begin(
     return _Answer(body, deltas, tally, request.state.request_id)
 
 
-class _Answer:
+class _Answer(Answer):
     """One response, whole or as a stream of events."""
 
     def __init__(
         self, body: ResponseRequest, deltas: AsyncGenerator[Delta], tally: Tally, number: str
     ) -> None:
-        self._body, self._deltas, self._tally = body, deltas, tally
+        super().__init__(deltas)
+        self._body, self._tally = body, tally
         self._item = f"msg_{number}"
+        self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}
+        self._told = 0
+        self._texts: list[str] = []
+        self._reason: str | None = None
         self._head = {
             "id": f"resp_{number}",
             "object": "response",
@@ -236,50 +232,39 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        texts, reason = [], None
-        async with aclosing(self._deltas):
-            async for delta in self._deltas:
-                texts.append(delta.text)
-                reason = delta.finish_reason
-        return self._response("".join(texts), reason)
+        [done] = await whole(self._deltas, 1)
+        return self._response(done.text, done.finish_reason)
 
-    async def stream(self) -> AsyncGenerator[bytes]:
-        """The answer as events; the first comes once the engine has begun."""
-        number = 0
+    def _tell(self, kind: str, **fields: Any) -> bytes:
+        self._told += 1
+        return event(kind, {"type": kind, "sequence_number": self._told - 1, **fields})
 
-        def tell(kind: str, **fields: Any) -> bytes:
-            nonlocal number
-            number += 1
-            return event(kind, {"type": kind, "sequence_number": number - 1, **fields})
+    def pieces(self, delta: Delta) -> Iterator[bytes]:
+        """A delta as events; before the first, that the response has begun."""
+        if not self._told:
+            for kind in ("response.created", "response.in_progress"):
+                yield self._tell(kind, response=self._response(None))
+            item = self._message("", "in_progress")
+            yield self._tell("response.output_item.added", output_index=0, item=item)
+            part = {"type": "output_text", "text": "", "annotations": []}
+            yield self._tell("response.content_part.added", **self._place, part=part)
+        self._reason = delta.finish_reason
+        if delta.text:
+            self._texts.append(delta.text)
+            kind = "response.output_text.delta"
+            yield self._tell(kind, **self._place, delta=delta.text, logprobs=[])
 
-        texts: list[str] = []
-        reason = None
-        place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        empty: Mapping[str, Any] = {"type": "output_text", "text": "", "annotations": []}
-        try:
-            async with aclosing(self._deltas):
-                async for delta in self._deltas:
-                    if not number:
-                        yield tell("response.created", response=self._response(None))
-                        yield tell("response.in_progress", response=self._response(None))
-                        yield tell("response.output_item.added", output_index=0,
-                                   item=self._message("", "in_progress"))  # fmt: skip
-                        yield tell("response.content_part.added", **place, part=empty)
-                    if delta.text:
-                        texts.append(delta.text)
-                        yield tell("response.output_text.delta", **place, delta=delta.text,
-                                   logprobs=[])  # fmt: skip
-                    reason = delta.finish_reason
-        except ApiError as error:
-            if not number:
-                raise
-            said = error_body(error)["error"]
-            yield tell("error", code=said["code"], message=said["message"], param=said["param"])
-            return
-        text = "".join(texts)
-        whole = self._response(text, reason)
+    def ending(self) -> Iterator[bytes]:
+        """The text, its part, its item and the response, each as it ends."""
+        text = "".join(self._texts)
+        whole = self._response(text, self._reason)
         item = whole["output"][0]
-        yield tell("response.output_text.done", **place, text=text, logprobs=[])
-        yield tell("response.content_part.done", **place, part=item["content"][0])
-        yield tell("response.output_item.done", output_index=0, item=item)
-        yield tell(f"response.{whole['status']}", response=whole)
+        yield self._tell("response.output_text.done", **self._place, text=text, logprobs=[])
+        yield self._tell("response.content_part.done", **self._place, part=item["content"][0])
+        yield self._tell("response.output_item.done", output_index=0, item=item)
+        yield self._tell(f"response.{whole['status']}", response=whole)
+
+    def failure(self, error: ApiError) -> bytes:
+        """An error as an event."""
+        said = error_body(error)["error"]
+        return self._tell("error", code=said["code"], message=said["message"], param=said["param"])

@@ -59,21 +59,30 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """Server-sent events; the source is closed when the client disconnects."""
+    """Server-sent events; the source is closed when the client disconnects.
+
+    Parameters
+    ----------
+    first : bytes
+        A piece that was taken from the source already.
+    source : async generator of bytes
+        The others.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncGenerator[bytes]) -> None:
+    def __init__(self, first: bytes, source: AsyncGenerator[bytes]) -> None:
         super().__init__()
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
-        self._source = source
+        self._first, self._source = first, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
+            await send(start)
             await until_gone(receive, self._pump(send))
         except ClientGoneError:
             return
@@ -81,6 +90,7 @@ class EventStream(Response):
             await self._source.aclose()
 
     async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for piece in self._source:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
