@@ -28,6 +28,7 @@ def show(result: dict[str, Any]) -> str:
     own = {
         "kv_cache": rounding_tables.kv_cache,
         "pruning": pruned_tables.pruning,
+        "sparse_mlp": rounding_tables.sparse_mlp,
         "static_activations": rounding_tables.static_activations,
     }
     return own.get(result["benchmark"], tables.show)(result)

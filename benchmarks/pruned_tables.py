@@ -5,15 +5,15 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-import tables
-from tables import markdown
+import quality_tables
+from markdown_table import markdown
 
 Result = dict[str, Any]
 
 
 def pruning(result: Result) -> str:
     """The tables of a `pruning.py` result."""
-    parts = [tables.show({**result, "zeros": []})]
+    parts = [quality_tables.pruning(result)]
     if result["zeros"]:
         head = ["2:4 zeros in all layers", "perplexity", "KL", "top-1 agreement",
                 f"after {result['steps']} steps: perplexity", "KL", "top-1 agreement"]  # fmt: skip

@@ -227,7 +227,7 @@ def _how(result: Result) -> list[str]:
 
 
 def pruning(result: Result) -> str:
-    """The tables of a `pruning.py` result."""
+    """The tables of what `pruning.py` pruned and rounded."""
     claims = "; ".join(f"{what}: {claim}" for what, claim in result["claims"].items())
     parts = [f"Claims that such methods are measured against: {claims}."]
     if result["rows"]:
@@ -240,15 +240,6 @@ def pruning(result: Result) -> str:
             sizes = [f"{one['shape'][key]:,}" for key in ("layers", "mlp", "hidden")]
             cells = _judged(one["pruned"]) + _judged(one["recovered"])
             rows.append([f"-{one['removed']:.1%}", *sizes, *cells])
-        parts.append(markdown(head, rows))
-    if result["zeros"]:
-        head = ["2:4 zeros in all layers", "perplexity", "KL", "top-1 agreement",
-                "dense int4, MB", "were it kept sparse, MB"]  # fmt: skip
-        rows = [
-            [one["method"], *_judged(one), f"{one['bytes_dense_int4'] / 1e6:.1f}",
-             f"{one['bytes_sparse_int4'] / 1e6:.1f}"]
-            for one in result["zeros"]
-        ]  # fmt: skip
         parts.append(markdown(head, rows))
     for one in result["grids"]:
         stages = one["measured"]

@@ -21,6 +21,7 @@ ENDS = {
     "experts": ROOT / "docs" / "experts.md",
     "long_context": ROOT / "docs" / "long-context.md",
     "pruning": ROOT / "docs" / "pruning.md",
+    "sparse_mlp": ROOT / "docs" / "sparse-activation.md",
 }
 """Pages of words whose last section is a result."""
 

@@ -1,4 +1,4 @@
-"""Markdown tables of what rounding activations and the KV cache costs."""
+"""Markdown tables of what rounding or skipping activations, and rounding the KV cache, costs."""
 
 from __future__ import annotations
 
@@ -60,3 +60,32 @@ def static_activations(result: Result) -> str:
         for row in result["rows"]
     ]  # fmt: skip
     return markdown(head, rows)
+
+
+def sparse_mlp(result: Result) -> str:
+    """The tables of a `sparse_mlp.py` result."""
+    parts = []
+    if result["models"]:
+        head = ["model", "KL allowed", "KL, calibration", "KL, other text", "top-1", "zeros",
+                "groups of 32 all zero", "decode, with / without"]  # fmt: skip
+        rows = [
+            [row["model"], f"{row['budget']:g}", f"{row['calibrated']:.4f}", f"{row['kl']:.4f}",
+             f"{row['top1_agreement']:.1%}", f"{row['skipped']:.1%}",
+             f"{row['skipped_groups']:.2%}", _ratio(row["ratio"])]
+            for row in result["models"]
+        ]  # fmt: skip
+        parts.append(markdown(head, rows))
+    if result["relu"]:
+        head = ["gates open", "opening together", "zeros", "groups of 32 all zero",
+                "decode, with / without"]  # fmt: skip
+        rows = [
+            [f"{row['open']:.0%}", str(row["together"]), f"{row['skipped']:.1%}",
+             f"{row['skipped_groups']:.1%}", _ratio(row["ratio"])]
+            for row in result["relu"]
+        ]  # fmt: skip
+        parts.append(markdown(head, rows))
+    return "\n\n".join(parts)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -363,6 +363,5 @@ def show(result: Result) -> str:
         "experts": experts,
         "compression": quality.compression,
         "batching": batching,
-        "pruning": quality.pruning,
     }
     return makers[result["benchmark"]](result)
