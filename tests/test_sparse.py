@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from checkpoints import tiny_llama_dir
 from engines import isas, run_whole
+from test_cli import pronk, sentence
 from test_graph import IDS
 from test_rowwise import SPEC, random_weights
 
@@ -57,3 +60,37 @@ def test_what_cannot_be_is_refused(tmp_path):
         apply_sparse(replace(SPEC, layers=(LayerSpec(mlp="moe"),) * 2), "threshold=1")
     file.write_text(json.dumps({"thresholds": [0.5, 0.25]}))
     assert [x.mlp_threshold for x in apply_sparse(SPEC, str(file)).layers] == [0.5, 0.25]
+
+
+def test_thresholds_are_calibrated_once(tmp_path, home):
+    model = tiny_llama_dir(tmp_path / "hf", num_hidden_layers=2)
+    asked = ("eval", model, "--max-tokens", 200, "--reference", model, "--json", "--sparse-mlp")
+    first = pronk(*asked, "keep=0.5")
+    found = json.loads(first.stdout)
+    assert found["sparse"]["skipped"] == pytest.approx(0.5, abs=0.1)
+    assert 0 < found["kl"] < math.inf
+    (kept,) = (home / "sparse").iterdir()
+    assert str(kept) in first.stderr
+    thresholds = json.loads(kept.read_text())["thresholds"]
+    assert len(thresholds) == 2 and min(thresholds) > 0
+    # What is kept is used, and can be named.
+    for how in ("keep=0.5", str(kept)):
+        again = pronk(*asked, how)
+        assert json.loads(again.stdout) == found and "thresholds are in" not in again.stderr
+    kept.write_text(json.dumps({"thresholds": [0.0, 1e9]}))
+    layers = json.loads(pronk(*asked, "keep=0.5").stdout)["sparse"]["layers"]
+    assert layers[0]["skipped"] < 0.1 and layers[1]["skipped"] == 1
+    budget = json.loads(pronk(*asked, "kl=0.000001").stdout)
+    assert budget["sparse"]["skipped"] < found["sparse"]["skipped"]
+
+
+def test_bench_shows_both_speeds(tmp_path, home):
+    model = tiny_llama_dir(tmp_path / "hf")
+    asked = ("bench", model, "--sparse-mlp", "threshold=1000", "--runs", 1, "--tokens", 4)
+    sparse = json.loads(pronk(*asked, "--prompt-tokens", 8, "--json").stdout)["sparse"]
+    assert sparse["skipped"] == sparse["skipped_groups"] == 1
+    assert all(
+        sparse[what][key] > 0 for what in ("prefill", "decode") for key in ("with", "without")
+    )
+    assert "100.0% of the activations zero" in pronk(*asked, "--prompt-tokens", 8).stdout
+    assert "keep of --sparse-mlp" in sentence("run", model, "x", "--sparse-mlp", "keep=2")
