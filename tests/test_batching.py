@@ -277,7 +277,13 @@ def test_an_embedding_does_not_depend_on_its_company(tiny, alone):
         return embedding, engine
 
     expected, _ = embed(())
-    for beside, limits in (((0, 1), {}), ((), {"max_tokens": 7}), ((3, 1, 2), {"kv_tokens": 192})):
+    company = (
+        ((0, 1), {}),
+        ((), {"max_tokens": 7}),
+        ((), {"max_tokens": 45}),  # the first part is as long as what it leaves
+        ((3, 1, 2), {"kv_tokens": 192}),
+    )
+    for beside, limits in company:
         got, _ = embed(beside, **limits)
         np.testing.assert_array_equal(got, expected)
     # A repeated text starts from no cached block: all its hidden states are needed.

@@ -53,7 +53,7 @@ def idle(server: Running) -> None:
     for _ in range(500):
         stats = server.models[0].engine.stats()
         held = sum(pool.held for pool in stats.pools)
-        if not (stats.running or stats.waiting or held or server.models[0].waiting):
+        if not (stats.running or stats.waiting or held or server.models[0].line.waiting):
             return
         threading.Event().wait(0.01)
     raise AssertionError(f"requests or blocks are left: {stats}")
@@ -400,6 +400,31 @@ def test_a_full_queue_refuses_at_once(tiny):
         assert http.post("/v1/completions", json={**body, "n": 2}).status_code == 200
 
 
+def test_a_wait_beyond_the_target_is_refused_at_once(tiny):
+    config = ServeConfig(port=0, grpc_port=0, limits=ServeLimits(target_ttft=0.5))
+    with running({"tiny": tiny}, config) as server, server.client() as http:
+        body = {"model": "tiny", "prompt": "once upon", "max_tokens": 2, "ignore_eos": True}
+        for _ in range(20):
+            assert http.post("/v1/completions", json=body).status_code == 200
+        # Somebody waits, and has for long: nothing is served.
+        line = server.models[0].line
+        line.enter(10)
+        line._seconds *= 1e6
+        said = "the first token would come in"
+        for path, more in (
+            ("/v1/completions", {}),
+            ("/v1/chat/completions", {"messages": HELLO}),
+            ("/v1/embeddings", {"input": "x"}),
+            ("/v1/responses", {"input": "x"}),
+        ):
+            answer = http.post(path, json={"model": "tiny", **(more or body)})
+            assert answer.status_code == 503 and said in answer.json()["error"]["message"]
+            assert int(answer.headers["retry-after"]) >= 1
+        # Where nobody waits, none is refused, however slow the server was.
+        line.leave(10, served=False)
+        assert http.post("/v1/completions", json=body).status_code == 200
+
+
 def test_health_and_metrics(server, http):
     assert http.get("/health").json() == {"status": "ok"}
     assert http.get("/ready").json() == {"status": "ready"}
@@ -411,11 +436,14 @@ def test_health_and_metrics(server, http):
         'pronk:num_requests_running{model_name="tiny"} 0.0',
         'pronk:num_requests_waiting{model_name="tiny"} 0.0',
         'pronk:kv_cache_usage_perc{model_name="tiny"} 0.0',
+        'pronk:kv_cache_blocks{model_name="tiny",state="held"} 0.0',
     ):
         assert line in text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values['pronk:generation_tokens_total{model_name="tiny"}']) >= 4
     assert float(values['pronk:request_errors_total{reason="missing_required_parameter"}']) >= 1
+    queued = float(values['pronk:request_queue_time_seconds_count{model_name="tiny"}'])
+    assert queued == float(values['pronk:time_to_first_token_seconds_count{model_name="tiny"}'])
     ttft = float(values['pronk:time_to_first_token_seconds_count{model_name="tiny"}'])
     step = float(values['pronk:inter_token_latency_seconds_count{model_name="tiny"}'])
     assert ttft + step == float(values['pronk:generation_tokens_total{model_name="tiny"}'])

@@ -84,6 +84,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         ("--max-body", str, str(most.body), "BYTES", "of a request (2MiB)"),
         ("--max-queue", int, most.queue, "N",
          f"generations that may wait; more are refused at once ({most.queue})"),
+        ("--target-ttft", parse_seconds, None, "TIME",
+         "a request whose first token would take longer, such as 5s, is refused at once (any)"),
         ("--key-rate", float, None, "N", "requests a minute of a key (any number)"),
         ("--key-concurrency", int, None, "N", "requests of a key at once (any number)"),
         ("--max-completions", int, most.completions, "N",
@@ -96,7 +98,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> ServeConfig:
     limits = ServeLimits(
-        body=parse_size(args.max_body), queue=args.max_queue, per_minute=args.key_rate,
+        body=parse_size(args.max_body), queue=args.max_queue, target_ttft=args.target_ttft,
+        per_minute=args.key_rate,
         concurrent=args.key_concurrency, completions=args.max_completions, drain=args.drain,
     )  # fmt: skip
     return ServeConfig(

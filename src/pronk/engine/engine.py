@@ -169,6 +169,7 @@ class Engine:
         """Put a request in line."""
         if request.session is not None and request.session in self._sessions:
             self._continue(request, self._sessions.pop(request.session))
+        request.added = time.perf_counter()
         self._requests[request.id] = request
         self.scheduler.add(request)
 
@@ -220,15 +221,17 @@ class Engine:
         self._chosen = chosen = self._choose()
         if not chosen:
             return 0
+        now = time.perf_counter()
         ids: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
         wanted: list[tuple[int, int, Share]] = []  # place in the draft, row, whose
-        pooled: list[tuple[int, Share]] = []  # first row, whose
+        pooled: list[tuple[int, Share, bool]] = []  # first row, whose, whether all is done then
         for index, share in enumerate(chosen):
             request, start = share.request, share.request.computed
+            request.begun = request.begun or now
             if request.sampler is None:
-                pooled.append((len(ids), share))
+                pooled.append((len(ids), share, share.count == request.pending))
             ids += request.tokens[start : start + share.count]
             if share.count == request.pending and request.sampler:
                 first = len(ids) - 1
@@ -266,15 +269,15 @@ class Engine:
                 raise RequestError("the KV pool is in use by logits: take or close them first")
         return chosen
 
-    def _pool(self, pooled: list[tuple[int, Share]], hidden: NDArray[np.float32]) -> None:
+    def _pool(self, pooled: list[tuple[int, Share, bool]], hidden: NDArray[np.float32]) -> None:
         """Add up the hidden states of those who asked for them."""
-        for first, share in pooled:
+        for first, share, done in pooled:
             request = share.request
             assert request.hidden is not None
             # One row after the other, so that the sum is the same however they are cut.
             rows = hidden[first : first + share.count].astype(np.float64)
             request.hidden = np.concatenate((request.hidden[None], rows)).sum(0)
-            if share.count == request.pending:
+            if done:
                 mean = (request.hidden / len(request.tokens)).astype(np.float32)
                 request.computed = len(request.tokens)
                 self._finish(request)
@@ -319,7 +322,9 @@ class Engine:
             reason = "stop"
         elif len(request.tokens) >= request.max_length:
             reason = "length"
-        self._events.append(Event(request.id, sample, reason, None, request.cached))
+        self._events.append(
+            Event(request.id, sample, reason, cached_tokens=request.cached, waited=request.waited)
+        )
         hit = place < len(draft) and draft[place] == sample.token
         if self.speculator:
             self.speculator.accepted += hit
@@ -328,12 +333,13 @@ class Engine:
         return hit and reason is None
 
     def _finish(self, request: Request, failed: bool = False) -> None:
-        self.scheduler.remove(request)
-        del self._requests[request.id]
+        # First what may raise: a request that is still known can be failed and frees its blocks.
         if failed:
             self.kv.forget(request.holding)
         else:
             self.kv.publish(request.holding, request.tokens, request.computed)
+        self.scheduler.remove(request)
+        del self._requests[request.id]
         if request.session is None:
             self.kv.release(request.holding)
         else:

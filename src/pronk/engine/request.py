@@ -45,6 +45,7 @@ class Request:
     cache. ``cached`` of the prompt's were there before. A request without a sampler asks for the
     sum of its tokens' last hidden states, ``hidden``. Those of lower ``rank`` go first.
     ``preempted`` and ``told`` say whether it ever was, and whether any token was told of it.
+    ``added`` and ``begun`` are when it was queued and when it first ran (`time.perf_counter`).
     """
 
     id: int
@@ -63,11 +64,18 @@ class Request:
     rank: tuple[int, int] = (0, 0)
     preempted: bool = False
     told: bool = False
+    added: float = 0.0
+    begun: float = 0.0
 
     @property
     def keep(self) -> Keep | None:
         """Which logits of a row its sampler needs; None: all, as where a constraint takes some."""
         return None if self.sampler is None or self.constraint else self.sampler.keep
+
+    @property
+    def waited(self) -> float:
+        """Seconds in line before its first step."""
+        return max(0.0, self.begun - self.added)
 
     @property
     def pending(self) -> int:
@@ -92,6 +100,8 @@ class Event:
         Tokens of the prompt whose keys and values were there before the request.
     embedding : ndarray, float32 [hidden size], or None
         What a request for an embedding ends with.
+    waited : float
+        Seconds that the request stood in line before its first step.
     """
 
     request_id: int
@@ -100,3 +110,4 @@ class Event:
     error: PronkError | None = None
     cached_tokens: int = 0
     embedding: NDArray[np.float32] | None = None
+    waited: float = 0.0

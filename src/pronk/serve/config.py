@@ -21,6 +21,9 @@ class ServeLimits:
         Most bytes of a request.
     queue : int
         Most generations that wait for the engine; what comes beyond is refused at once (503).
+    target_ttft : float or None
+        Seconds within which a first token must be expected; what would wait longer is refused at
+        once (503). None: any wait.
     per_minute : float or None
         Requests a key may start in a minute, with bursts of as many; None: any number.
     concurrent : int or None
@@ -35,6 +38,7 @@ class ServeLimits:
 
     body: int = 2 << 20
     queue: int = 256
+    target_ttft: float | None = None
     per_minute: float | None = None
     concurrent: int | None = None
     completions: int = 16
@@ -45,6 +49,7 @@ class ServeLimits:
         for name, low, high in (
             ("body", 1024, 1 << 30),
             ("queue", 1, 1 << 20),
+            ("target_ttft", 1e-3, 86400),
             ("per_minute", 1e-3, 1e9),
             ("concurrent", 1, 1 << 20),
             ("completions", 1, 1024),

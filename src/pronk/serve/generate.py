@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pronk.engine.request import Constraint, Event
 from pronk.engine.sampler import Sample
@@ -18,7 +22,7 @@ from pronk.serve.metrics import Metrics
 from pronk.serve.stream import TextStream
 from pronk.spec import SamplingParams
 
-__all__ = ["Delta", "Job", "Tally", "admit", "generate", "make_way", "whole"]
+__all__ = ["Delta", "Job", "Tally", "admit", "embed", "generate", "make_way", "whole"]
 
 
 @dataclass(slots=True)
@@ -71,18 +75,22 @@ class _Choice:
         self.tokens = 0
         self.done = False
 
+    @property
+    def _new_tokens(self) -> int:
+        return 0 if self.job.repeats else len(self.job.prompt)
+
     def submit(self, arrivals: Arrivals, index: int) -> None:
         """Hand it to the engine."""
         job = self.job
         self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
-        self.model.waiting += 1
+        self.model.line.enter(self._new_tokens)
 
     def end(self) -> None:
         """Nobody waits for more of it."""
         if self.number < 0:
             return
         if not self.tokens:
-            self.model.waiting -= 1
+            self.model.line.leave(self._new_tokens, served=False)
         if not self.done:
             self.done = True
             self.model.engine.cancel(self.number)
@@ -97,8 +105,8 @@ class _Choice:
             raise event.error or PronkError("the request ended without a token")
         now = time.perf_counter()
         if not self.tokens:
-            self.model.waiting -= 1
-            self.metrics.first_token(now - self.start)
+            self.model.line.leave(self._new_tokens, served=True)
+            self.metrics.first_token(now - self.start, event.waited)
             if not self.job.repeats:
                 tally.cached += event.cached_tokens
         else:
@@ -179,7 +187,8 @@ def admit(model: Hosted, prompts: Sequence[Sequence[int]], count: int, limits: S
     Raises
     ------
     ApiError
-        400 for a prompt that is empty or too long, or too many texts; 503 for a full queue.
+        400 for a prompt that is empty or too long, or too many texts; 503 if it would wait with
+        too many others, or for too long.
     """
     texts = len(prompts) * count
     if texts > limits.completions:
@@ -195,13 +204,67 @@ def admit(model: Hosted, prompts: Sequence[Sequence[int]], count: int, limits: S
                 400, f"the prompt has {len(prompt)} tokens, but the context holds {model.context} "
                 "with at least one for the answer: shorten it", "context_length_exceeded",
             )  # fmt: skip
-    make_way(model, texts, limits)
+    make_way(model, texts, sum(map(len, prompts)), limits)
 
 
-def make_way(model: Hosted, texts: int, limits: ServeLimits) -> None:
-    """Refuse so many more texts if the queue is full."""
-    if model.waiting + texts > limits.queue:
+def make_way(model: Hosted, texts: int, tokens: int, limits: ServeLimits) -> None:
+    """Refuse so many more texts, of so many tokens, if too many wait, or they would for too long.
+
+    Where nobody waits, none is refused: it would never be served.
+
+    Raises
+    ------
+    ApiError
+        503.
+    """
+    line, target = model.line, limits.target_ttft
+    if line.waiting + texts > limits.queue:
         raise ApiError(
-            503, f"{model.waiting} requests wait already, of at most {limits.queue}: try again "
+            503, f"{line.waiting} requests wait already, of at most {limits.queue}: try again "
             "later", "server_overloaded", retry_after=2,
         )  # fmt: skip
+    if target is None or not line.waiting:
+        return
+    wait = line.wait(texts, tokens)
+    if wait is not None and wait > target:
+        raise ApiError(
+            503, f"the first token would come in {wait:.1f} s, of at most {target:g}: try again "
+            "later", "server_overloaded", retry_after=wait - target,
+        )  # fmt: skip
+
+
+async def embed(
+    model: Hosted, inputs: Sequence[Sequence[int]], limits: ServeLimits
+) -> list[NDArray[np.float32]]:
+    """The mean of each input's last hidden states; ending the call ends the work.
+
+    Raises
+    ------
+    ApiError
+        400 for an input that is too long; 503 if it would wait with too many others, or for too
+        long.
+    """
+    for ids in inputs:
+        if len(ids) > model.context:
+            raise ApiError(
+                400, f"an input has {len(ids)} tokens, of at most {model.context}: shorten it",
+                "context_length_exceeded", "input",
+            )  # fmt: skip
+    make_way(model, len(inputs), sum(map(len, inputs)), limits)
+    tasks = [asyncio.ensure_future(_embedding(model, ids)) for ids in inputs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _embedding(model: Hosted, ids: Sequence[int]) -> NDArray[np.float32]:
+    served = False
+    model.line.enter(len(ids))
+    try:
+        vector = await asyncio.wrap_future(model.engine.embed(ids))
+        served = True
+        return vector
+    finally:
+        model.line.leave(len(ids), served)

@@ -17,6 +17,7 @@ from pronk.engine.request import Constraint, Event
 from pronk.engine.service import Service
 from pronk.errors import RequestError
 from pronk.serve.grammar import Form, Grammar, compile_form, grammar_tokenizer
+from pronk.serve.line import Line
 from pronk.spec import Budget, MemoryPlan, ModelSpec, SamplingParams
 
 __all__ = ["Arrivals", "Hosted", "Mailbox"]
@@ -93,7 +94,7 @@ class Hosted:
     budget: Budget | None = None
     created: int = 0
     warm: bool = False
-    waiting: int = 0  # generations without a first token
+    line: Line = field(default_factory=Line)
     mailbox: Mailbox | None = None
     words: Any = None  # the vocabulary, as forms of output need it
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -57,6 +57,7 @@ class ModelMetrics:
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         self._ttft = metrics.ttft.labels(name)
+        self._queue = metrics.queue.labels(name)
         self._step = metrics.step.labels(name)
         self._e2e = metrics.e2e.labels(name)
         self._prompt = metrics.prompt.labels(name)
@@ -74,9 +75,10 @@ class ModelMetrics:
         self._prompt_sizes.observe(tokens)
         self.prompt_tokens += tokens
 
-    def first_token(self, seconds: float) -> None:
-        """A first token came, so long after it was asked for."""
+    def first_token(self, seconds: float, waited: float) -> None:
+        """A first token came, so long after it was asked for, of which it stood in line."""
         self._ttft.observe(seconds)
+        self._queue.observe(waited)
         self.recent["ttft"].add(seconds)
         self._warn(self.anomalies.latency("ttft", seconds))
         self._count()
@@ -129,6 +131,7 @@ class Metrics:
             return Counter(f"pronk:{name}", what, labels, registry=registry)
 
         self.ttft = histogram("time_to_first_token_seconds", "Until the first token.", _LATENCY)
+        self.queue = histogram("request_queue_time_seconds", "Until it first ran.", _LATENCY)
         self.step = histogram("inter_token_latency_seconds", "Between two tokens.", _STEP)
         self.e2e = histogram("e2e_request_latency_seconds", "Of whole generations.", _LATENCY)
         self.prompt_sizes = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)

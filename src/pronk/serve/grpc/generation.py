@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from pronk.engine.sampler import Sample
 from pronk.errors import RequestError
-from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
+from pronk.serve.generate import Delta, Job, Tally, admit, embed, generate, make_way, whole
 from pronk.serve.grpc import generation_pb2 as pb
 from pronk.serve.grpc.calls import Record
 from pronk.serve.hosted import Hosted
@@ -57,6 +56,7 @@ class Generation:
 
     async def _job(self, request: pb.GenerateRequest, record: Record) -> tuple[Hosted, Job]:
         model = self._model(request.model, record)
+        make_way(model, 1, 0, self._context.config.limits)
         kind = request.WhichOneof("prompt")
         if kind == "text":
             prompt = await model.encode(request.text)
@@ -104,13 +104,10 @@ class Generation:
         most = self._context.config.limits.completions
         if not 1 <= len(request.texts) <= most:
             raise RequestError(f"texts must be 1 to {most}, not {len(request.texts)}")
+        limits = self._context.config.limits
+        make_way(model, len(request.texts), 0, limits)
         inputs = [await model.encode(text) for text in request.texts]
-        futures = [asyncio.wrap_future(model.engine.embed(ids)) for ids in inputs]
-        try:
-            vectors = await asyncio.gather(*futures)
-        finally:
-            for future in futures:
-                future.cancel()
+        vectors = await embed(model, inputs, limits)
         return pb.EmbedResponse(
             embeddings=[pb.Embedding(values=vector) for vector in vectors],
             prompt_tokens=sum(map(len, inputs)),

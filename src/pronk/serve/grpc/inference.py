@@ -7,7 +7,7 @@ from typing import Any
 
 from pronk import __version__
 from pronk.errors import RequestError
-from pronk.serve.generate import Job, Tally, admit, generate, whole
+from pronk.serve.generate import Job, Tally, admit, generate, make_way, whole
 from pronk.serve.grpc import generation_pb2
 from pronk.serve.grpc import open_inference_pb2 as pb
 from pronk.serve.grpc.calls import Record
@@ -70,7 +70,9 @@ class Inference:
         model = self._context.model(request.model_name)
         record["model"] = model.name
         params = sampling_params(_sampling(request.parameters))
-        prompts = [await model.encode(text) for text in _texts(request)]
+        texts = _texts(request)
+        make_way(model, len(texts), 0, self._context.config.limits)
+        prompts = [await model.encode(text) for text in texts]
         admit(model, prompts, 1, self._context.config.limits)
         tally = record["tokens"] = Tally()
         jobs = [Job(prompt, params) for prompt in prompts]

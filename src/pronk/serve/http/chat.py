@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from pronk.engine.sampler import Sample
-from pronk.serve.generate import Delta, Job, Tally, admit, generate
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
@@ -37,6 +37,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
+    make_way(model, body.count, 0, context.config.limits)  # before anything is tokenized
     turn = await prepare(model, body)
     admit(model, [turn.prompt], body.count, context.config.limits)
     forms = await model.constraints(turn.form, context.config.limits.grammar, body.count)

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way, whole
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
@@ -39,6 +39,7 @@ async def _begin(
     prompts = body.prompts
     if len(prompts) * count > limits.completions:  # before any is tokenized
         admit(model, [[0]] * len(prompts), count, limits)
+    make_way(model, len(prompts) * count, 0, limits)
     ids = [await model.encode(prompt) for prompt in prompts]
     admit(model, ids, count, limits)
     form = form_of(None, body.structured_outputs)

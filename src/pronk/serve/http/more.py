@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -12,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 
 from pronk.serve.errors import ApiError
-from pronk.serve.generate import make_way
+from pronk.serve.generate import embed, make_way
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.context import context_of
 from pronk.serve.http.prepare import as_template
@@ -61,16 +60,10 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
             400, f"this model's vectors have {size} numbers: dimensions cannot be "
             f"{body.dimensions}", "invalid_value", "dimensions",
         )  # fmt: skip
+    make_way(model, len(body.inputs), 0, context.config.limits)  # before any is tokenized
     inputs = [await model.encode(text) for text in body.inputs]
-    for ids in inputs:
-        if len(ids) > model.context:
-            raise ApiError(
-                400, f"an input has {len(ids)} tokens, of at most {model.context}: shorten it",
-                "context_length_exceeded", "input",
-            )  # fmt: skip
-    make_way(model, len(inputs), context.config.limits)
     request.state.record.update(model=model.name, inputs=len(inputs))
-    vectors = await until_gone(request.receive, _embed(model, inputs))
+    vectors = await until_gone(request.receive, embed(model, inputs, context.config.limits))
     items = [
         {"object": "embedding", "index": at, "embedding": _written(vector, body.encoding_format)}
         for at, vector in enumerate(vectors)
@@ -78,19 +71,6 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     tokens = sum(map(len, inputs))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "model": model.name, "data": items, "usage": usage})
-
-
-async def _embed(model: Hosted, inputs: list[list[int]]) -> list[Vector]:
-    futures: list[asyncio.Future[Vector]] = []
-    model.waiting += len(inputs)
-    try:
-        for ids in inputs:
-            futures.append(asyncio.wrap_future(model.engine.embed(ids)))
-        return list(await asyncio.gather(*futures))
-    finally:
-        model.waiting -= len(inputs)
-        for future in futures:
-            future.cancel()
 
 
 def _written(vector: Vector, encoding: str | None) -> list[float] | str:

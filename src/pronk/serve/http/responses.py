@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from pronk.serve.errors import ApiError, error_body
-from pronk.serve.generate import Delta, Job, Tally, admit, generate, whole
+from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way, whole
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.answer import Answer, send
 from pronk.serve.http.context import Context, context_of
@@ -161,6 +161,7 @@ async def _begin(
     context: Context, model: Hosted, body: ResponseRequest, request: Request
 ) -> _Answer:
     chat, limits = body.as_chat(), context.config.limits
+    make_way(model, 1, 0, limits)  # before anything is tokenized
     turn = await prepare(model, chat)
     admit(model, [turn.prompt], 1, limits)
     (form,) = await model.constraints(turn.form, limits.grammar, 1)
