@@ -257,7 +257,8 @@ def test_a_place_that_cannot_be_written(tied: Path, tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.bundle import BundleWriter
 from pronk.compress.quantize import RoundToNearest
