@@ -16,21 +16,17 @@ import argparse
 import asyncio
 import contextlib
 import json
-import random
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import output
+from clients import MODEL, free_port, prompts, server
 from machine import describe
 
 from pronk import SamplingParams, load, resolve
@@ -53,17 +49,10 @@ class Seen:
     tokens: int = 0
 
 
-def prompts(count: int, seed: int = 0) -> list[str]:
-    """Pieces of the repository's texts, 20 to 300 words long, each with a beginning of its own."""
+def texts() -> list[str]:
+    """The words of the repository's texts."""
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    words = " ".join(file.read_text() for file in files).split()
-    rng = random.Random(seed)
-    out = []
-    for number in range(count):
-        length = round(20 * 15 ** rng.random())
-        start = rng.randrange(len(words) - length)
-        out.append(f"Text {number}. Go on: " + " ".join(words[start : start + length]))
-    return out
+    return " ".join(file.read_text() for file in files).split()
 
 
 async def ask(client: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> Seen:
@@ -126,35 +115,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": ordered[min(last, p * len(ordered) // 100)] for p in (50, 90, 99)}
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextlib.contextmanager
-def server(command: Sequence[str], url: str, ready: str) -> Iterator[None]:
-    """A server in a process of its own, from when it answers."""
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-        try:
-            for _ in range(600):
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(url + ready, timeout=5).status_code == 200:
-                        break
-                if child.poll() is not None:
-                    log.seek(0)
-                    raise SystemExit(f"a server did not start: {log.read().decode()[-500:]}")
-                time.sleep(0.05)
-            else:
-                raise SystemExit(f"{command[2]} does not answer")
-            yield
-        finally:
-            child.send_signal(signal.SIGTERM)
-            child.wait()
-
-
 def engine_alone(
     service: Service, asked: Sequence[list[int]], clients: int, tokens: int
 ) -> tuple[int, float]:
@@ -189,7 +149,7 @@ def sides(args: argparse.Namespace, path: Path) -> dict[str, tuple[list[str], st
     """The servers: command, address and probe."""
     port, other = free_port(), free_port()
     pronk = [
-        sys.executable, "-m", "pronk", "serve", f"it={path}", "--port", str(port),
+        sys.executable, "-m", "pronk", "serve", f"{MODEL}={path}", "--port", str(port),
         "--threads", str(args.threads), "--context", str(CONTEXT),
         "--kv-tokens", str(args.kv_contexts * CONTEXT),
     ]  # fmt: skip
@@ -197,7 +157,7 @@ def sides(args: argparse.Namespace, path: Path) -> dict[str, tuple[list[str], st
     if args.llama_python:
         llama = [
             args.llama_python, "-m", "llama_cpp.server", "--model", str(path),
-            "--model_alias", "it", "--host", "127.0.0.1", "--port", str(other),
+            "--model_alias", MODEL, "--host", "127.0.0.1", "--port", str(other),
             "--n_ctx", str(CONTEXT),
             "--n_threads", str(args.threads), "--n_threads_batch", str(args.threads),
             "--interrupt_requests", "false",
@@ -223,13 +183,13 @@ def main() -> None:
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.load_tokenizer()
     counts = [int(text) for text in args.clients.split(",")]
-    runs: list[dict[str, Any]] = []
+    words, runs = texts(), list[dict[str, Any]]()
     asked_tokens: list[int] = []
     with contextlib.ExitStack() as stack:
         urls = {}
         for name, (command, url, ready) in sides(args, path).items():
             stack.enter_context(server(command, url, ready))
-            asyncio.run(closed_loop(url, "it", ["Once upon a time"], 1, 8))
+            asyncio.run(closed_loop(url, MODEL, ["Once upon a time"], 1, 8))
             urls[name] = url
         model = stack.enter_context(
             load(path, args.threads, CONTEXT, kv_tokens=args.kv_contexts * CONTEXT)
@@ -238,13 +198,13 @@ def main() -> None:
         service.embed(tokenizer.encode("Once upon a time")).result()  # memory is touched
         # Sides take turns, so that a slow spell of the machine meets all of them.
         for turn, count in ((turn, count) for turn in range(args.rounds) for count in counts):
-            asked = prompts(args.requests, seed=1000 * turn + count)
+            asked = prompts(words, args.requests, seed=1000 * turn + count)
             ids = [tokenizer.encode(prompt) for prompt in asked]
             asked_tokens += map(len, ids)
             for name, url in urls.items():
                 if turn and name != "pronk":
                     continue  # it takes long, and only Pronk has an engine to be held to
-                done, seconds = asyncio.run(closed_loop(url, "it", asked, count, args.tokens))
+                done, seconds = asyncio.run(closed_loop(url, MODEL, asked, count, args.tokens))
                 for seen in done:
                     seen.tokens = len(tokenizer.encode(seen.text, add_special=False))
                 runs.append({"side": name, "round": turn, "clients": count,

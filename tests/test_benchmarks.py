@@ -173,8 +173,10 @@ def test_a_load_is_summed_up():
     import serve
     import tables
 
-    texts = serve.prompts(20)
-    assert len(set(texts)) == 20 and texts == serve.prompts(20) != serve.prompts(20, seed=1)
+    words = serve.texts()
+    texts = serve.prompts(words, 20)
+    assert len(set(texts)) == 20 and texts == serve.prompts(words, 20)
+    assert texts != serve.prompts(words, 20, seed=1)
     assert serve.percentiles(range(100)) == {"p50": 50, "p90": 90, "p99": 99}
     seen = [serve.Seen(0.0, [1.0, 1.5, 2.0], "abc", 3), serve.Seen(0.0, [3.0], "a", 1)]
     run = serve.summary(seen, 2.0)

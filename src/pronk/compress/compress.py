@@ -65,7 +65,7 @@ class _Work:
     seed: int
     stages: Stages
     progress: Progress
-    decoder: Decoder | None = None
+    decoders: dict[str, Decoder] = field(default_factory=dict)  # by precision
     dtypes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: dict[str, str] = field(default_factory=dict)
@@ -343,17 +343,17 @@ def _size(work: _Work, name: str) -> int:
     return info.rows * info.cols
 
 
-def _decoder(work: _Work) -> Decoder:
-    """What measures: small divergences drown in bfloat16."""
-    if work.decoder is None:
-        work.decoder = Decoder(work.ckpt.spec)
-    return work.decoder
+def _decoder(work: _Work, precision: str = "f32") -> Decoder:
+    """What measures, unless told otherwise: small divergences drown in bfloat16."""
+    if precision not in work.decoders:
+        work.decoders[precision] = Decoder(work.ckpt.spec, precision)
+    return work.decoders[precision]
 
 
 def _quick(work: _Work) -> Decoder:
     """What calibrates and learns."""
     exact = work.recipe.method == "signround"  # it goes by the sign of small differences
-    return Decoder(work.ckpt.spec, "f32" if exact else native_precision())
+    return _decoder(work, "f32" if exact else native_precision())
 
 
 def _layer(work: _Work, index: int, x: Tensor | None) -> tuple[Made, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.kinds import EMBEDDING
+from pronk.device.cpu import read_cpu
 from pronk.errors import PronkError, RequestError
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Op
@@ -68,9 +68,7 @@ def set_threads(count: int) -> None:
 
 def native_precision() -> str:
     """``bf16`` where the CPU multiplies it natively, else ``f32``."""
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text() if flags.exists() else ""
-    return "bf16" if "avx512_bf16" in text or "amx_bf16" in text else "f32"
+    return "f32" if {"avx512_bf16", "amx_bf16"}.isdisjoint(read_cpu().features) else "bf16"
 
 
 @contextlib.contextmanager
