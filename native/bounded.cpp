@@ -44,14 +44,14 @@ class Largest {
 }  // namespace
 
 void Executor::check_bounded(const Op& op) {
-    require(op.head && op.parts.size() == 1 && op.quantized && op.cols % kGroup == 0,
+    require(op.head && op.parts.size() == 1 && is_quantized(op.precision) && op.cols % kGroup == 0,
             "bounds belong to the one product of a head");
     const MatmulPart& part = op.parts[0];
     require(part.format == Format::q8_planes && !part.bias && part.column == 0 && part.scale > 0 &&
                 std::isfinite(part.scale),
             "bounds need weights in two planes, no bias and a positive scale");
     const int64_t rows = limits_.max_rows;
-    check(op.a, round_up(rows, kActRows), act_row_bytes(op.cols, true), "input of bounds");
+    check(op.a, round_up(rows, kActRows), act_row_bytes(op.cols, op.precision), "input of bounds");
     check(op.b, rows, BoundPlan::floats(part.rows, op.cols) * 4, "plan of bounds");
     check(op.out, rows, round_up(part.rows, kPanel) * 4, "logits");
     plane_bytes_ = packed_bytes(part.format, part.rows, op.cols) -
@@ -62,15 +62,17 @@ void Executor::apply_bounded(const Op& op, const Step& step, int64_t first, int6
     const Rows x = rows(op.a), plan = rows(op.b), out = rows(op.out);
     const MatmulPart& part = op.parts[0];
     switch (op.kind) {
-        case OpKind::plan_bounds: return kernels_.plan_bounds(x, op.cols, plan, first, last);
+        case OpKind::plan_bounds:
+            return kernels_.plan_bounds(x, op.precision, op.cols, plan, first, last);
         case OpKind::bound:
-            return kernels_.bound(part, op.cols, x, plan, out, step.count, first, last);
+            return kernels_.bound(part, op.cols, x, op.precision, plan, out, step.count, first,
+                                  last);
         case OpKind::lead:
             for (int64_t t = first; t < last; ++t) lead(op, step, t);
             return;
         default:
             plane_read_.fetch_add(
-                kernels_.refine(part, op.cols, x, plan, out, step.count, first, last),
+                kernels_.refine(part, op.cols, x, op.precision, plan, out, step.count, first, last),
                 std::memory_order_relaxed);
     }
 }
@@ -91,7 +93,7 @@ void Executor::lead(const Op& op, const Step& step, int64_t row) const {
     bool sound = true;
     for (const auto& [peak, p] : panels) {
         part.column = static_cast<int32_t>(kPanel - p * kPanel);  // into the plan's row
-        kernels_.exact_panel(part, op.cols, rows(op.a), rows(op.b), row, p);
+        kernels_.exact_panel(part, op.cols, rows(op.a), op.precision, rows(op.b), row, p);
         for (int64_t r = 0; r < std::min<int64_t>(kPanel, part.rows - p * kPanel); ++r) {
             sound &= std::isfinite(plan.panel[r]);
             if (sound) logits.add(plan.panel[r]), top = std::max(top, plan.panel[r]);

@@ -155,11 +155,12 @@ void Executor::add(Op op) {
         op.kind == OpKind::matmul || op.kind == OpKind::quantize || op.kind == OpKind::rms_norm ||
         op.kind == OpKind::layer_norm || op.kind == OpKind::activate || op.kind == OpKind::bound ||
         op.kind == OpKind::plan_bounds || op.kind == OpKind::lead || op.kind == OpKind::refine;
-    require(!op.quantized || planar, "an op that writes floats alone is asked to quantize");
+    require(!is_quantized(op.precision) || planar,
+            "an op that writes floats alone is asked to quantize");
     const int64_t count = op.head ? limits_.max_rows : limits_.max_tokens;
-    const int64_t out_bytes = act_row_bytes(op.cols, op.quantized);
+    const int64_t out_bytes = act_row_bytes(op.cols, op.precision);
     // Quantized rows come in blocks.
-    const int64_t act_count = op.quantized ? round_up(count, kActRows) : count;
+    const int64_t act_count = is_quantized(op.precision) ? round_up(count, kActRows) : count;
     const int64_t dim = kv_shape_.head_dim, kv_heads = kv_shape_.heads;
     const Attend& attend = op.attend;
     require(op.grain >= 1 && op.grain <= kMaxSide, "grain is out of range");
@@ -174,7 +175,7 @@ void Executor::add(Op op) {
         case OpKind::rope_table: check(op.out, count, op.cols * 4, "rope table"); break;
         case OpKind::rms_norm:
             if (op.b.offset >= 0) {
-                require(!op.quantized, "a norm with a residual writes floats");
+                require(!is_quantized(op.precision), "a norm with a residual writes floats");
                 check(op.b, count, op.cols * 4, "norm residual");
             }
             [[fallthrough]];
@@ -216,7 +217,7 @@ void Executor::add(Op op) {
                     "a gate and what it gates are not two parts of one size");
             for (const MatmulPart& part : op.parts) {
                 require(
-                    is_grouped(part.format) == op.quantized &&
+                    is_grouped(part.format) == is_quantized(op.precision) &&
                         op.cols % traits(part.format).block == 0,
                     "grouped weights need quantized activations in whole blocks, others floats");
                 check(op.a, act_count, out_bytes, "matmul input");
@@ -445,7 +446,7 @@ void Executor::walk(const Step& step) {
 void Executor::gated_matmul(const Op& op, int64_t first, int64_t last) const {
     const Rows a = rows(op.a), out = rows(op.out);
     const MatmulPart &gate = op.parts[0], &up = op.parts[1];
-    kernels_.matmul(gate, op.cols, a, out, {nullptr, 0}, 1, first, last);
+    kernels_.matmul(gate, op.cols, a, op.precision, out, {nullptr, 0}, 1, first, last);
     const auto open = [&](int64_t p) {
         const float* values = out.row<float>(0) + gate.column + p * kPanel;
         bool any = false;
@@ -456,7 +457,7 @@ void Executor::gated_matmul(const Op& op, int64_t first, int64_t last) const {
         const bool compute = open(p);
         for (end = p + 1; end < last && open(end) == compute;) ++end;
         if (compute)
-            kernels_.matmul(up, op.cols, a, out, {nullptr, 0}, 1, p, end);
+            kernels_.matmul(up, op.cols, a, op.precision, out, {nullptr, 0}, 1, p, end);
         else
             std::fill_n(out.row<float>(0) + up.column + p * kPanel, (end - p) * kPanel, 0.0f);
     }
@@ -498,13 +499,13 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             return k.rope_table(step.tokens.positions, op.vector, op.scalar, op.cols / 2, out,
                                 first, last);
         case OpKind::rms_norm:
-            return k.rms_norm(a, op.vector, op.scalar, op.cols, b, out, op.quantized, first, last);
+            return k.rms_norm(a, op.vector, op.scalar, op.cols, b, out, op.precision, first, last);
         case OpKind::layer_norm:
-            return k.layer_norm(a, op.vector, op.scalar, op.cols, out, op.quantized, first, last);
-        case OpKind::quantize: return k.quantize(a, op.cols, out, op.quantized, first, last);
+            return k.layer_norm(a, op.vector, op.scalar, op.cols, out, op.precision, first, last);
+        case OpKind::quantize: return k.quantize(a, op.cols, out, op.precision, first, last);
         case OpKind::activate:
             return k.activate(
-                op.fn, a, b, op.cols, out, op.quantized,
+                op.fn, a, b, op.cols, out, op.precision,
                 {op.threshold, activity_ ? activity_.get() + op.layer * kActivity : nullptr}, first,
                 last);
         case OpKind::softcap: return k.softcap(a, op.scalar, op.cols, out, first, last);
@@ -534,8 +535,8 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
             for (const MatmulPart& part : op.parts) {
                 const int64_t panels = round_up(part.rows, kPanel) / kPanel;
                 if (first < panels && last > 0)
-                    k.matmul(part, op.cols, a, out, b, step.count, std::max<int64_t>(first, 0),
-                             std::min(last, panels));
+                    k.matmul(part, op.cols, a, op.precision, out, b, step.count,
+                             std::max<int64_t>(first, 0), std::min(last, panels));
                 first -= panels;
                 last -= panels;
             }

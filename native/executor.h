@@ -57,9 +57,9 @@ struct Op {
     // A matmul of gate and up whose activation is relu: panels of up that a lone token's gates
     // close are not computed.
     bool gates = false;
-    bool quantized = false;  // a matmul's input, else the output
-    int64_t group = 0;       // the layer's KV group
-    int64_t layer = 0;       // offset of the layer within a block of its group
+    Precision precision = Precision::f32;  // of a matmul's input, else of the output
+    int64_t group = 0;                     // the layer's KV group
+    int64_t layer = 0;                     // offset of the layer within a block of its group
     int64_t heads = 0;
     const float* vector = nullptr;  // norm weight, rope frequencies
     Attend attend = {};             // of attention; its slopes are those below

@@ -37,12 +37,12 @@ void dispatch(Rows routes, int64_t tokens, int64_t choices, int64_t experts, Pla
         if (plan[i].row >= 0) plan[i].row = scratch[plan[i].row]++;
 }
 
-void copy_row(Rows from, int64_t t, Rows to, int64_t row, int64_t cols, bool quantized) {
-    if (!quantized) {
+void copy_row(Rows from, int64_t t, Rows to, int64_t row, int64_t cols, Precision precision) {
+    if (!is_quantized(precision)) {
         std::memcpy(to.row<uint8_t>(row), from.row<uint8_t>(t), static_cast<size_t>(cols) * 4);
         return;
     }
-    const int64_t groups = cols / kGroup, bytes = groups * 2 * kGroup;
+    const int64_t groups = cols / kGroup, bytes = groups * act_group(precision);
     const int64_t t0 = t % kActRows, row0 = row % kActRows;
     const uint8_t* source = from.row<uint8_t>(t - t0);
     uint8_t* target = to.row<uint8_t>(row - row0);
@@ -86,7 +86,7 @@ void Executor::check_experts(const Op& op) {
     require(
         op.kind == OpKind::route || (op.cols >= 1 && op.cols <= kMaxSide && op.cols % kGroup == 0),
         "row length must be a multiple of 32");
-    const int64_t row_bytes = act_row_bytes(op.cols, op.quantized);
+    const int64_t row_bytes = act_row_bytes(op.cols, op.precision);
     switch (op.kind) {
         case OpKind::route:
             require(op.routing.least >= 1 && op.routing.least <= op.choices &&
@@ -104,13 +104,14 @@ void Executor::check_experts(const Op& op) {
             require(bool(residency_), "experts that are in memory cannot be read");
             break;
         case OpKind::expert_gather:
-            check(op.a, op.quantized ? round_up(tokens, kActRows) : tokens, row_bytes, "input");
-            check(op.out, op.quantized ? blocks : rows, row_bytes, "rows of experts");
+            check(op.a, is_quantized(op.precision) ? round_up(tokens, kActRows) : tokens, row_bytes,
+                  "input");
+            check(op.out, is_quantized(op.precision) ? blocks : rows, row_bytes, "rows of experts");
             break;
         case OpKind::expert_matmul:
             require(!op.parts.empty(), "matmul without weights");
             for (const MatmulPart& part : op.parts) {
-                require(is_grouped(part.format) == op.quantized &&
+                require(is_grouped(part.format) == is_quantized(op.precision) &&
                             op.cols % traits(part.format).block == 0 && part.rows % kPanel == 0 &&
                             part.format != Format::q8_planes,
                         "experts need whole panels, and activations of their kind");
@@ -121,18 +122,21 @@ void Executor::check_experts(const Op& op) {
                         "an expert lies outside its slot");
                 check(op.out, rows, (part.column + part.rows) * 4, "output of experts");
             }
-            check(op.a, op.quantized ? blocks : rows, row_bytes, "rows of experts");
+            check(op.a, is_quantized(op.precision) ? blocks : rows, row_bytes, "rows of experts");
             if (op.b.offset >= 0)
-                check(op.b, op.quantized ? round_up(tokens, kActRows) : tokens, row_bytes, "input");
+                check(op.b, is_quantized(op.precision) ? round_up(tokens, kActRows) : tokens,
+                      row_bytes, "input");
             break;
         case OpKind::expert_activate:
             check(op.a, rows, op.cols * 4, "gate");
             check(op.b, rows, op.cols * 4, "up");
-            check(op.out, op.quantized ? blocks : rows, row_bytes, "activation of experts");
+            check(op.out, is_quantized(op.precision) ? blocks : rows, row_bytes,
+                  "activation of experts");
             routes(op.routes);
             break;
         default:
-            require(!op.quantized, "an op that writes floats alone is asked to quantize");
+            require(!is_quantized(op.precision),
+                    "an op that writes floats alone is asked to quantize");
             check(op.a, rows, op.cols * 4, "output of experts");
             if (op.b.offset >= 0) check(op.b, tokens, op.cols * 4, "residual");
             check(op.out, tokens, op.cols * 4, "combined output");
@@ -190,7 +194,7 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
         case OpKind::expert_gather:
             for (int64_t i = first; i < last; ++i)
                 if (entries[i].row >= 0)
-                    copy_row(a, i / op.choices, out, entries[i].row, op.cols, op.quantized);
+                    copy_row(a, i / op.choices, out, entries[i].row, op.cols, op.precision);
             return;
         case OpKind::expert_matmul: {
             const int64_t panels = panels_of(op);
@@ -210,7 +214,8 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
                         entry.place * (residency_ ? residency_->slot_bytes()
                                                   : count * panel_bytes(part.format, op.cols));
                     if (from < to)
-                        kernels_.matmul(part, op.cols, x, y, {nullptr, 0}, entry.count, from, to);
+                        kernels_.matmul(part, op.cols, x, op.precision, y, {nullptr, 0},
+                                        entry.count, from, to);
                     at += count;
                 }
                 first = end;
@@ -227,7 +232,7 @@ void Executor::apply_experts(const Op& op, const Step& step, int64_t first, int6
                     kernels_.scale(a, weight, op.cols, row, row + 1);
                     kernels_.scale(b, weight, op.cols, row, row + 1);
                 }
-                kernels_.activate(op.fn, a, b, op.cols, out, op.quantized, {}, row, row + 1);
+                kernels_.activate(op.fn, a, b, op.cols, out, op.precision, {}, row, row + 1);
             }
             return;
         default:

@@ -30,6 +30,6 @@ void dispatch(Rows routes, int64_t tokens, int64_t choices, int64_t experts, Pla
               int32_t* scratch, uint64_t* counts);
 
 // Copies a row of floats, or of quantized activations between blocks.
-void copy_row(Rows from, int64_t t, Rows to, int64_t row, int64_t cols, bool quantized);
+void copy_row(Rows from, int64_t t, Rows to, int64_t row, int64_t cols, Precision precision);
 
 }  // namespace pronk

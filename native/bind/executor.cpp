@@ -73,8 +73,12 @@ void bind_executor(nb::module_& m) {
             return packed_bytes(parse_format(format), rows, cols);
         },
         "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix.");
-    m.def("act_row_bytes", &act_row_bytes, "cols"_a, "quantized"_a,
-          "Bytes of a row of quantized activations.");
+    m.def(
+        "act_row_bytes",
+        [](int64_t cols, const std::string& precision) {
+            return act_row_bytes(cols, parse_precision(precision));
+        },
+        "cols"_a, "precision"_a, "Bytes of a row of activations.");
 
     nb::class_<Executor> executor(m, "Executor", "Runs a program of ops over one arena.");
     executor
@@ -163,44 +167,48 @@ void bind_executor(nb::module_& m) {
         .def(
             "rms_norm",
             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot residual,
-               Slot out, bool quantized, bool head, int64_t grain) {
+               Slot out, const std::string& precision, bool head, int64_t grain) {
                 Op op{OpKind::rms_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
-                op.b = at(residual), op.cols = cols, op.out = at(out), op.quantized = quantized;
+                op.b = at(residual), op.cols = cols, op.out = at(out),
+                op.precision = parse_precision(precision);
                 op.head = head, op.grain = grain;
                 e.add(std::move(op));
             },
-            "x"_a, "weight"_a, "eps"_a, "cols"_a, "residual"_a, "out"_a, "quantized"_a, "head"_a,
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "residual"_a, "out"_a, "precision"_a, "head"_a,
             "grain"_a)
         .def(
             "layer_norm",
             [](Executor& e, Slot x, int64_t weight, float eps, int64_t cols, Slot out,
-               bool quantized, bool head, int64_t grain) {
+               const std::string& precision, bool head, int64_t grain) {
                 Op op{OpKind::layer_norm};
                 op.a = at(x), op.vector = vector_at(e, weight, cols), op.scalar = eps;
-                op.cols = cols, op.out = at(out), op.quantized = quantized, op.head = head;
+                op.cols = cols, op.out = at(out), op.precision = parse_precision(precision),
+                op.head = head;
                 op.grain = grain;
                 e.add(std::move(op));
             },
-            "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "quantized"_a, "head"_a, "grain"_a)
+            "x"_a, "weight"_a, "eps"_a, "cols"_a, "out"_a, "precision"_a, "head"_a, "grain"_a)
         .def(
             "quantize",
-            [](Executor& e, Slot x, int64_t cols, Slot out, bool quantized, bool head,
+            [](Executor& e, Slot x, int64_t cols, Slot out, const std::string& precision, bool head,
                int64_t grain) {
                 Op op{OpKind::quantize};
-                op.a = at(x), op.cols = cols, op.out = at(out), op.quantized = quantized;
+                op.a = at(x), op.cols = cols, op.out = at(out),
+                op.precision = parse_precision(precision);
                 op.head = head, op.grain = grain;
                 e.add(std::move(op));
             },
-            "x"_a, "cols"_a, "out"_a, "quantized"_a, "head"_a, "grain"_a)
+            "x"_a, "cols"_a, "out"_a, "precision"_a, "head"_a, "grain"_a)
         .def(
             "matmul",
-            [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols, bool quantized,
-               float scale, Slot residual, Slot out, bool head, int64_t grain, bool gates,
-               bool sparse) {
+            [](Executor& e, Slot x, const std::vector<Part>& parts, int64_t cols,
+               const std::string& precision, float scale, Slot residual, Slot out, bool head,
+               int64_t grain, bool gates, bool sparse) {
                 Op op{OpKind::matmul};
                 op.a = at(x), op.b = at(residual), op.out = at(out);
-                op.cols = cols, op.quantized = quantized, op.head = head, op.grain = grain;
+                op.cols = cols, op.precision = parse_precision(precision), op.head = head,
+                op.grain = grain;
                 op.gates = gates;
                 for (const Part& p : parts) {
                     op.parts.push_back(make_part(e, p, cols));
@@ -208,15 +216,16 @@ void bind_executor(nb::module_& m) {
                 }
                 e.add(std::move(op));
             },
-            "x"_a, "parts"_a, "cols"_a, "quantized"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
+            "x"_a, "parts"_a, "cols"_a, "precision"_a, "scale"_a, "residual"_a, "out"_a, "head"_a,
             "grain"_a, "gates"_a = false, "sparse"_a = false,
             "gates: relu follows the first part, and closes the second. sparse: x is often zero.")
         .def(
             "bounded_matmul",
-            [](Executor& e, Slot x, Slot plan, const Part& part, int64_t cols, float scale,
-               Slot out, int64_t grain) {
+            [](Executor& e, Slot x, Slot plan, const Part& part, int64_t cols,
+               const std::string& precision, float scale, Slot out, int64_t grain) {
                 Op op{OpKind::matmul};
-                op.a = at(x), op.out = at(out), op.cols = cols, op.quantized = true;
+                op.a = at(x), op.out = at(out), op.cols = cols,
+                op.precision = parse_precision(precision);
                 op.head = true, op.grain = grain, op.when = Op::When::all;
                 op.parts = {make_part(e, part, cols)};
                 op.parts[0].scale = scale;
@@ -228,7 +237,7 @@ void bind_executor(nb::module_& m) {
                     e.add(op);
                 }
             },
-            "x"_a, "plan"_a, "part"_a, "cols"_a, "scale"_a, "out"_a, "grain"_a,
+            "x"_a, "plan"_a, "part"_a, "cols"_a, "precision"_a, "scale"_a, "out"_a, "grain"_a,
             "The product that ends a head, from which the largest logits may be asked for alone.")
         .def(
             "rope_store",
@@ -263,14 +272,14 @@ void bind_executor(nb::module_& m) {
         .def(
             "activate",
             [](Executor& e, const std::string& fn, Slot gate, Slot up, int64_t cols, Slot out,
-               bool quantized, int64_t grain, float threshold) {
+               const std::string& precision, int64_t grain, float threshold) {
                 Op op{OpKind::activate};
                 op.threshold = threshold;
                 op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
-                op.out = at(out), op.quantized = quantized, op.grain = grain;
+                op.out = at(out), op.precision = parse_precision(precision), op.grain = grain;
                 e.add(std::move(op));
             },
-            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "quantized"_a, "grain"_a,
+            "fn"_a, "gate"_a, "up"_a, "cols"_a, "out"_a, "precision"_a, "grain"_a,
             "threshold"_a = 0.0f)
         .def("set_thresholds", &Executor::set_thresholds, "thresholds"_a,
              "Below which magnitude the activations of MLPs are zero: one for each `activate`.")

@@ -35,20 +35,21 @@ void bind_experts(nb::class_<Executor>& executor) {
             "out"_a, "plan"_a, "grain"_a)
         .def(
             "expert_gather",
-            [](Executor& e, Slot x, Slot plan, Sizes sizes, int64_t cols, bool quantized, Slot out,
-               int64_t grain) {
+            [](Executor& e, Slot x, Slot plan, Sizes sizes, int64_t cols,
+               const std::string& precision, Slot out, int64_t grain) {
                 Op op = make_op(OpKind::expert_gather, plan, sizes, out, grain);
-                op.a = at(x), op.cols = cols, op.quantized = quantized;
+                op.a = at(x), op.cols = cols, op.precision = parse_precision(precision);
                 e.add(std::move(op));
             },
-            "x"_a, "plan"_a, "sizes"_a, "cols"_a, "quantized"_a, "out"_a, "grain"_a)
+            "x"_a, "plan"_a, "sizes"_a, "cols"_a, "precision"_a, "out"_a, "grain"_a)
         .def(
             "expert_matmul",
             [](Executor& e, Slot x, Slot token, Slot plan, Sizes sizes,
-               const std::vector<Part>& parts, int64_t cols, bool quantized, Slot out,
+               const std::vector<Part>& parts, int64_t cols, const std::string& precision, Slot out,
                int64_t grain) {
                 Op op = make_op(OpKind::expert_matmul, plan, sizes, out, grain);
-                op.a = at(x), op.b = at(token), op.cols = cols, op.quantized = quantized;
+                op.a = at(x), op.b = at(token), op.cols = cols,
+                op.precision = parse_precision(precision);
                 for (Part p : parts) {
                     const int64_t rows = std::get<2>(p);
                     if (sizes.first < 1 || rows % sizes.first || std::get<4>(p) >= 0)
@@ -61,20 +62,21 @@ void bind_experts(nb::class_<Executor>& executor) {
                 }
                 e.add(std::move(op));
             },
-            "x"_a, "token"_a, "plan"_a, "sizes"_a, "parts"_a, "cols"_a, "quantized"_a, "out"_a,
+            "x"_a, "token"_a, "plan"_a, "sizes"_a, "parts"_a, "cols"_a, "precision"_a, "out"_a,
             "grain"_a, "Products of rows with their experts; `token`: where a lone token's row is.")
         .def(
             "expert_activate",
             [](Executor& e, const std::string& fn, Slot gate, Slot up, Slot routes, Slot plan,
-               Sizes sizes, int64_t cols, bool scales_input, Slot out, bool quantized,
+               Sizes sizes, int64_t cols, bool scales_input, Slot out, const std::string& precision,
                int64_t grain) {
                 Op op = make_op(OpKind::expert_activate, plan, sizes, out, grain);
                 op.fn = parse_activation(fn), op.a = at(gate), op.b = at(up), op.cols = cols;
-                op.routes = at(routes), op.scales_input = scales_input, op.quantized = quantized;
+                op.routes = at(routes), op.scales_input = scales_input,
+                op.precision = parse_precision(precision);
                 e.add(std::move(op));
             },
             "fn"_a, "gate"_a, "up"_a, "routes"_a, "plan"_a, "sizes"_a, "cols"_a, "scales_input"_a,
-            "out"_a, "quantized"_a, "grain"_a)
+            "out"_a, "precision"_a, "grain"_a)
         .def(
             "combine",
             [](Executor& e, Slot y, Slot residual, Slot routes, Slot plan, Sizes sizes,

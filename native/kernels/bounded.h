@@ -20,16 +20,17 @@ namespace pronk::PRONK_NS {
 constexpr float kUnread = 7.5f;  // farthest that a nibble is from its middle
 
 // Per row of x: what the unread nibbles of each group can add to d, and the groups, largest first.
-inline void plan_bounds(Rows x, int64_t cols, Rows plan, int64_t first, int64_t last) {
+template <Precision of>
+void plan_bounds_of(Rows x, int64_t cols, Rows plan, int64_t first, int64_t last) {
     const int64_t groups = cols / kGroup;
     for (int64_t t = first; t < last; ++t) {
-        const Act act(x, t, cols);
+        const Act act(x, of, t, cols);
         const BoundPlan row(plan, t, cols);
         for (int64_t g = 0; g < groups; ++g) {
-            const int8_t* q = act.q + g * 2 * kGroup;
+            const int8_t* q = act.q + g * act_group(of);
             int32_t magnitude = 0;
             for (int k = 0; k < kGroup; ++k) {
-                const int32_t value = kSplit * q[k] + q[k + kGroup];
+                const int32_t value = of == Precision::a8 ? q[k] : kSplit * q[k] + q[k + kGroup];
                 magnitude += value < 0 ? -value : value;
             }
             row.reach[g] = kUnread * static_cast<float>(magnitude) * act.scale[g * kActStep];
@@ -52,7 +53,7 @@ inline F panel_scales(const uint8_t* panel, int64_t g) {
     return d[0];
 }
 
-template <int W, int M>
+template <Precision of, int W, int M>
 void bound_tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows plan, Rows out,
                 int64_t t) {
     constexpr Format fmt = Format::q8_planes;
@@ -63,13 +64,13 @@ void bound_tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Row
     Act act[M];
     const float* reach[M];
     for (int m = 0; m < M; ++m)
-        act[m] = Act(x, t + m, cols), reach[m] = BoundPlan(plan, t + m, cols).reach;
+        act[m] = Act(x, of, t + m, cols), reach[m] = BoundPlan(plan, t + m, cols).reach;
     F middle[W][M], most[W][M];
     each_sum<W, M>([&]<int p, int m>() { middle[p][m] = most[p][m] = set(0.0f); });
     for (int64_t g = 0; g < groups; ++g) {
         for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
         I dot[1][W][M];
-        tile_group<Format::q4_1, W, M>(quants, quants, act, g, dot);
+        tile_group<Format::q4_1, of, W, M>(quants, quants, act, g, dot);
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             const F d = panel_scales(panel + p * bytes, g), size = abs(d);
             unrolled<M>([&]<int m>() __attribute__((always_inline)) {
@@ -96,26 +97,28 @@ void bound_tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Row
         }
 }
 
-template <int W>
+template <Precision of, int W>
 void bound_panels(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows plan, Rows out,
                   int64_t tokens) {
     int64_t t = 0;
-    for (; t + kTile <= tokens; t += kTile) bound_tile<W, kTile>(part, cols, p, x, plan, out, t);
-    for (; t + 2 <= tokens; t += 2) bound_tile<W, 2>(part, cols, p, x, plan, out, t);
-    if (t < tokens) bound_tile<W, 1>(part, cols, p, x, plan, out, t);
+    for (; t + kTile <= tokens; t += kTile)
+        bound_tile<of, W, kTile>(part, cols, p, x, plan, out, t);
+    for (; t + 2 <= tokens; t += 2) bound_tile<of, W, 2>(part, cols, p, x, plan, out, t);
+    if (t < tokens) bound_tile<of, W, 1>(part, cols, p, x, plan, out, t);
 }
 
-inline void bound(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
-                  int64_t first, int64_t last) {
+template <Precision of>
+void bound_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
+              int64_t first, int64_t last) {
     int64_t p = first;
     for (; p + kTilePanels <= last; p += kTilePanels)
-        bound_panels<kTilePanels>(part, cols, p, x, plan, out, tokens);
-    for (; p < last; ++p) bound_panels<1>(part, cols, p, x, plan, out, tokens);
+        bound_panels<of, kTilePanels>(part, cols, p, x, plan, out, tokens);
+    for (; p < last; ++p) bound_panels<of, 1>(part, cols, p, x, plan, out, tokens);
 }
 
-inline void exact_panel(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t,
-                        int64_t p) {
-    tile<Format::q8_planes, 1, 1>(part, cols, p, x, out, {}, t);
+template <Precision of>
+void exact_panel_of(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t, int64_t p) {
+    tile<Format::q8_planes, of, 1, 1>(part, cols, p, x, out, {}, t);
 }
 
 // Whether one of `live` rows with these bounds may reach the threshold; what is not finite may.
@@ -130,8 +133,9 @@ inline bool reaches(const float* bounds, int64_t live, float scale, float thresh
 }
 
 // The lower plane's groups of one panel and row, until its bounds are below the threshold.
-inline bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, const BoundPlan& plan,
-                         int64_t p, float* bounds, int64_t live, int64_t& read) {
+template <Precision of>
+bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, const BoundPlan& plan,
+                  int64_t p, float* bounds, int64_t live, int64_t& read) {
     constexpr Format fmt = Format::q8_planes;
     const int64_t groups = cols / kGroup;
     const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
@@ -141,7 +145,7 @@ inline bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, con
         const int64_t g = plan.order[i];
         const uint8_t* quants = plane + g * low_bytes(fmt);
         I dot[1][1][1];
-        tile_group<Format::q4_1, 1, 1>(&quants, &quants, &x, g, dot);
+        tile_group<Format::q4_1, of, 1, 1>(&quants, &quants, &x, g, dot);
         read += low_bytes(fmt);
         const I twice = add(shift_left<1>(dot[0][0][0]), set_i(-15 * sum_of(x, g)));
         const F d = panel_scales(panel, g);
@@ -153,15 +157,16 @@ inline bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, con
     return true;
 }
 
-inline int64_t refine(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out,
-                      int64_t tokens, int64_t first, int64_t last) {
+template <Precision of>
+int64_t refine_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
+                  int64_t first, int64_t last) {
     constexpr Format fmt = Format::q8_planes;
     constexpr int64_t kAtOnce = 16, kSure = 2;  // panels, and groups of each, asked for together
     const F none = set(-std::numeric_limits<float>::infinity());
     const int64_t groups = cols / kGroup;
     int64_t read = 0;
     for (int64_t t = 0; t < tokens; ++t) {
-        const Act act(x, t, cols);
+        const Act act(x, of, t, cols);
         const BoundPlan row(plan, t, cols);
         float* const logits = out.row<float>(t);
         for (int64_t start = first; start < last; start += kAtOnce) {
@@ -183,14 +188,40 @@ inline int64_t refine(const MatmulPart& part, int64_t cols, Rows x, Rows plan, R
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t p = kept[i];
                 const int64_t live = std::min<int64_t>(kPanel, part.rows - p * kPanel);
-                if (refine_panel(part, cols, act, row, p, logits + p * kPanel, live, read))
-                    exact_panel(part, cols, x, out, t, p);
+                if (refine_panel<of>(part, cols, act, row, p, logits + p * kPanel, live, read))
+                    exact_panel_of<of>(part, cols, x, out, t, p);
                 else
                     store(logits + p * kPanel, none);
             }
         }
     }
     return read;
+}
+
+inline void plan_bounds(Rows x, Precision of_x, int64_t cols, Rows plan, int64_t first,
+                        int64_t last) {
+    const auto run =
+        of_x == Precision::a8 ? plan_bounds_of<Precision::a8> : plan_bounds_of<Precision::a12>;
+    run(x, cols, plan, first, last);
+}
+
+inline void bound(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows plan, Rows out,
+                  int64_t tokens, int64_t first, int64_t last) {
+    const auto run = of_x == Precision::a8 ? bound_of<Precision::a8> : bound_of<Precision::a12>;
+    run(part, cols, x, plan, out, tokens, first, last);
+}
+
+inline void exact_panel(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows out,
+                        int64_t t, int64_t p) {
+    const auto run =
+        of_x == Precision::a8 ? exact_panel_of<Precision::a8> : exact_panel_of<Precision::a12>;
+    run(part, cols, x, out, t, p);
+}
+
+inline int64_t refine(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows plan,
+                      Rows out, int64_t tokens, int64_t first, int64_t last) {
+    const auto run = of_x == Precision::a8 ? refine_of<Precision::a8> : refine_of<Precision::a12>;
+    return run(part, cols, x, plan, out, tokens, first, last);
 }
 
 }  // namespace pronk::PRONK_NS

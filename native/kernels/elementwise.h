@@ -19,14 +19,15 @@ inline int32_t store_i8_sum(F x, int8_t* q) {
     return hsum(i);
 }
 
-// One group of 32 floats of row t to 12-bit integers with their scale and sums (formats.h).
+// One group of 32 floats of row t to integers with their scale and sums (formats.h).
+template <Precision to>
 inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_t t) {
     const int64_t r = t % kActRows;
     uint8_t* block = out.data + (t - r) * out.stride;
-    int8_t* q = reinterpret_cast<int8_t*>(block) + (r * groups + g) * 2 * kGroup;
+    int8_t* q = reinterpret_cast<int8_t*>(block) + (r * groups + g) * act_group(to);
     float* scale =
-        reinterpret_cast<float*>(block + kActRows * groups * 2 * kGroup) + g * 64 + 4 * r;
-    constexpr float range = kRange;
+        reinterpret_cast<float*>(block + kActRows * groups * act_group(to)) + g * 64 + 4 * r;
+    constexpr float range = act_range(to);
     const float top = hmax(max(abs(a), abs(b)));
     // 0, or NaN where one of them is infinite or NaN, which a maximum may pass over.
     const float shown = hsum(add(sub(a, a), sub(b, b)));
@@ -35,11 +36,16 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
     const F low = set(-range), high = set(range);
     a = round(min(max(mul(a, inverse), low), high));
     b = round(min(max(mul(b, inverse), low), high));
-    const F ha = round(mul(a, set(1.0f / kSplit))), hb = round(mul(b, set(1.0f / kSplit)));
-    const F down = set(-kSplit);  // what is left is in [-8, 8], and exact
-    const int32_t first = kSplit * store_i8_sum(ha, q) + store_i8_sum(fma(ha, down, a), q + 32);
-    const int32_t second =
-        kSplit * store_i8_sum(hb, q + 16) + store_i8_sum(fma(hb, down, b), q + 48);
+    int32_t first, second;
+    if constexpr (to == Precision::a8) {
+        first = store_i8_sum(a, q);
+        second = store_i8_sum(b, q + 16);
+    } else {
+        const F ha = round(mul(a, set(1.0f / kSplit))), hb = round(mul(b, set(1.0f / kSplit)));
+        const F down = set(-kSplit);  // what is left is in [-8, 8], and exact
+        first = kSplit * store_i8_sum(ha, q) + store_i8_sum(fma(ha, down, a), q + 32);
+        second = kSplit * store_i8_sum(hb, q + 16) + store_i8_sum(fma(hb, down, b), q + 48);
+    }
     scale[0] = top / range + shown;
     scale[1] = scale[0] * static_cast<float>(first + second);
     std::memcpy(scale + 2, &first, 4);
@@ -48,11 +54,13 @@ inline void quantize_group(F a, F b, int64_t g, int64_t groups, Rows out, int64_
 
 // Writes values of row t, produced 16 at a time by fn(k), as floats or as quantized groups.
 template <class Fn>
-inline void write_row(int64_t cols, Rows out, int64_t t, bool quantized, Fn fn) {
+inline void write_row(int64_t cols, Rows out, int64_t t, Precision to, Fn fn) {
     for (int64_t k = 0; k < cols; k += kGroup) {
         const F a = fn(k), b = fn(k + 16);
-        if (quantized) {
-            quantize_group(a, b, k / kGroup, cols / kGroup, out, t);
+        if (to == Precision::a8) {
+            quantize_group<Precision::a8>(a, b, k / kGroup, cols / kGroup, out, t);
+        } else if (to == Precision::a12) {
+            quantize_group<Precision::a12>(a, b, k / kGroup, cols / kGroup, out, t);
         } else {
             store(out.row<float>(t) + k, a);
             store(out.row<float>(t) + k + 16, b);
@@ -61,7 +69,7 @@ inline void write_row(int64_t cols, Rows out, int64_t t, bool quantized, Fn fn) 
 }
 
 inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows residual, Rows out,
-                     bool quantized, int64_t first, int64_t last) {
+                     Precision to, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* row = x.row<float>(t);
         F squares = set(0.0f);
@@ -72,15 +80,15 @@ inline void rms_norm(Rows x, const float* weight, float eps, int64_t cols, Rows 
             return mul(load(weight + k), mul(load(row + k), scale));
         };
         if (residual.data)
-            write_row(cols, out, t, false,
+            write_row(cols, out, t, Precision::f32,
                       [&](int64_t k) { return add(normed(k), load(residual.row<float>(t) + k)); });
         else
-            write_row(cols, out, t, quantized, normed);
+            write_row(cols, out, t, to, normed);
     }
 }
 
-inline void layer_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out,
-                       bool quantized, int64_t first, int64_t last) {
+inline void layer_norm(Rows x, const float* weight, float eps, int64_t cols, Rows out, Precision to,
+                       int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
         const float* row = x.row<float>(t);
         F sum = set(0.0f), squares = set(0.0f);
@@ -91,15 +99,15 @@ inline void layer_norm(Rows x, const float* weight, float eps, int64_t cols, Row
             squares = fma(d, d, squares);
         }
         const F scale = set(1.0f / std::sqrt(hsum(squares) / static_cast<float>(cols) + eps));
-        write_row(cols, out, t, quantized, [&](int64_t k) {
+        write_row(cols, out, t, to, [&](int64_t k) {
             return mul(load(weight + k), mul(sub(load(row + k), mean), scale));
         });
     }
 }
 
-inline void quantize(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last) {
+inline void quantize(Rows x, int64_t cols, Rows out, Precision to, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        write_row(cols, out, t, quantized, [&](int64_t k) { return load(x.row<float>(t) + k); });
+        write_row(cols, out, t, to, [&](int64_t k) { return load(x.row<float>(t) + k); });
 }
 
 // Half a group: values below the threshold become zero (a NaN stays), then all are counted. Gives
@@ -126,11 +134,11 @@ inline int sparsify(F& x, const Sparsity& sparsity) {
 
 // A row of an MLP's activations, produced 16 at a time by fn(k), as `sparsity` has them.
 template <class Fn>
-inline void write_sparse_row(int64_t cols, Rows out, int64_t t, bool quantized,
+inline void write_sparse_row(int64_t cols, Rows out, int64_t t, Precision to,
                              const Sparsity& sparsity, Fn fn) {
     int64_t zero_groups = 0;
     int left = 0;
-    write_row(cols, out, t, quantized, [&](int64_t k) {
+    write_row(cols, out, t, to, [&](int64_t k) {
         F x = fn(k);
         left = sparsify(x, sparsity) + (k % kGroup ? left : 0);
         if (k % kGroup) zero_groups += left == 0;
@@ -144,13 +152,13 @@ inline void write_sparse_row(int64_t cols, Rows out, int64_t t, bool quantized,
 }
 
 template <Activation fn>
-inline void activate_rows(Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
+inline void activate_rows(Rows gates, Rows ups, int64_t cols, Rows out, Precision to,
                           const Sparsity& sparsity, int64_t first, int64_t last) {
     const auto write = [&](int64_t t, auto values) {
         if (sparsity.threshold > 0 || sparsity.counts)
-            write_sparse_row(cols, out, t, quantized, sparsity, values);
+            write_sparse_row(cols, out, t, to, sparsity, values);
         else
-            write_row(cols, out, t, quantized, values);
+            write_row(cols, out, t, to, values);
     };
     for (int64_t t = first; t < last; ++t) {
         const float* gate = gates.row<float>(t);
@@ -163,13 +171,13 @@ inline void activate_rows(Rows gates, Rows ups, int64_t cols, Rows out, bool qua
     }
 }
 
-inline void activate(Activation fn, Rows gates, Rows ups, int64_t cols, Rows out, bool quantized,
+inline void activate(Activation fn, Rows gates, Rows ups, int64_t cols, Rows out, Precision to,
                      const Sparsity& sparsity, int64_t first, int64_t last) {
-    using Run = void (*)(Rows, Rows, int64_t, Rows, bool, const Sparsity&, int64_t, int64_t);
+    using Run = void (*)(Rows, Rows, int64_t, Rows, Precision, const Sparsity&, int64_t, int64_t);
     static constexpr Run runs[] = {activate_rows<Activation::silu>, activate_rows<Activation::gelu>,
                                    activate_rows<Activation::gelu_tanh>,
                                    activate_rows<Activation::relu>};
-    runs[static_cast<int>(fn)](gates, ups, cols, out, quantized, sparsity, first, last);
+    runs[static_cast<int>(fn)](gates, ups, cols, out, to, sparsity, first, last);
 }
 
 inline void softcap(Rows x, float cap, int64_t cols, Rows out, int64_t first, int64_t last) {
@@ -185,7 +193,7 @@ inline void softcap(Rows x, float cap, int64_t cols, Rows out, int64_t first, in
 
 inline void add_rows(Rows a, Rows b, int64_t cols, Rows out, int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t)
-        write_row(cols, out, t, false, [&](int64_t k) {
+        write_row(cols, out, t, Precision::f32, [&](int64_t k) {
             return add(load(a.row<float>(t) + k), load(b.row<float>(t) + k));
         });
 }

@@ -126,18 +126,32 @@ static inline const uint8_t* low_panel(Format f, const uint8_t* weight, int64_t 
            p * (cols / kGroup) * low_bytes(f);
 }
 
-// Quantized activations ("a12"): each group of 32 is 12-bit integers and a float scale. An integer
-// is kept as two int8, kSplit * high + low, so that the dot products of int8 serve; kSplit is 16
-// for a nibble times 16 is still a byte: tiles multiply both halves in one instruction.
+// Rows of activations: floats, or quantized, each group of 32 integers with a float scale. Those of
+// a8 have 8 bits. Those of a12 have 12 and are kept as two int8, kSplit * high + low, so that the
+// dot products of int8 serve; kSplit is 16 for a nibble times 16 is still a byte: tiles multiply
+// both halves in one instruction.
 //
-// Rows come in blocks of 16: first the quants, per row and group 32 high and 32 low; then per group
-// and row the scale, scale * sum of the integers (floats), and the integers' sums over the first
-// and the second 16 elements (int32).
-constexpr int kSplit = 16, kRange = 127 * kSplit;
+// Quantized rows come in blocks of 16: first the quants, per row and group 32, or 32 high and 32
+// low; then per group and row the scale, scale * sum of the integers (floats), and the integers'
+// sums over the first and the second 16 elements (int32).
+enum class Precision : int { f32, a8, a12 };
+constexpr int kSplit = 16;
 constexpr int kActRows = 16;
 
-static inline int64_t act_row_bytes(int64_t cols, bool quantized) {
-    return quantized ? cols / kGroup * (2 * kGroup + 16) : cols * 4;
+static inline Precision parse_precision(const std::string& name) {
+    if (name == "f32") return Precision::f32;
+    if (name == "a8") return Precision::a8;
+    if (name == "a12") return Precision::a12;
+    throw std::invalid_argument("unknown precision of activations: " + name);
+}
+static constexpr bool is_quantized(Precision p) { return p != Precision::f32; }
+
+// The int8 of a group, and the largest integer.
+static constexpr int act_group(Precision p) { return p == Precision::a12 ? 2 * kGroup : kGroup; }
+static constexpr int act_range(Precision p) { return p == Precision::a12 ? 127 * kSplit : 127; }
+
+static inline int64_t act_row_bytes(int64_t cols, Precision p) {
+    return is_quantized(p) ? cols / kGroup * (act_group(p) + 16) : cols * 4;
 }
 
 }  // namespace pronk

@@ -155,17 +155,17 @@ struct Kernels {
     uint8_t bias8;  // added to int8 weights when packing (128 where the ISA wants unsigned)
     // Output columns [16 * first, 16 * last) of one part, for `tokens` rows of x.
     // Grouped weights want x quantized. Neither x nor residual may overlap out: sums wait there.
-    void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
-                   int64_t tokens, int64_t first, int64_t last);
+    void (*matmul)(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows out,
+                   Rows residual, int64_t tokens, int64_t first, int64_t last);
     // Rows [first, last): out = x * weight / rms(x), and a residual if there is one; then, floats.
     void (*rms_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows residual, Rows out,
-                     bool quantized, int64_t first, int64_t last);
+                     Precision to, int64_t first, int64_t last);
     // The same of x less its mean, without a residual.
-    void (*layer_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out,
-                       bool quantized, int64_t first, int64_t last);
-    void (*quantize)(Rows x, int64_t cols, Rows out, bool quantized, int64_t first, int64_t last);
+    void (*layer_norm)(Rows x, const float* weight, float eps, int64_t cols, Rows out, Precision to,
+                       int64_t first, int64_t last);
+    void (*quantize)(Rows x, int64_t cols, Rows out, Precision to, int64_t first, int64_t last);
     // fn(gate) * up, or fn(gate) where `up` has no rows; then what `sparsity` says.
-    void (*activate)(Activation fn, Rows gate, Rows up, int64_t cols, Rows out, bool quantized,
+    void (*activate)(Activation fn, Rows gate, Rows up, int64_t cols, Rows out, Precision to,
                      const Sparsity& sparsity, int64_t first, int64_t last);
     // cap * tanh(x / cap). Items are row * pieces + piece, of kCapPiece columns. Rows must hold
     // whole panels.
@@ -201,16 +201,17 @@ struct Kernels {
                     const float* residual, int64_t cols, float* out);
     // The steps to the largest logits (bounded.h), on q8_planes: rows [first, last) of x, then
     // panels: bounds of their rows, for `tokens` rows of x, into out.
-    void (*plan_bounds)(Rows x, int64_t cols, Rows plan, int64_t first, int64_t last);
-    void (*bound)(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
-                  int64_t first, int64_t last);
+    void (*plan_bounds)(Rows x, Precision of_x, int64_t cols, Rows plan, int64_t first,
+                        int64_t last);
+    void (*bound)(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows plan, Rows out,
+                  int64_t tokens, int64_t first, int64_t last);
     // The product of row t of x with panel p alone, the bits that `matmul` gives.
-    void (*exact_panel)(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t,
-                        int64_t p);
+    void (*exact_panel)(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows out,
+                        int64_t t, int64_t p);
     // Bounds in out become logits where they may reach the thresholds, else minus infinity. Gives
     // the bytes read of the lower plane.
-    int64_t (*refine)(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out,
-                      int64_t tokens, int64_t first, int64_t last);
+    int64_t (*refine)(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows plan,
+                      Rows out, int64_t tokens, int64_t first, int64_t last);
     // Sums `bytes` of memory: what a read of the weights can reach at best.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Runs `rounds` of independent dot products; returns multiply and add operations done.

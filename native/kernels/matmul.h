@@ -22,20 +22,35 @@ template <int W, int M, class Fn>
                         __attribute__((always_inline)) { fn.template operator()<i / M, i % M>(); });
 }
 
-// The integer dot products of one group (or of its halves) of W panels and M tokens, exact.
-template <Format fmt, int W, int M>
+// The integer dot products of one group (or of its halves) of W panels and M tokens, exact, and
+// `base` more.
+template <Format fmt, Precision of, int W, int M, int32_t base = 0>
 [[gnu::always_inline]] inline void tile_group(const uint8_t* const* quants,
                                               const uint8_t* const* planes, const Act* x, int64_t g,
                                               I (*dot)[W][M]) {
-    constexpr int H = traits(fmt).halves;
+    constexpr int H = traits(fmt).halves, S = act_group(of) / kGroup;
     constexpr bool nibbles = traits(fmt).bits == 4;
-    std::conditional_t<nibbles, N, I> sum[2][H][W][M];
+    using Acc = std::conditional_t<nibbles, N, I>;
+    constexpr bool wide = std::is_same_v<Acc, I>;  // sums that can start at what is to be added
+    Acc sum[S][H][W][M];
+    I start[H][M];
+    unrolled<H * M>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int h = i / M, m = i % M;
+        int32_t at = base;
+        if constexpr (kOffset<fmt> != 0) {
+            int32_t of_x = x[m].sum[h][g * kActStep];
+            if constexpr (H == 1) of_x += x[m].sum[1][g * kActStep];
+            at -= kOffset<fmt> * of_x;
+        }
+        start[h][m] = set_i(at);
+    });
     each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
-        unrolled<2 * H>([&]<int i>() __attribute__((always_inline)) {
-            if constexpr (nibbles)
-                sum[i / H][i % H][p][m] = zero_n();
+        unrolled<S * H>([&]<int i>() __attribute__((always_inline)) {
+            constexpr int s = i / H, h = i % H;
+            if constexpr (!wide)
+                sum[s][h][p][m] = zero_n();
             else
-                sum[i / H][i % H][p][m] = set_i(0);
+                sum[s][h][p][m] = s == S - 1 ? start[h][m] : set_i(0);
         });
     });
     unrolled<4>([&]<int i>() __attribute__((always_inline)) {
@@ -43,9 +58,9 @@ template <Format fmt, int W, int M>
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             unpack_quants<fmt, i>(quants[p], planes[p], low[p], high[p]);
         });
-        unrolled<2>([&]<int s>() __attribute__((always_inline)) {
+        unrolled<S>([&]<int s>() __attribute__((always_inline)) {
             each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
-                const int8_t* q = x[m].q + g * 2 * kGroup + s * kGroup + 4 * i;
+                const int8_t* q = x[m].q + g * act_group(of) + s * kGroup + 4 * i;
                 auto& a = sum[s][0][p][m];
                 auto& b = sum[s][H - 1][p][m];
                 if constexpr (nibbles) {
@@ -60,17 +75,16 @@ template <Format fmt, int W, int M>
     });
     each_sum<W, M>([&]<int p, int m>() __attribute__((always_inline)) {
         unrolled<H>([&]<int h>() __attribute__((always_inline)) {
-            I both;
-            if constexpr (nibbles)
-                both = add(shift_left<4>(total(sum[0][h][p][m])), total(sum[1][h][p][m]));
-            else
-                both = add(shift_left<4>(sum[0][h][p][m]), sum[1][h][p][m]);
-            if constexpr (kOffset<fmt> != 0) {
-                int32_t of_x = x[m].sum[h][g * kActStep];
-                if constexpr (H == 1) of_x += x[m].sum[1][g * kActStep];
-                both = add(both, set_i(-kOffset<fmt> * of_x));
-            }
-            dot[h][p][m] = both;
+            const auto of_half = [&](int s) {
+                if constexpr (wide)
+                    return sum[s][h][p][m];
+                else
+                    return total(sum[s][h][p][m]);
+            };
+            I all = of_half(S - 1);
+            if constexpr (S == 2) all = add(shift_left<4>(of_half(0)), all);
+            if constexpr (!wide) all = add(all, start[h][m]);
+            dot[h][p][m] = all;
         });
     });
 }
@@ -83,7 +97,7 @@ struct Groups {
 };
 
 // All groups, or those of `listed`.
-template <Format fmt, int W, int M, bool all = true>
+template <Format fmt, Precision of, int W, int M, bool all = true>
 [[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, const uint8_t* plane,
                                                 int64_t cols, const Act* x, F (*acc)[M],
                                                 const Groups* listed = nullptr) {
@@ -117,13 +131,23 @@ template <Format fmt, int W, int M, bool all = true>
             }
         }
         I dot[H][W][M];
-        tile_group<fmt, W, M>(quants, planes, x, g, dot);
+        constexpr bool based = kBased<fmt, of>;
+        tile_group<fmt, of, W, M, based ? kBase : 0>(quants, planes, x, g, dot);
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             F d[2], minimum;
             unpack_scales<fmt>(panel + p * bytes, g, d, minimum);
+            F minus[H];
+            for (int h = 0; h < H; ++h) minus[h] = mul(d[h], set(-kBaseValue));
             unrolled<M>([&]<int m>() __attribute__((always_inline)) {
-                F sum = mul(to_float(dot[0][p][m]), d[0]);
-                if constexpr (H == 2) sum = fma(to_float(dot[1][p][m]), d[1], sum);
+                F sum;
+                if constexpr (based) {
+                    sum = fma(as_float(dot[0][p][m]), d[0], minus[0]);
+                    if constexpr (H == 2)
+                        sum = add(sum, fma(as_float(dot[1][p][m]), d[1], minus[1]));
+                } else {
+                    sum = mul(to_float(dot[0][p][m]), d[0]);
+                    if constexpr (H == 2) sum = fma(to_float(dot[1][p][m]), d[1], sum);
+                }
                 acc[p][m] = add_group<fmt>(acc[p][m], sum, set(x[m].scale[g * kActStep]), minimum,
                                            set(x[m].scaled_sum[g * kActStep]));
             });
@@ -159,16 +183,16 @@ inline void tile_float(const uint8_t* panel, int64_t cols, const float* const* x
 }
 
 // W panels from the first on by M tokens.
-template <Format fmt, int W, int M>
+template <Format fmt, Precision of, int W, int M>
 void tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows out, Rows residual,
           int64_t t) {
     const uint8_t* panel = part.weight + first * panel_bytes(fmt, cols);
     F acc[W][M];
     if constexpr (is_grouped(fmt)) {
         Act rows[M];
-        for (int m = 0; m < M; ++m) rows[m] = Act(x, t + m, cols);
+        for (int m = 0; m < M; ++m) rows[m] = Act(x, of, t + m, cols);
         const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, first);
-        tile_grouped<fmt, W, M>(panel, plane, cols, rows, acc);
+        tile_grouped<fmt, of, W, M>(panel, plane, cols, rows, acc);
     } else {
         const float* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = x.row<float>(t + m);
@@ -182,25 +206,32 @@ void tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows out,
     }
 }
 
-template <Format fmt, int W>
+template <Format fmt, Precision of, int W>
 void matmul_panels(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t from, int64_t tokens, int64_t p) {
     int64_t t = from;
-    for (; t + kTile <= tokens; t += kTile) tile<fmt, W, kTile>(part, cols, p, x, out, residual, t);
-    for (; t + 2 <= tokens; t += 2) tile<fmt, W, 2>(part, cols, p, x, out, residual, t);
-    if (t < tokens) tile<fmt, W, 1>(part, cols, p, x, out, residual, t);
+    if constexpr (of == Precision::a8) {
+        constexpr int M = kTilePanels * kTile;  // of a panel's sums as many as of a tile's
+        for (int i = 0; i < W; ++i)
+            for (t = from; t + M <= tokens; t += M)
+                tile<fmt, of, 1, M>(part, cols, p + i, x, out, residual, t);
+    }
+    for (; t + kTile <= tokens; t += kTile)
+        tile<fmt, of, W, kTile>(part, cols, p, x, out, residual, t);
+    for (; t + 2 <= tokens; t += 2) tile<fmt, of, W, 2>(part, cols, p, x, out, residual, t);
+    if (t < tokens) tile<fmt, of, W, 1>(part, cols, p, x, out, residual, t);
 }
 
 // Skipping pays where few groups are left: memory is read best in one go.
 constexpr int64_t kSparse = 4;
 
 // One token whose groups are mostly zero; false where they are not, and nothing is done.
-template <Format fmt, int W>
+template <Format fmt, Precision of, int W>
 bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t first, int64_t last) {
     const int64_t groups = cols / kGroup, most = groups / kSparse;
     if (groups > Groups::kMost * kSparse) return false;
-    const Act row(x, 0, cols);
+    const Act row(x, of, 0, cols);
     Groups listed;
     for (int64_t g = 0; g < groups; ++g) {
         if (row.scale[g * kActStep] == 0.0f) continue;
@@ -212,7 +243,7 @@ bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
         F acc[w][1];
         const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
         const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
-        tile_grouped<fmt, w, 1, false>(panel, plane, cols, &row, acc, &listed);
+        tile_grouped<fmt, of, w, 1, false>(panel, plane, cols, &row, acc, &listed);
         for (int i = 0; i < w; ++i) finish_row(part, (p + i) * kPanel, 0, acc[i][0], out, residual);
         p += w;
     };
@@ -221,17 +252,17 @@ bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
     return true;
 }
 
-template <Format fmt>
+template <Format fmt, Precision of>
 void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last) {
     constexpr int W = traits(fmt).halves == 2 ? 1 : kTilePanels;  // halves take registers twice
     int64_t tiled = 0;
     if constexpr (is_grouped(fmt))
         if (tokens == 1 && part.sparse &&
-            matmul_sparse<fmt, W>(part, cols, x, out, residual, first, last))
+            matmul_sparse<fmt, of, W>(part, cols, x, out, residual, first, last))
             return;
 #if defined(PRONK_AMX)
-    if constexpr (is_grouped(fmt)) {
+    if constexpr (of == Precision::a12) {
         const int64_t rest = tokens % kActRows;
         tiled = rest <= kVectorTokens ? tokens - rest : tokens;
         if (tiled) matmul_tiles<fmt>(part, cols, x, out, residual, tiled, first, last);
@@ -240,30 +271,43 @@ void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
     if (tiled == tokens) return;
     int64_t p = first;
     for (; p + W <= last; p += W)
-        matmul_panels<fmt, W>(part, cols, x, out, residual, tiled, tokens, p);
-    for (; p < last; ++p) matmul_panels<fmt, 1>(part, cols, x, out, residual, tiled, tokens, p);
+        matmul_panels<fmt, of, W>(part, cols, x, out, residual, tiled, tokens, p);
+    for (; p < last; ++p) matmul_panels<fmt, of, 1>(part, cols, x, out, residual, tiled, tokens, p);
 }
 
-inline void matmul(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
-                   int64_t tokens, int64_t first, int64_t last) {
-    switch (part.format) {
-#define PRONK_CASE(f) \
-    case Format::f:   \
-        return matmul_format<Format::f>(part, cols, x, out, residual, tokens, first, last);
-        PRONK_CASE(f32)
-        PRONK_CASE(f16)
-        PRONK_CASE(bf16)
-        PRONK_CASE(q8_0)
-        PRONK_CASE(q4_0)
-        PRONK_CASE(q4_1)
-        PRONK_CASE(q5_0)
-        PRONK_CASE(q5_1)
-        PRONK_CASE(q4_k)
-        PRONK_CASE(q5_k)
-        PRONK_CASE(q6_k)
-        PRONK_CASE(q8_planes)
-#undef PRONK_CASE
+template <Precision of>
+void matmul_rows(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
+                 int64_t tokens, int64_t first, int64_t last) {
+    const auto run = [&]<Format fmt>() {
+        matmul_format<fmt, of>(part, cols, x, out, residual, tokens, first, last);
+    };
+    if constexpr (of == Precision::f32) {
+        switch (part.format) {
+            case Format::f32: return run.template operator()<Format::f32>();
+            case Format::f16: return run.template operator()<Format::f16>();
+            default: return run.template operator()<Format::bf16>();
+        }
+    } else {
+        switch (part.format) {
+            case Format::q4_0: return run.template operator()<Format::q4_0>();
+            case Format::q4_1: return run.template operator()<Format::q4_1>();
+            case Format::q5_0: return run.template operator()<Format::q5_0>();
+            case Format::q5_1: return run.template operator()<Format::q5_1>();
+            case Format::q4_k: return run.template operator()<Format::q4_k>();
+            case Format::q5_k: return run.template operator()<Format::q5_k>();
+            case Format::q6_k: return run.template operator()<Format::q6_k>();
+            case Format::q8_planes: return run.template operator()<Format::q8_planes>();
+            default: return run.template operator()<Format::q8_0>();
+        }
     }
+}
+
+inline void matmul(const MatmulPart& part, int64_t cols, Rows x, Precision of_x, Rows out,
+                   Rows residual, int64_t tokens, int64_t first, int64_t last) {
+    using Run = void (*)(const MatmulPart&, int64_t, Rows, Rows, Rows, int64_t, int64_t, int64_t);
+    static constexpr Run runs[] = {matmul_rows<Precision::f32>, matmul_rows<Precision::a8>,
+                                   matmul_rows<Precision::a12>};
+    runs[static_cast<int>(of_x)](part, cols, x, out, residual, tokens, first, last);
 }
 
 }  // namespace pronk::PRONK_NS

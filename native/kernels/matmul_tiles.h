@@ -15,16 +15,9 @@ namespace pronk::PRONK_NS {
 constexpr int64_t kVectorTokens = 4;  // up to so many, vectors are faster than tiles
 constexpr int kBlockGroups = 20;      // most groups unpacked at once: they stay in the first cache
 
-// Sums of at most 2^22 start at the bits of 1.5 * 2^23. Read as a float such a sum is that much
-// more, and one multiply-add takes it off: no conversion, and still d * sum is rounded once, for
-// 1.5 * 2^23 * d is exact where d has up to 22 bits.
-constexpr int32_t kBase = 0x4b400000;
-constexpr float kBaseValue = 0x1.8p23f;
-template <Format fmt>
-constexpr bool kBased = traits(fmt).bits <= 5;
 // Groups multiplied before their sums are used: tiles and vectors get in each other's way.
 template <Format fmt>
-constexpr int kPhase = kBased<fmt> ? 4 : 2;
+constexpr int kPhase = kBased<fmt, Precision::a12> ? 4 : 2;
 
 // Tiles 0-3 are sums; 4 and 5 activations, 6 and 7 weights.
 template <Format fmt>
@@ -71,13 +64,13 @@ inline void multiply_tile(const int8_t* a, int64_t stride, const uint8_t* b, int
     alignas(64) static constexpr int32_t base[16] = {kBase, kBase, kBase, kBase, kBase, kBase,
                                                      kBase, kBase, kBase, kBase, kBase, kBase,
                                                      kBase, kBase, kBase, kBase};
-    if constexpr (kBased<fmt>)
+    if constexpr (kBased<fmt, Precision::a12>)
         _tile_loadd(0, base, 0);
     else
         _tile_zero(0);
     _tile_loadd(4, a, stride);
     _tile_loadd(6, b, 64);
-    if constexpr (kBased<fmt>) {
+    if constexpr (kBased<fmt, Precision::a12>) {
         if constexpr (traits(fmt).minimum)
             _tile_dpbsud(0, 4, 6);
         else
@@ -125,7 +118,7 @@ template <Format fmt, int M>
     const int64_t stride = groups * 2 * kGroup;
     const int8_t* quants = reinterpret_cast<const int8_t*>(block) + g0 * 2 * kGroup;
     const float* scales = reinterpret_cast<const float*>(block + kActRows * stride) + g0 * 64;
-    alignas(64) int32_t dots[kPhase<fmt>][kBased<fmt> ? 1 : 4][256];
+    alignas(64) int32_t dots[kPhase<fmt>][kBased<fmt, Precision::a12> ? 1 : 4][256];
     for (int64_t i = 0; i < count; i += kPhase<fmt>) {
         const int64_t end = std::min<int64_t>(i + kPhase<fmt>, count);
         for (int64_t g = i; g < end; ++g)
@@ -139,7 +132,7 @@ template <Format fmt, int M>
                     return to_float(add(shift_left<4>(load_dot(2 * h)), load_dot(2 * h + 1)));
                 };
                 F sum;
-                if constexpr (kBased<fmt>) {
+                if constexpr (kBased<fmt, Precision::a12>) {
                     sum = fma({_mm512_castsi512_ps(load_dot(0).v)}, w.d[g][0], minus);
                 } else {
                     sum = mul(both(0), w.d[g][0]);

@@ -11,6 +11,7 @@
 namespace pronk::avx2 {
 
 constexpr int kTilePanels = 1, kTile = 4;
+constexpr bool kFused = true;  // fma rounds once
 constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 
@@ -121,6 +122,7 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
 }
 inline I set_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I load_i(const uint8_t* p) { return {load_256(p), load_256(p + 32)}; }
+inline F as_float(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline F load_i8(const uint8_t* p) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -17,6 +17,7 @@
 namespace pronk::PRONK_NS {
 
 constexpr int kTilePanels = 2, kTile = 4;
+constexpr bool kFused = true;  // fma rounds once
 constexpr bool kWideSums = true;  // registers for 16 sums of attention and what they add
 constexpr uint8_t kBias8 = 128;
 
@@ -81,6 +82,7 @@ inline void load_bf16_pairs(const uint16_t* p, F& first, F& second) {
 }
 inline I set_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I load_i(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline F load_i8(const uint8_t* p) {
     return to_float({_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))});

@@ -13,6 +13,7 @@
 namespace pronk::generic {
 
 constexpr int kTilePanels = 1, kTile = 2;
+constexpr bool kFused = false;  // fma rounds once
 constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 constexpr int kLanes = 16;
@@ -112,6 +113,11 @@ inline I load_i(const uint8_t* p) {
     I r;
     std::memcpy(r.v, p, sizeof r.v);
     return r;
+}
+inline F as_float(I a) {
+    F x;
+    std::memcpy(x.v, a.v, sizeof x.v);
+    return x;
 }
 inline F to_float(I a) {
     return map([&](int i) { return static_cast<float>(a.v[i]); });

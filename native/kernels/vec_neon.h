@@ -12,6 +12,7 @@
 namespace pronk::neon {
 
 constexpr int kTilePanels = 1, kTile = 4;
+constexpr bool kFused = true;  // fma rounds once
 constexpr bool kWideSums = false;
 constexpr uint8_t kBias8 = 0;
 
@@ -103,6 +104,9 @@ inline I set_i(int32_t x) {
 }
 inline I load_i(const uint8_t* p) {
     return each<I>([&](int i) { return vreinterpretq_s32_u8(vld1q_u8(p + 16 * i)); });
+}
+inline F as_float(I a) {
+    return each<F>([&](int i) { return vreinterpretq_f32_s32(a.v[i]); });
 }
 inline F to_float(I a) {
     return each<F>([&](int i) { return vcvtq_f32_s32(a.v[i]); });

@@ -17,6 +17,7 @@ constexpr int64_t kHidden = 256, kMlp = 768, kVocab = 50, kTokens = 40, kHeads =
                   kLayer = 2 * kKvHeads * kBlock * kDim * 2;
 constexpr int64_t kWeightBytes = 1 << 22, kArenaBytes = 1 << 20;
 constexpr Limits kLimits{kTokens, 4, 2, 3, kVocab};
+constexpr Precision kF32 = Precision::f32, kA8 = Precision::a8, kA12 = Precision::a12;
 const KvShape kKv{kKvHeads, kDim, KvType::bf16, {{kLayer, 6, {0, false, 0}}}};
 
 class Model {
@@ -39,12 +40,12 @@ class Model {
         angles.vector = vector(kDim / 2), angles.scalar = 1;
         executor.add(angles);
         executor.chain();
-        norm(x, act, true, false);
+        norm(x, act, kA12, false);
         executor.chain();
         matmul(act,
                {weights(Format::q4_k, kAttention, kHidden, 0),
                 weights(Format::q8_0, 2 * kKvHeads * kDim, kHidden, kAttention)},
-               kHidden, {}, qkv, true, false);
+               kHidden, {}, qkv, kA12, false);
         Op store = op(OpKind::rope_store, qkv, {}, 0);
         store.b = table, store.heads = kHeads;
         executor.add(store);
@@ -54,17 +55,17 @@ class Model {
         executor.add(attention);
         attention.kind = OpKind::attention;
         executor.add(attention);
-        executor.add(op(OpKind::quantize, heads, act, kAttention, true));
-        matmul(act, {weights(Format::q5_1, kHidden, kAttention, 0)}, kAttention, x, y, true, false);
-        norm(y, heads, false, false);
+        executor.add(op(OpKind::quantize, heads, act, kAttention, kA12));
+        matmul(act, {weights(Format::q5_1, kHidden, kAttention, 0)}, kAttention, x, y, kA12, false);
+        norm(y, heads, kF32, false);
         matmul(heads,
                {weights(Format::f16, kMlp, kHidden, 0), weights(Format::bf16, kMlp, kHidden, kMlp)},
-               kHidden, {}, gate_up, false, false);
-        Op gelu = op(OpKind::activate, gate_up, act, kMlp, true);
+               kHidden, {}, gate_up, kF32, false);
+        Op gelu = op(OpKind::activate, gate_up, act, kMlp, kA8);
         gelu.fn = Activation::gelu_tanh, gelu.b = up;
         executor.add(gelu);
-        matmul(act, {weights(Format::q5_k, kHidden, kMlp, 0)}, kMlp, y, x, true, false);
-        matmul(act, {weights(Format::q4_0, kHidden, kMlp, 0)}, kMlp, {}, heads, true, false);
+        matmul(act, {weights(Format::q5_k, kHidden, kMlp, 0)}, kMlp, y, x, kA8, false);
+        matmul(act, {weights(Format::q4_0, kHidden, kMlp, 0)}, kMlp, {}, heads, kA8, false);
         Op post = op(OpKind::rms_norm, heads, y, kHidden);
         post.vector = vector(kHidden), post.scalar = 1e-5f, post.b = x;
         executor.add(post);
@@ -79,9 +80,9 @@ class Model {
         Op gather = op(OpKind::gather, x, last, kHidden);
         gather.head = true;
         executor.add(gather);
-        norm(last, act, true, true);
+        norm(last, act, kA12, true);
         executor.chain();
-        matmul(act, {embedding}, kHidden, {}, logits, true, true);
+        matmul(act, {embedding}, kHidden, {}, logits, kA12, true);
         Op cap = op(OpKind::softcap, logits, logits, kVocab);
         cap.scalar = 2, cap.head = true;
         executor.add(cap);
@@ -102,10 +103,10 @@ class Model {
         return out;
     }
 
-    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, bool quantized = false) {
+    static Op op(OpKind kind, Ref a, Ref out, int64_t cols, Precision precision = Precision::f32) {
         Op result{};
         result.kind = kind, result.a = a, result.out = out, result.cols = cols,
-        result.quantized = quantized;
+        result.precision = precision;
         result.grain = 3;
         return result;
     }
@@ -139,14 +140,14 @@ class Model {
     Ref logits;
 
   private:
-    void norm(Ref x, Ref out, bool quantized, bool head) {
-        Op n = op(OpKind::rms_norm, x, out, kHidden, quantized);
+    void norm(Ref x, Ref out, Precision precision, bool head) {
+        Op n = op(OpKind::rms_norm, x, out, kHidden, precision);
         n.vector = vector(kHidden), n.scalar = 1e-5f, n.head = head;
         executor.add(n);
     }
     void matmul(Ref x, std::vector<MatmulPart> parts, int64_t cols, Ref residual, Ref out,
-                bool quantized, bool head) {
-        Op m = op(OpKind::matmul, x, out, cols, quantized);
+                Precision precision, bool head) {
+        Op m = op(OpKind::matmul, x, out, cols, precision);
         m.b = residual, m.parts = std::move(parts), m.head = head;
         executor.add(m);
     }
@@ -232,7 +233,7 @@ void test_refusals(const Kernels& kernels) {
     Op second = norm(row, row, kHidden);
     second.b = {kArenaBytes, 256};
     refuse("a norm's residual past the arena", second);
-    second.b = row, second.quantized = true;
+    second.b = row, second.precision = kA12;
     refuse("a norm with a residual, quantized", second);
     second.kind = OpKind::activate, second.b = {kArenaBytes, 256};
     refuse("an activation's second input past the arena", second);
@@ -245,7 +246,7 @@ void test_refusals(const Kernels& kernels) {
     Op odd = norm(row, row, kHidden);
     odd.grain = 0;
     refuse("no grain", odd);
-    odd.grain = 1, odd.quantized = true;
+    odd.grain = 1, odd.precision = kA12;
     for (const OpKind kind : {OpKind::gather, OpKind::add}) {
         odd.kind = kind, odd.b = row;
         refuse("floats alone, quantized", odd);
@@ -254,23 +255,23 @@ void test_refusals(const Kernels& kernels) {
     const Ref end{kArenaBytes - 8 * kHidden * 4, kHidden * 4};
     Op half = norm(row, end, kHidden);
     e.add(half);
-    half.quantized = true;
+    half.precision = kA12;
     refuse("quantized rows in half a block", half);
 
-    const auto matmul = [&](const char* what, Format format, int64_t cols, bool quantized,
+    const auto matmul = [&](const char* what, Format format, int64_t cols, Precision precision,
                             Ref residual, Ref out) {
-        Op op = head(Model::op(OpKind::matmul, row, out, cols, quantized));
+        Op op = head(Model::op(OpKind::matmul, row, out, cols, precision));
         op.b = residual, op.parts = {{nullptr, format, 16, 0, nullptr}};
         refuse(what, op);
     };
     const Ref out{1 << 16, kHidden * 4};
-    matmul("grouped weights on floats", Format::q4_1, kHidden, false, {}, out);
-    matmul("float weights on integers", Format::f16, kHidden, true, {}, out);
-    matmul("a row of half a block", Format::q4_k, 128, true, {}, out);
-    matmul("a product past the arena", Format::q4_k, kHidden, true, {}, {kArenaBytes, 64});
+    matmul("grouped weights on floats", Format::q4_1, kHidden, kF32, {}, out);
+    matmul("float weights on integers", Format::f16, kHidden, kA12, {}, out);
+    matmul("a row of half a block", Format::q4_k, 128, kA12, {}, out);
+    matmul("a product past the arena", Format::q4_k, kHidden, kA12, {}, {kArenaBytes, 64});
     // Sums of a long row wait in the output.
-    matmul("a residual in the output", Format::q4_1, kHidden, true, out, out);
-    matmul("a residual across the output", Format::q4_1, kHidden, true,
+    matmul("a residual in the output", Format::q4_1, kHidden, kA12, out, out);
+    matmul("a residual across the output", Format::q4_1, kHidden, kA12,
            {out.offset + 3 * out.stride, out.stride}, out);
 
     const auto body = [&](const char* what, const std::function<void(Op&)>& change) {

@@ -9,10 +9,11 @@ namespace pronk::test {
 namespace {
 
 struct Activations {  // token rows as a matmul wants them
-    Activations(bool quantized, int64_t tokens, int64_t cols, Fill fill, Random& random)
-        : quantized(quantized),
+    Activations(Precision precision, int64_t tokens, int64_t cols, Fill fill, Random& random)
+        : precision(precision),
+          quantized(is_quantized(precision)),
           cols(cols),
-          stride(round_up(act_row_bytes(cols, quantized), 64) + 64),
+          stride(round_up(act_row_bytes(cols, precision), 64) + 64),
           // What a last block has no tokens for stays NaN and -1.
           buffer((quantized ? round_up(tokens, 16) : tokens) * stride) {
         for (int64_t t = 0; t < tokens; ++t) quantized ? quants(t, fill, random) : reals(t, random);
@@ -22,21 +23,24 @@ struct Activations {  // token rows as a matmul wants them
     double value(int64_t t, int64_t k) const {
         if (!quantized) return rows().row<float>(t)[k];
         const int8_t* q = group(t, k / 32) + k % 32;
-        return 16 * q[0] + q[32];
+        return precision == Precision::a8 ? q[0] : 16 * q[0] + q[32];
     }
     double scale(int64_t t, int64_t g) const { return quantized ? double(*scales(t, g)) : 1.0; }
 
+    Precision precision;
     bool quantized;
     int64_t cols, stride;
     Buffer buffer;
 
   private:
+    int64_t step() const { return precision == Precision::a8 ? 32 : 64; }
     uint8_t* block(int64_t t) const { return buffer.data() + t / 16 * 16 * stride; }
     int8_t* group(int64_t t, int64_t g) const {
-        return reinterpret_cast<int8_t*>(block(t)) + (t % 16 * (cols / 32) + g) * 64;
+        return reinterpret_cast<int8_t*>(block(t)) + (t % 16 * (cols / 32) + g) * step();
     }
     float* scales(int64_t t, int64_t g) const {
-        return reinterpret_cast<float*>(block(t) + 16 * (cols / 32) * 64) + (g * 16 + t % 16) * 4;
+        return reinterpret_cast<float*>(block(t) + 16 * (cols / 32) * step()) +
+               (g * 16 + t % 16) * 4;
     }
     void reals(int64_t t, Random& random) {
         for (int64_t k = 0; k < cols; ++k) rows().row<float>(t)[k] = random.uniform();
@@ -53,8 +57,8 @@ struct Activations {  // token rows as a matmul wants them
                 if (kind == 2) high = k % 2 ? 127 : -127, low = k % 2 ? -8 : 8;
                 if (kind == 3) high = 0;
                 q[k] = static_cast<int8_t>(high);
-                q[k + 32] = static_cast<int8_t>(low);
-                sums[k / 16] += 16 * high + low;
+                if (precision == Precision::a12) q[k + 32] = static_cast<int8_t>(low);
+                sums[k / 16] += static_cast<int32_t>(value(t, g * 32 + k));
             }
             float* s = scales(t, g);
             s[0] = fill == Fill::unit ? 1.0f : std::fabs(random.uniform());
@@ -101,7 +105,7 @@ constexpr int64_t kTokens = 37, kColumn = 16;
 
 class Case {
   public:
-    Case(const Kernels& kernels, Format format, const Shape& shape)
+    Case(const Kernels& kernels, Format format, Precision precision, const Shape& shape)
         : kernels_(kernels),
           shape_(shape),
           random_(static_cast<uint64_t>(shape.rows * 7919 + shape.cols * 31) +
@@ -109,13 +113,14 @@ class Case {
           width_(round_up(shape.rows, kPanel)),
           stride_((kColumn + width_ + 16) * 4),
           w_(kernels, format, shape.rows, shape.cols, shape.fill, random_),
-          x_(is_grouped(format), kTokens, shape.cols, shape.fill, random_),
+          x_(precision, kTokens, shape.cols, shape.fill, random_),
           bias_(width_ * 4),
           residual_(kTokens * stride_),
           out_(kTokens * stride_) {
-        std::snprintf(name_, sizeof name_, "%s matmul %s %lldx%lld fill %d", kernels.name,
-                      format_name(format), static_cast<long long>(shape.rows),
-                      static_cast<long long>(shape.cols), static_cast<int>(shape.fill));
+        std::snprintf(name_, sizeof name_, "%s matmul %s a%d %lldx%lld fill %d", kernels.name,
+                      format_name(format), precision == Precision::a8 ? 8 : 12,
+                      static_cast<long long>(shape.rows), static_cast<long long>(shape.cols),
+                      static_cast<int>(shape.fill));
         bias_.fill(random_);
         residual_.fill(random_);
         run(out_, kTokens, 0, panels());
@@ -202,8 +207,8 @@ class Case {
                               shape_.extras ? bias_.floats() : nullptr,
                               shape_.scale};
         const Rows add{shape_.extras ? residual_.data() : nullptr, stride_};
-        kernels_.matmul(part, shape_.cols, x_.rows(), {out.data(), stride_}, add, count, first,
-                        last);
+        kernels_.matmul(part, shape_.cols, x_.rows(), x_.precision, {out.data(), stride_}, add,
+                        count, first, last);
     }
     const Kernels& kernels_;
     const Shape& shape_;
@@ -245,25 +250,36 @@ std::vector<Shape> shapes(Format format) {
     return all;
 }
 
-}  // namespace
-
-void test_matmul(const Kernels& kernels) {
+template <class Fn>
+void each_case(Fn fn) {
     for (const Format format : every_format())
         for (const Shape& shape : shapes(format)) {
-            const Case c(kernels, format, shape);
-            c.check_values();
-            c.check_bounds();
-            c.check_counts();
-            c.check_splits();
+            if (!is_grouped(format)) {
+                fn(format, Precision::f32, shape);
+                continue;
+            }
+            fn(format, Precision::a8, shape);
+            fn(format, Precision::a12, shape);
         }
 }
 
+}  // namespace
+
+void test_matmul(const Kernels& kernels) {
+    each_case([&](Format format, Precision precision, const Shape& shape) {
+        const Case c(kernels, format, precision, shape);
+        c.check_values();
+        c.check_bounds();
+        c.check_counts();
+        c.check_splits();
+    });
+}
+
 void test_same_matmul(const Kernels& one, const Kernels& other) {
-    for (const Format format : every_format())
-        for (const Shape& shape : shapes(format)) {
-            const Case a(one, format, shape), b(other, format, shape);
-            check(a.out() == b.out(), "%s: differs from %s", a.name(), other.name);
-        }
+    each_case([&](Format format, Precision precision, const Shape& shape) {
+        const Case a(one, format, precision, shape), b(other, format, precision, shape);
+        check(a.out() == b.out(), "%s: differs from %s", a.name(), other.name);
+    });
 }
 
 }  // namespace pronk::test

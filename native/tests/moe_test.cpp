@@ -128,19 +128,19 @@ void test_dispatch(const Kernels& kernels) {
 void test_copies(const Kernels& kernels) {
     Random random(7);
     constexpr int64_t cols = 96, rows = 20;
-    for (const bool quantized : {false, true}) {
+    for (const Precision precision : {Precision::f32, Precision::a8, Precision::a12}) {
         constexpr int64_t stride = cols * 4 + 64;
         const Buffer x(rows * cols * 4), from(32 * stride), to(48 * stride), want(48 * stride);
         x.fill(random);
-        kernels.quantize({x.data(), cols * 4}, cols, {from.data(), stride}, quantized, 0, rows);
+        kernels.quantize({x.data(), cols * 4}, cols, {from.data(), stride}, precision, 0, rows);
         // The same rows, written where they are to go.
         for (int64_t t = 0; t < rows; ++t) {
             const int64_t row = (t * 7 + 3) % 48;
             const Buffer moved(48 * cols * 4);
             std::memcpy(moved.data() + row * cols * 4, x.data() + t * cols * 4, cols * 4);
-            kernels.quantize({moved.data(), cols * 4}, cols, {want.data(), stride}, quantized, row,
+            kernels.quantize({moved.data(), cols * 4}, cols, {want.data(), stride}, precision, row,
                              row + 1);
-            copy_row({from.data(), stride}, t, {to.data(), stride}, row, cols, quantized);
+            copy_row({from.data(), stride}, t, {to.data(), stride}, row, cols, precision);
         }
         check(to == want, "%s copied rows differ", kernels.name);
     }
@@ -231,7 +231,7 @@ void test_expert_refusals(const Kernels& kernels) {
            [](Op& o) { o.parts[0].format = Format::q4_0; });
     refuse("a column past the row", OpKind::expert_matmul, [](Op& o) { o.parts[0].column = 512; });
     refuse("a lone row past the arena", OpKind::expert_matmul, [&](Op& o) { o.b.offset = end; });
-    refuse("a sum that is quantized", OpKind::combine, [](Op& o) { o.quantized = true; });
+    refuse("a sum that is quantized", OpKind::combine, [](Op& o) { o.precision = Precision::a12; });
     refuse("reads of experts that have no file", OpKind::expert_read, [](Op&) {});
     refuse("routes past the arena", OpKind::combine, [&](Op& o) { o.routes.offset = end; });
     check(e.expert_counts().size() == experts, "%s executor: counts of a refused op", kernels.name);
@@ -307,29 +307,30 @@ std::vector<float> run_layer(const Kernels& kernels, int threads, int64_t tokens
               a12 = space(hidden, chunk), x = space(hidden, most), both = space(2 * width, most),
               act = space(width, most), y = space(hidden, most), out = space(hidden, chunk),
               last = space(hidden, chunk), plan = space(16, most);
-    const auto add = [&](OpKind kind, Ref a, Ref b, Ref to, int64_t cols, bool quantized,
+    const auto add = [&](OpKind kind, Ref a, Ref b, Ref to, int64_t cols, Precision precision,
                          std::vector<MatmulPart> parts = {}, bool head = false) {
         Op op{};
-        op.kind = kind, op.a = a, op.b = b, op.out = to, op.cols = cols, op.quantized = quantized;
+        op.kind = kind, op.a = a, op.b = b, op.out = to, op.cols = cols, op.precision = precision;
         op.parts = std::move(parts), op.head = head, op.grain = 2, op.scalar = 1;
         op.plan = plan, op.routes = routes, op.experts = experts, op.choices = choices;
         op.routing = {experts, choices, true, true, 0.9, 1};
         e.add(std::move(op));
     };
-    add(OpKind::embed, {}, {}, h, hidden, false, {part(Format::f32, vocab, hidden, 0)});
-    add(OpKind::matmul, h, {}, logits, hidden, false, {part(Format::f32, experts, hidden, 0)});
-    add(OpKind::route, logits, {}, routes, 0, false);
-    add(OpKind::quantize, h, {}, a12, hidden, true);
-    add(OpKind::expert_gather, a12, {}, x, hidden, true);
-    add(OpKind::expert_matmul, x, a12, both, hidden, true,
+    constexpr Precision kF32 = Precision::f32, kA8 = Precision::a8, kA12 = Precision::a12;
+    add(OpKind::embed, {}, {}, h, hidden, kF32, {part(Format::f32, vocab, hidden, 0)});
+    add(OpKind::matmul, h, {}, logits, hidden, kF32, {part(Format::f32, experts, hidden, 0)});
+    add(OpKind::route, logits, {}, routes, 0, kF32);
+    add(OpKind::quantize, h, {}, a12, hidden, kA12);
+    add(OpKind::expert_gather, a12, {}, x, hidden, kA12);
+    add(OpKind::expert_matmul, x, a12, both, hidden, kA12,
         {of_experts(part(Format::q4_0, experts * width, hidden, 0), hidden),
          of_experts(part(Format::q5_1, experts * width, hidden, width), hidden)});
     const Ref up{both.offset + width * 4, both.stride};
-    add(OpKind::expert_activate, both, up, act, width, true);
-    add(OpKind::expert_matmul, act, {}, y, width, true,
+    add(OpKind::expert_activate, both, up, act, width, kA8);
+    add(OpKind::expert_matmul, act, {}, y, width, kA8,
         {of_experts(part(Format::q8_0, experts * hidden, width, 0), width)});
-    add(OpKind::combine, y, h, out, hidden, false);
-    add(OpKind::gather, out, {}, last, hidden, false, {}, true);
+    add(OpKind::combine, y, h, out, hidden, kF32);
+    add(OpKind::gather, out, {}, last, hidden, kF32, {}, true);
     if (slots) {
         std::FILE* file = std::tmpfile();
         std::vector<Residency::Piece> pieces;

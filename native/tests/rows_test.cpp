@@ -8,19 +8,31 @@ namespace pronk::test {
 
 namespace {
 
+constexpr Precision kPrecisions[] = {Precision::f32, Precision::a8, Precision::a12};
 constexpr int64_t kRows = 19;  // a block of quantized rows, and some of the next
 
-// Where group g of quantized row t lies: 32 high parts, 32 low ones; and its scale and sums.
+// Where group g of quantized row t lies: 32 integers, or 32 high parts and 32 low ones; and its
+// scale and sums.
 struct Group {
-    Group(const Buffer& rows, int64_t stride, int64_t cols, int64_t t, int64_t g) {
-        const int64_t groups = cols / 32;
+    Group(const Buffer& rows, int64_t stride, Precision precision, int64_t cols, int64_t t,
+          int64_t g)
+        : precision(precision) {
+        const int64_t groups = cols / 32, step = act_group(precision);
         const uint8_t* block = rows.data() + t / 16 * 16 * stride;
-        q = reinterpret_cast<const int8_t*>(block) + (t % 16 * groups + g) * 64;
-        const uint8_t* s = block + 16 * groups * 64 + (g * 16 + t % 16) * 16;
+        q = reinterpret_cast<const int8_t*>(block) + (t % 16 * groups + g) * step;
+        const uint8_t* s = block + 16 * groups * step + (g * 16 + t % 16) * 16;
         std::memcpy(&scale, s, 4);
         std::memcpy(&scaled_sum, s + 4, 4);
         std::memcpy(sums, s + 8, 8);
     }
+    // The integer at k, or 1 past all of them where its parts are out of range.
+    int32_t integer(int k) const {
+        const int32_t most = act_range(precision);
+        if (std::abs(q[k]) > 127) return most + 1;
+        if (precision == Precision::a8) return q[k];
+        return std::abs(q[k + 32]) > 8 ? most + 1 : 16 * q[k] + q[k + 32];
+    }
+    Precision precision;
     const int8_t* q;
     float scale, scaled_sum;
     int32_t sums[2];
@@ -28,14 +40,13 @@ struct Group {
 
 // How far a quantized group is from `want`, in units of what rounding allows.
 double group_error(const Group& group, const double* want, double tolerance) {
-    constexpr double range = 127 * 16;
+    const double range = act_range(group.precision);
     double top = 0, worst = 0;
     int32_t sums[2] = {0, 0}, integers[32];
     for (int k = 0; k < 32; ++k) {
         top = std::max(top, std::fabs(want[k]));
-        if (std::abs(group.q[k]) > 127 || std::abs(group.q[k + 32]) > 8) return INFINITY;
-        integers[k] = 16 * group.q[k] + group.q[k + 32];
-        if (std::abs(integers[k]) > 127 * 16) return INFINITY;
+        integers[k] = group.integer(k);
+        if (std::abs(integers[k]) > range) return INFINITY;
         sums[k / 16] += integers[k];
     }
     const float product = group.scale * static_cast<float>(sums[0] + sums[1]);
@@ -63,14 +74,15 @@ double row_error(const float* row, const std::vector<double>& want, double toler
 template <class Run, class Want>
 void test_both(const Kernels& kernels, const char* name, int64_t cols, double tolerance, Run run,
                Want want) {
-    for (const bool quantized : {false, true}) {
-        const int64_t stride = act_row_bytes(cols, quantized) + 64;
+    for (const Precision precision : kPrecisions) {
+        const bool quantized = is_quantized(precision);
+        const int64_t stride = act_row_bytes(cols, precision) + 64;
         const int64_t rows = quantized ? round_up(kRows, 16) : kRows;
         const Buffer out(rows * stride), whole(rows * stride);
-        run({out.data(), stride}, quantized, 18, kRows);
-        run({out.data(), stride}, quantized, 0, 2);
-        run({out.data(), stride}, quantized, 2, 18);
-        run({whole.data(), stride}, quantized, 0, kRows);
+        run({out.data(), stride}, precision, 18, kRows);
+        run({out.data(), stride}, precision, 0, 2);
+        run({out.data(), stride}, precision, 2, 18);
+        run({whole.data(), stride}, precision, 0, kRows);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const std::vector<double> expected = want(t);
@@ -78,7 +90,7 @@ void test_both(const Kernels& kernels, const char* name, int64_t cols, double to
                 worst =
                     std::max(worst, row_error(out.floats() + t * stride / 4, expected, tolerance));
             for (int64_t g = 0; quantized && g < cols / 32; ++g)
-                worst = std::max(worst, group_error({out, stride, cols, t, g},
+                worst = std::max(worst, group_error({out, stride, precision, cols, t, g},
                                                     expected.data() + 32 * g, tolerance));
         }
         const long long n = cols;
@@ -87,8 +99,8 @@ void test_both(const Kernels& kernels, const char* name, int64_t cols, double to
         check(out == whole, "%s %s %lld %s: ranges differ", kernels.name, name, n, kind);
         for (int64_t t = kRows; t < rows; ++t)  // rows that nobody asked for
             for (int64_t g = 0; g < cols / 32; ++g) {
-                const Group group(out, stride, cols, t, g);
-                check(group.q[0] == -1 && group.q[63] == -1 && group.sums[1] == -1,
+                const Group group(out, stride, precision, cols, t, g);
+                check(group.q[0] == -1 && group.q[31] == -1 && group.sums[1] == -1,
                       "%s %s %lld %s: wrote row %lld", kernels.name, name, n, kind,
                       static_cast<long long>(t));
             }
@@ -114,12 +126,12 @@ void test_norm(const Kernels& kernels, bool centered, int64_t cols, Random& rand
     if (centered)  // far from zero: a variance from squares alone would be lost
         for (int64_t k = 0; k < cols; ++k) x.floats()[5 * cols + k] = 1000 + random.uniform();
     const float eps = 1e-5f;
-    const auto norm = [&](Rows add, Rows out, bool quantized, int64_t first, int64_t last) {
+    const auto norm = [&](Rows add, Rows out, Precision precision, int64_t first, int64_t last) {
         const Rows rows{x.data(), cols * 4};
         if (centered)
-            kernels.layer_norm(rows, weight.floats(), eps, cols, out, quantized, first, last);
+            kernels.layer_norm(rows, weight.floats(), eps, cols, out, precision, first, last);
         else
-            kernels.rms_norm(rows, weight.floats(), eps, cols, add, out, quantized, first, last);
+            kernels.rms_norm(rows, weight.floats(), eps, cols, add, out, precision, first, last);
     };
     const auto want = [&](int64_t t) {
         std::vector<double> row(x.floats() + t * cols, x.floats() + (t + 1) * cols);
@@ -135,16 +147,16 @@ void test_norm(const Kernels& kernels, bool centered, int64_t cols, Random& rand
     if (!centered) {
         test_both(
             kernels, "rms_norm", cols, 1e-5,
-            [&](Rows out, bool quantized, int64_t first, int64_t last) {
-                norm({}, out, quantized, first, last);
+            [&](Rows out, Precision precision, int64_t first, int64_t last) {
+                norm({}, out, precision, first, last);
             },
             want);
         // With a residual, which the output may lie on.
         const Buffer out(kRows * cols * 4);
         std::memcpy(out.data(), residual.data(), size_t(out.size()));
         const Rows rows{out.data(), cols * 4};
-        norm(rows, rows, false, 0, 7);
-        norm(rows, rows, false, 7, kRows);
+        norm(rows, rows, Precision::f32, 0, 7);
+        norm(rows, rows, Precision::f32, 7, kRows);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const std::vector<double> normed = want(t);
@@ -160,12 +172,13 @@ void test_norm(const Kernels& kernels, bool centered, int64_t cols, Random& rand
         return;
     }
     // What is left of a float less the mean is as exact as the mean: bounded by the row's largest.
-    for (const bool quantized : {false, true}) {
-        const int64_t stride = act_row_bytes(cols, quantized);
+    for (const Precision precision : kPrecisions) {
+        const bool quantized = is_quantized(precision);
+        const int64_t stride = act_row_bytes(cols, precision);
         const Buffer out(round_up(kRows, 16) * stride), whole(round_up(kRows, 16) * stride);
-        norm({}, {whole.data(), stride}, quantized, 0, kRows);
-        norm({}, {out.data(), stride}, quantized, 11, kRows);
-        norm({}, {out.data(), stride}, quantized, 0, 11);
+        norm({}, {whole.data(), stride}, precision, 0, kRows);
+        norm({}, {out.data(), stride}, precision, 11, kRows);
+        norm({}, {out.data(), stride}, precision, 0, 11);
         check(out == whole, "%s layer_norm %lld: ranges differ", kernels.name,
               static_cast<long long>(cols));
         double worst = 0;
@@ -179,8 +192,8 @@ void test_norm(const Kernels& kernels, bool centered, int64_t cols, Random& rand
             for (int64_t k = 0; k < cols; ++k) {
                 double got = out.floats()[t * stride / 4 + k], step = 0;
                 if (quantized) {
-                    const Group group(out, stride, cols, t, k / 32);
-                    got = group.scale * double(16 * group.q[k % 32] + group.q[k % 32 + 32]);
+                    const Group group(out, stride, precision, cols, t, k / 32);
+                    got = group.scale * double(group.integer(static_cast<int>(k % 32)));
                     step = group.scale;
                 }
                 const double error = std::fabs(got - row[size_t(k)]);
@@ -221,8 +234,8 @@ void test_activate(const Kernels& kernels, Activation fn, int64_t cols, Random& 
         std::snprintf(name, sizeof name, "activate %d %s", static_cast<int>(fn),
                       gated ? "gated" : "plain");
         const Rows ups{gated ? up.data() : nullptr, cols * 4};
-        const auto run = [&](Rows out, bool quantized, int64_t first, int64_t last) {
-            kernels.activate(fn, {gate.data(), cols * 4}, ups, cols, out, quantized, {}, first,
+        const auto run = [&](Rows out, Precision precision, int64_t first, int64_t last) {
+            kernels.activate(fn, {gate.data(), cols * 4}, ups, cols, out, precision, {}, first,
                              last);
         };
         const auto want = [&](int64_t t) {
@@ -237,11 +250,9 @@ void test_activate(const Kernels& kernels, Activation fn, int64_t cols, Random& 
             test_both(kernels, name, cols, 2e-6, run, want);
             continue;
         }
-        const int64_t stride = act_row_bytes(cols, true);
-        const Buffer floats(kRows * cols * 4), direct(round_up(kRows, 16) * stride),
-            after(round_up(kRows, 16) * stride);
-        run({floats.data(), cols * 4}, false, 8, kRows);
-        run({floats.data(), cols * 4}, false, 0, 8);
+        const Buffer floats(kRows * cols * 4);
+        run({floats.data(), cols * 4}, Precision::f32, 8, kRows);
+        run({floats.data(), cols * 4}, Precision::f32, 0, 8);
         double worst = 0;
         for (int64_t t = 0; t < kRows; ++t) {
             const std::vector<double> row = want(t);
@@ -255,11 +266,15 @@ void test_activate(const Kernels& kernels, Activation fn, int64_t cols, Random& 
         }
         check(worst <= 1, "%s %s %lld: %.2f of the bound", kernels.name, name,
               static_cast<long long>(cols), worst);
-        run({direct.data(), stride}, true, 0, 17);
-        run({direct.data(), stride}, true, 17, kRows);
-        kernels.quantize({floats.data(), cols * 4}, cols, {after.data(), stride}, true, 0, kRows);
-        check(direct == after, "%s %s %lld: quantized otherwise", kernels.name, name,
-              static_cast<long long>(cols));
+        for (const Precision to : {Precision::a8, Precision::a12}) {
+            const int64_t stride = act_row_bytes(cols, to);
+            const Buffer direct(round_up(kRows, 16) * stride), after(round_up(kRows, 16) * stride);
+            run({direct.data(), stride}, to, 0, 17);
+            run({direct.data(), stride}, to, 17, kRows);
+            kernels.quantize({floats.data(), cols * 4}, cols, {after.data(), stride}, to, 0, kRows);
+            check(direct == after, "%s %s %lld: quantized otherwise", kernels.name, name,
+                  static_cast<long long>(cols));
+        }
     }
 }
 
@@ -273,7 +288,7 @@ void test_exactness(const Kernels& kernels) {
         x.floats()[k] = k % 2 ? (at - 0.5f) * 30 : std::exp2(-30 * at) * (k % 4 ? 1.0f : -1.0f);
     }
     for (const Activation fn : kActivations) {
-        kernels.activate(fn, rows, {}, cols, to, false, {}, 0, 1);
+        kernels.activate(fn, rows, {}, cols, to, Precision::f32, {}, 0, 1);
         double worst = 0;
         for (int64_t k = 0; k < cols; ++k) {
             const double at = x.floats()[k];
@@ -294,7 +309,7 @@ void test_exactness(const Kernels& kernels) {
     check(worst < 5e-7, "%s tanh is wrong by %.2g of it", kernels.name, worst);
     x.floats()[3] = NAN;
     for (const Activation fn : kActivations) {
-        kernels.activate(fn, rows, {}, 32, to, false, {}, 0, 1);
+        kernels.activate(fn, rows, {}, 32, to, Precision::f32, {}, 0, 1);
         check(std::isnan(out.floats()[3]) && !std::isnan(out.floats()[2]),
               "%s activation %d hides a NaN", kernels.name, static_cast<int>(fn));
     }
@@ -346,8 +361,8 @@ void test_quantize(const Kernels& kernels, int64_t cols, Random& random) {
         x.floats()[5 * cols] = 127 * 16;
         test_both(
             kernels, "quantize", cols, 0,
-            [&](Rows out, bool quantized, int64_t first, int64_t last) {
-                kernels.quantize({x.data(), cols * 4}, cols, out, quantized, first, last);
+            [&](Rows out, Precision precision, int64_t first, int64_t last) {
+                kernels.quantize({x.data(), cols * 4}, cols, out, precision, first, last);
             },
             [&](int64_t t) {
                 const float* row = x.floats() + t * cols;
@@ -357,8 +372,8 @@ void test_quantize(const Kernels& kernels, int64_t cols, Random& random) {
 }
 
 // What is not finite must show in its group's scale, and nowhere else.
-void test_not_finite(const Kernels& kernels, Random& random) {
-    const int64_t cols = 64, stride = act_row_bytes(cols, true);
+void test_not_finite(const Kernels& kernels, Precision to, Random& random) {
+    const int64_t cols = 64, stride = act_row_bytes(cols, to);
     const Buffer x(cols * 4), q(16 * stride);
     int hidden = 0, spread = 0;
     for (const float bad : {INFINITY, -INFINITY, NAN, -NAN})
@@ -366,9 +381,9 @@ void test_not_finite(const Kernels& kernels, Random& random) {
             x.fill(random);
             for (int i = 0; i < 32; ++i)
                 if (i == k || k == 32) x.floats()[i] = bad;
-            kernels.quantize({x.data(), cols * 4}, cols, {q.data(), stride}, true, 0, 1);
-            hidden += std::isfinite(Group(q, stride, cols, 0, 0).scale);
-            spread += !std::isfinite(Group(q, stride, cols, 0, 1).scale);
+            kernels.quantize({x.data(), cols * 4}, cols, {q.data(), stride}, to, 0, 1);
+            hidden += std::isfinite(Group(q, stride, to, cols, 0, 0).scale);
+            spread += !std::isfinite(Group(q, stride, to, cols, 0, 1).scale);
         }
     check(!hidden, "%s quantize hides %d of inf or NaN", kernels.name, hidden);
     check(!spread, "%s quantize spreads %d of inf or NaN", kernels.name, spread);
@@ -531,7 +546,7 @@ void test_rows(const Kernels& kernels) {
     }
     test_exactness(kernels);
     for (const int64_t cols : {1, 317, 4096, 9000}) test_softcap(kernels, cols, random);
-    test_not_finite(kernels, random);
+    for (const Precision to : {Precision::a8, Precision::a12}) test_not_finite(kernels, to, random);
     for (const Format format : every_format()) test_embed(kernels, format, random);
     test_rope_table(kernels);
     for (const int dim : {16, 48, 64, 80, 256}) test_head_norm(kernels, 3, 1, dim, random);

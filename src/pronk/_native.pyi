@@ -30,8 +30,8 @@ MAGNITUDE_SHIFT: int = 19
 def packed_bytes(format: str, rows: int, cols: int) -> int:
     """Bytes of a packed matrix."""
 
-def act_row_bytes(cols: int, quantized: bool) -> int:
-    """Bytes of a row of quantized activations."""
+def act_row_bytes(cols: int, precision: str) -> int:
+    """Bytes of a row of activations."""
 
 class Executor:
     """Runs a program of ops over one arena."""
@@ -77,18 +77,18 @@ class Executor:
 
     def rope_table(self, frequencies: int, head_dim: int, scale: float, out: tuple[int, int], grain: int) -> None: ...
 
-    def rms_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, residual: tuple[int, int], out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
+    def rms_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, residual: tuple[int, int], out: tuple[int, int], precision: str, head: bool, grain: int) -> None: ...
 
-    def layer_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
+    def layer_norm(self, x: tuple[int, int], weight: int, eps: float, cols: int, out: tuple[int, int], precision: str, head: bool, grain: int) -> None: ...
 
-    def quantize(self, x: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, head: bool, grain: int) -> None: ...
+    def quantize(self, x: tuple[int, int], cols: int, out: tuple[int, int], precision: str, head: bool, grain: int) -> None: ...
 
-    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int, gates: bool = False, sparse: bool = False) -> None:
+    def matmul(self, x: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, precision: str, scale: float, residual: tuple[int, int], out: tuple[int, int], head: bool, grain: int, gates: bool = False, sparse: bool = False) -> None:
         """
         gates: relu follows the first part, and closes the second. sparse: x is often zero.
         """
 
-    def bounded_matmul(self, x: tuple[int, int], plan: tuple[int, int], part: tuple[str, int, int, int, int], cols: int, scale: float, out: tuple[int, int], grain: int) -> None:
+    def bounded_matmul(self, x: tuple[int, int], plan: tuple[int, int], part: tuple[str, int, int, int, int], cols: int, precision: str, scale: float, out: tuple[int, int], grain: int) -> None:
         """
         The product that ends a head, from which the largest logits may be asked for alone.
         """
@@ -98,7 +98,7 @@ class Executor:
 
     def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int, *, softcap: float = 0.0, slopes: Sequence[float] = [], growth: float = 0.0, growth_span: int = 1) -> None: ...
 
-    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], quantized: bool, grain: int, threshold: float = 0.0) -> None: ...
+    def activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], cols: int, out: tuple[int, int], precision: str, grain: int, threshold: float = 0.0) -> None: ...
 
     def set_thresholds(self, thresholds: Sequence[float]) -> None:
         """
@@ -150,14 +150,14 @@ class Executor:
 
     def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, set: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
 
-    def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None: ...
+    def expert_gather(self, x: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, precision: str, out: tuple[int, int], grain: int) -> None: ...
 
-    def expert_matmul(self, x: tuple[int, int], token: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, quantized: bool, out: tuple[int, int], grain: int) -> None:
+    def expert_matmul(self, x: tuple[int, int], token: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], parts: Sequence[tuple[str, int, int, int, int]], cols: int, precision: str, out: tuple[int, int], grain: int) -> None:
         """
         Products of rows with their experts; `token`: where a lone token's row is.
         """
 
-    def expert_activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, out: tuple[int, int], quantized: bool, grain: int) -> None: ...
+    def expert_activate(self, fn: str, gate: tuple[int, int], up: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, out: tuple[int, int], precision: str, grain: int) -> None: ...
 
     def combine(self, y: tuple[int, int], residual: tuple[int, int], routes: tuple[int, int], plan: tuple[int, int], sizes: tuple[int, int], cols: int, scales_input: bool, scale: float, out: tuple[int, int], grain: int) -> None: ...
 

@@ -147,7 +147,7 @@ def by_token(_: str, x: Tensor) -> Tensor:
 def by_group(_: str, x: Tensor) -> Tensor:
     """Inputs as Pronk's kernels round them: 12 bits, a scale for each 32 elements of a token."""
     parts = x.unflatten(-1, (-1, GROUP))
-    scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / ACT_RANGE
+    scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / ACT_RANGE["a12"]
     rounded: Tensor = ((parts / scale).round() * scale).flatten(-2)
     return rounded
 

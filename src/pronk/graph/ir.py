@@ -2,8 +2,8 @@
 
 A value is a matrix of ``rows`` x ``width``: ``rows`` is ``"T"`` (the tokens of a step), ``"R"``
 (the rows whose logits are asked for) or ``"X"`` (the rows of experts: one for each of a token's
-choices). Its dtype is ``"f32"``, or ``"a12"``, the form in which
-activations meet quantized weights: 12-bit integers in groups of 32 with a float scale each.
+choices). Its dtype is ``"f32"``, or ``"a8"`` or ``"a12"``, the forms in which activations meet
+quantized weights: integers of 8 or 12 bits in groups of 32 with a float scale each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pronk.graph.pack import ACT_ROWS, GROUPED, act_row_bytes, align, block_dtype
+from pronk.graph.pack import ACT_RANGE, ACT_ROWS, GROUPED, act_row_bytes, align, block_dtype
 
 __all__ = ["Attr", "Graph", "Op", "Ref", "Value", "Weight"]
 
@@ -30,12 +30,12 @@ class Value:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in the arena, a multiple of 64."""
-        return align(act_row_bytes(self.width, self.quantized))
+        return align(act_row_bytes(self.width, self.dtype))
 
     @property
     def quantized(self) -> bool:
-        """Whether rows are 12-bit integers rather than floats."""
-        return self.dtype == "a12"
+        """Whether rows are integers rather than floats."""
+        return self.dtype in ACT_RANGE
 
     def bytes_of(self, rows: int) -> int:
         """Bytes of so many rows; quantized ones come in blocks."""
@@ -64,7 +64,7 @@ class Weight:
 
     @property
     def grouped(self) -> bool:
-        """Whether the format is quantized in groups, so that it meets int8 activations."""
+        """Whether the format is quantized in groups, so that it meets quantized activations."""
         return block_dtype(self.dtype) in GROUPED
 
 

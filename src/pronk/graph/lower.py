@@ -61,8 +61,8 @@ class _Lowering:
     def _is_head(self, op: Op) -> bool:
         return self.graph.values[op.output].rows == "R"
 
-    def _quantized(self, op: Op) -> bool:
-        return self.graph.values[op.output].quantized
+    def _precision(self, op: Op) -> str:
+        return self.graph.values[op.output].dtype
 
     def _part(self, name: str, column: int, bias: int = -1) -> tuple[str, int, int, int, int]:
         weight = self.graph.weights[name]
@@ -80,19 +80,19 @@ class _Lowering:
     def _rms_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.rms_norm(
             self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
-            self.graph.values[op.output].width, self._second(op), out, self._quantized(op),
+            self.graph.values[op.output].width, self._second(op), out, self._precision(op),
             self._is_head(op), grain)  # fmt: skip
 
     def _layer_norm(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.layer_norm(
             self.slot(op.inputs[0]), self.weight(op.weights[0]), float(op.attrs["eps"]),
-            self.graph.values[op.output].width, out, self._quantized(op), self._is_head(op),
+            self.graph.values[op.output].width, out, self._precision(op), self._is_head(op),
             grain)  # fmt: skip
 
     def _quantize(self, op: Op, out: tuple[int, int], grain: int) -> None:
         width = self.graph.values[op.output].width
         self.executor.quantize(
-            self.slot(op.inputs[0]), width, out, self._quantized(op), self._is_head(op), grain
+            self.slot(op.inputs[0]), width, out, self._precision(op), self._is_head(op), grain
         )
 
     def _matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -107,15 +107,15 @@ class _Lowering:
                 column += weight.rows
         self.executor.matmul(
             self.slot(op.inputs[0]), parts, op.integer("cols"),
-            self.graph.values[op.inputs[0].value].quantized, _scale(op), self._second(op), out,
+            self.graph.values[op.inputs[0].value].dtype, _scale(op), self._second(op), out,
             self._is_head(op), grain, bool(op.attrs.get("gates")),
             bool(op.attrs.get("sparse")))  # fmt: skip
 
     def _head(self, op: Op, out: tuple[int, int], grain: int) -> None:
         x, plan = (self.slot(ref) for ref in op.inputs)
         self.executor.bounded_matmul(
-            x, plan, self._part(op.weights[0], 0), op.integer("cols"), _scale(op), out, grain
-        )
+            x, plan, self._part(op.weights[0], 0), op.integer("cols"),
+            self.graph.values[op.inputs[0].value].dtype, _scale(op), out, grain)  # fmt: skip
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, *table = (self.slot(ref) for ref in op.inputs)
@@ -143,7 +143,7 @@ class _Lowering:
     def _activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
         self.executor.activate(
             str(op.attrs["fn"]), self.slot(op.inputs[0]), self._second(op),
-            self.graph.values[op.output].width, out, self._quantized(op), grain,
+            self.graph.values[op.output].width, out, self._precision(op), grain,
             float(op.attrs.get("threshold", 0)))  # fmt: skip
 
     def _softcap(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -175,7 +175,7 @@ class _Lowering:
     def _expert_gather(self, op: Op, out: tuple[int, int], grain: int) -> None:
         x, plan = (self.slot(ref) for ref in op.inputs)
         self.executor.expert_gather(
-            x, plan, self._sizes(op), self.graph.values[op.output].width, self._quantized(op), out,
+            x, plan, self._sizes(op), self.graph.values[op.output].width, self._precision(op), out,
             grain)  # fmt: skip
 
     def _expert_matmul(self, op: Op, out: tuple[int, int], grain: int) -> None:
@@ -192,14 +192,14 @@ class _Lowering:
             column += self.graph.weights[name].rows // op.integer("experts")
         self.executor.expert_matmul(
             x, lone[0] if lone else _NONE, plan, self._sizes(op), parts, op.integer("cols"),
-            self.graph.values[op.inputs[0].value].quantized, out, grain)  # fmt: skip
+            self.graph.values[op.inputs[0].value].dtype, out, grain)  # fmt: skip
 
     def _expert_activate(self, op: Op, out: tuple[int, int], grain: int) -> None:
         gate, up, routes, plan = (self.slot(ref) for ref in op.inputs)
         self.executor.expert_activate(
             str(op.attrs["fn"]), gate, up, routes, plan, self._sizes(op),
             self.graph.values[op.output].width, bool(op.attrs["scales_input"]), out,
-            self._quantized(op), grain)  # fmt: skip
+            self._precision(op), grain)  # fmt: skip
 
     def _combine(self, op: Op, out: tuple[int, int], grain: int) -> None:
         y, routes, plan, *residual = (self.slot(ref) for ref in op.inputs)

@@ -65,7 +65,7 @@ def split_experts(graph: Graph) -> Graph:
         m = emit(
             Op("expert_activate", (y, Ref(y.value, width), routes, plan), f"{name}.act",
                attrs={"fn": op.attrs["fn"], **sizes, **scales}),
-            width, "a12" if op.attrs.get("a12") else "f32",
+            width, str(op.attrs.get("between", "f32")),
         )  # fmt: skip
         y = emit(
             Op("expert_matmul", (m, plan), f"{name}.down", (down.name,), {"cols": width, **sizes}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ACTIVATIONS",
     "ACT_RANGE",
     "ACT_ROWS",
     "ALIGN",
@@ -24,7 +25,10 @@ KV_BLOCK = 32  # positions per KV block
 PART_TAIL = 16  # floats after the values of a part of attention
 ALIGN = 64  # bytes
 ACT_ROWS = 16  # rows of quantized activations come in blocks of so many
-ACT_RANGE = 127 * 16  # largest integer of a quantized activation
+# Largest integer of quantized activations by their dtype: 8 bits, or 12 in two int8.
+ACT_RANGE = {"a8": 127, "a12": 127 * 16}
+# What a user calls them.
+ACTIVATIONS = {"int8": "a8", "int12": "a12"}
 
 KV_DTYPES = ("bf16", "int8", "int4", "f32", "int4_plain")  # elements of the KV cache
 _ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
@@ -76,9 +80,11 @@ def bound_plan_floats(rows: int, cols: int) -> int:
     return 2 * PANEL + 2 * (cols // GROUP) + -(-rows // PANEL)
 
 
-def act_row_bytes(cols: int, quantized: bool) -> int:
+def act_row_bytes(cols: int, dtype: str) -> int:
     """Bytes of a row of activations: floats, or integers with a scale and sums per group."""
-    return cols // GROUP * (2 * GROUP + 16) if quantized else cols * 4
+    if dtype not in ACT_RANGE:
+        return cols * 4
+    return cols // GROUP * ((2 if dtype == "a12" else 1) * GROUP + 16)
 
 
 def kv_block_bytes(layers: int, kv_heads: int, head_dim: int, kv_dtype: str) -> int:

@@ -1,6 +1,6 @@
 """Passes: Graph -> Graph, each small, each keeping the meaning.
 
-`CPU_PASSES` is the ordered list that the native executor needs; the NumPy interpreter runs the
+`cpu_passes` gives the ordered list that the native executor needs; the NumPy interpreter runs the
 graph before and after any of them.
 """
 
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value
 from pronk.graph.moe import split_experts
-from pronk.graph.pack import PART_TAIL, bound_plan_floats
+from pronk.graph.pack import ACTIVATIONS, PART_TAIL, bound_plan_floats
 
 __all__ = [
     "CPU_PASSES",
     "Pass",
     "chain_rows",
+    "cpu_passes",
     "fuse_quantize",
     "fuse_residual",
     "fuse_rope",
@@ -161,25 +163,25 @@ def fuse_residual(graph: Graph) -> Graph:
     return graph.with_ops([op for op in ops if op.output not in absorbed], graph.values)
 
 
-def quantize_activations(graph: Graph) -> Graph:
+def quantize_activations(graph: Graph, dtype: str = "a12") -> Graph:
     """Matmuls on grouped weights read quantized activations, quantized right before.
 
-    12 bits, not 8: what 8 bits lose is far more than the bf16 cache does, and 12 cost tiles
-    nothing (``benchmarks/activations.py``).
+    12 bits unless told: what 8 bits lose is far more than the bf16 cache does
+    (``benchmarks/activations.py``).
     """
     values = dict(graph.values)
     ops: list[Op] = []
     for op in graph.ops:
         if op.kind in ("matmul", "experts") and graph.weights[op.weights[0]].grouped:
             source = values[op.inputs[0].value]
-            name = f"{source.name}.a12"
+            name = f"{source.name}.{dtype}"
             if name not in values:
                 cols = graph.weights[op.weights[0]].cols
-                values[name] = Value(name, source.rows, cols, "a12")
+                values[name] = Value(name, source.rows, cols, dtype)
                 ops.append(Op("quantize", (op.inputs[0],), name))
             op = replace(op, inputs=(Ref(name), *op.inputs[1:]))
         if op.kind == "experts" and graph.weights[op.weights[2]].grouped:
-            op = op.with_attrs(a12=True)  # what lies between their products
+            op = op.with_attrs(between=dtype)  # what lies between their products
         ops.append(op)
     return graph.with_ops(ops, values)
 
@@ -286,19 +288,29 @@ def chain_rows(graph: Graph) -> Graph:
     return graph.with_ops(ops, graph.values)
 
 
-# What the native executor needs, in order.
-CPU_PASSES: tuple[Pass, ...] = (
-    fuse_siblings,
-    fuse_rope,
-    fuse_residual,
-    quantize_activations,
-    fuse_quantize,
-    skip_inactive,
-    split_experts,
-    split_head,
-    split_threads,
-    chain_rows,
-)
+def cpu_passes(activations: str = "int12") -> tuple[Pass, ...]:
+    """What the native executor needs, in order.
+
+    Parameters
+    ----------
+    activations : str
+        What meets quantized weights, one of `pronk.graph.pack.ACTIVATIONS`.
+    """
+    return (
+        fuse_siblings,
+        fuse_rope,
+        fuse_residual,
+        partial(quantize_activations, dtype=ACTIVATIONS[activations]),
+        fuse_quantize,
+        skip_inactive,
+        split_experts,
+        split_head,
+        split_threads,
+        chain_rows,
+    )
+
+
+CPU_PASSES = cpu_passes()
 
 
 def run_passes(graph: Graph, passes: tuple[Pass, ...]) -> Graph:

@@ -11,7 +11,7 @@ from pronk.graph.ir import Graph
 from pronk.graph.kv import KvGroup, KvPool, blocks_of, kv_groups
 from pronk.graph.memory import Layout, plan_layout
 from pronk.graph.pack import GROUP, GROUPED, kv_block_bytes, runtime_dtype
-from pronk.graph.passes import CPU_PASSES, Pass, run_passes
+from pronk.graph.passes import Pass, cpu_passes, run_passes
 from pronk.spec import Budget, MemoryPlan, ModelSpec
 
 __all__ = [
@@ -50,6 +50,8 @@ class Limits:
         see a part of a sequence hold that part of as many full sequences.
     kv_dtype : str
         Element type of the KV cache, one of `pronk.graph.pack.KV_DTYPES`.
+    activations : str
+        What meets quantized weights, one of `pronk.graph.pack.ACTIVATIONS`.
     expert_memory : int or None
         Bytes of memory for experts; those that have no room are read when they are chosen. None
         means that all are in memory.
@@ -61,6 +63,7 @@ class Limits:
     max_sequences: int = 16
     kv_tokens: int | None = None
     kv_dtype: str = "bf16"
+    activations: str = "int12"
     expert_memory: int | None = None
 
     @property
@@ -192,7 +195,7 @@ def compile_program(
         )
     _check_experts(spec)
     graph = build_decoder(spec, dtype_of)
-    graph = run_passes(graph, CPU_PASSES if passes is None else passes)
+    graph = run_passes(graph, cpu_passes(limits.activations) if passes is None else passes)
     layout = plan_layout(graph, limits.max_tokens, limits.max_rows, limits.expert_memory)
     return Program(spec, limits, graph, layout)
 

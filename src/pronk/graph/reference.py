@@ -17,7 +17,7 @@ __all__ = ["Reference", "alibi_slopes", "fake_quantize", "normed"]
 Array = NDArray[Any]
 
 
-def fake_quantize(x: Array, steps: int = ACT_RANGE, group: int = GROUP) -> Array:
+def fake_quantize(x: Array, steps: int, group: int = GROUP) -> Array:
     """Round each group of a row to whole multiples of max|x| / steps, in float32."""
     groups = x.reshape(*x.shape[:-1], -1, group)
     top = np.abs(groups).max(-1, keepdims=True)
@@ -131,8 +131,9 @@ class Reference:
         x = [values[ref.value][:, ref.column :] for ref in op.inputs]
         w = [self.weights[name] for name in op.weights]
         result = getattr(self, f"_{op.kind}")(op, x, w)
-        if self.graph.values[op.output].quantized:
-            result = fake_quantize(result)
+        steps = ACT_RANGE.get(self.graph.values[op.output].dtype)
+        if steps:
+            result = fake_quantize(result, steps)
         return np.asarray(result, dtype=np.float32)
 
     def _embed(self, op: Op, x: list[Array], w: list[Array]) -> Array:
@@ -281,7 +282,7 @@ class Reference:
         experts, most = op.integer("experts"), op.integer("top_k")
         hidden = self.graph.values[op.output].width
         gate, up, down = (m.reshape(experts, -1, m.shape[1]) for m in w)
-        act, quantized = _ACTIVATIONS[str(op.attrs["fn"])], "a12" in op.attrs
+        act, steps = _ACTIVATIONS[str(op.attrs["fn"])], ACT_RANGE.get(str(op.attrs.get("between")))
         out = np.zeros((len(x[0]), hidden), np.float32)
         for t, row in enumerate(x[1]):
             for expert, weight in zip(row[:most].astype(int), row[most:], strict=True):
@@ -290,7 +291,7 @@ class Reference:
                 h = x[0][t, : gate.shape[2]]
                 inner, outer = (weight, 1) if op.attrs["scales_input"] else (1, weight)
                 m = act(inner * (gate[expert] @ h)) * (inner * (up[expert] @ h))
-                m = fake_quantize(m[None].astype(np.float32))[0] if quantized else m
+                m = fake_quantize(m[None].astype(np.float32), steps)[0] if steps else m
                 out[t] += outer * (down[expert] @ m)
         out = _scaled(op, out)
         return out + x[2][:, :hidden] if len(x) > 2 else out
