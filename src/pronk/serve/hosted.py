@@ -188,6 +188,15 @@ class Hosted:
         with contextlib.suppress(RequestError), self.lock:  # without an end token: no forms
             self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)
 
+    async def silent(self, marks: Sequence[str]) -> dict[int, bytes]:
+        """Those of some marks that are tokens of no text, by their ids."""
+        ids = [await self.encode(mark, add_special=False) for mark in marks]
+        return {
+            found[0]: mark.encode()
+            for mark, found in zip(marks, ids, strict=True)
+            if len(found) == 1 and not self.tokenizer.token_bytes(found[0])
+        }
+
     def token_text(self, token: int) -> str:
         """A token's text for people: special ones by their names."""
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace") or (
