@@ -163,8 +163,11 @@ async def generate(
     Raises
     ------
     ApiError
-        If the engine refuses or fails one: then the others are ended too.
+        If too many wait by now, or the engine refuses or fails one: then the others are ended too.
     """
+    # Asked again, now that they are handed over at once: others came in between.
+    tokens = sum(len(job.prompt) for job in jobs if not job.repeats)
+    make_way(model, len(jobs), tokens, model.limits)
     arrivals = Arrivals()
     start = time.perf_counter()
     tally.asked, tally.choices, tally.params = time.time_ns(), len(jobs), jobs[0].params
@@ -274,20 +277,21 @@ async def embed(
                 "context_length_exceeded", "input",
             )  # fmt: skip
     make_way(model, len(inputs), sum(map(len, inputs)), limits)
-    tasks = [asyncio.ensure_future(_embedding(model, ids)) for ids in inputs]
+    futures: list[asyncio.Future[NDArray[np.float32]]] = []
     try:
-        return list(await asyncio.gather(*tasks))
+        for ids in inputs:
+            future = asyncio.wrap_future(model.engine.embed(ids))
+            model.line.enter(len(ids))
+            future.add_done_callback(_leave(model, len(ids)))
+            futures.append(future)
+        return list(await asyncio.gather(*futures))
     finally:
-        for task in tasks:
-            task.cancel()
+        for future in futures:
+            future.cancel()
 
 
-async def _embedding(model: Hosted, ids: Sequence[int]) -> NDArray[np.float32]:
-    served = False
-    model.line.enter(len(ids))
-    try:
-        vector = await asyncio.wrap_future(model.engine.embed(ids))
-        served = True
-        return vector
-    finally:
-        model.line.leave(len(ids), served)
+def _leave(model: Hosted, tokens: int) -> Callable[[asyncio.Future[Any]], None]:
+    def leave(future: asyncio.Future[Any]) -> None:
+        model.line.leave(tokens, served=not future.cancelled() and future.exception() is None)
+
+    return leave

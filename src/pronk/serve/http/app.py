@@ -134,7 +134,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in models:
-            model.attach()
+            model.attach(config.limits)
         if grpc is not None:
             await grpc.start()
         task = asyncio.create_task(_warm_up(models, grpc))
