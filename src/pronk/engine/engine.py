@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -390,7 +391,9 @@ class Engine:
             self.drop_session(session)
         return session is not None
 
-    def save_session(self, session: str, path: Path, model: str) -> int:
+    def save_session(
+        self, session: str, path: Path, model: str, about: Mapping[str, Any] | None = None
+    ) -> int:
         """Write a kept session to a file; gives its bytes. See `write_session`.
 
         Raises
@@ -406,7 +409,7 @@ class Engine:
         if kept is None:
             raise RequestError(f"there is no session {session!r}: it never was, or had to go")
         tokens = kept.tokens[: kept.computed]
-        return write_session(path, tokens, kept.holding, self.runner, model)
+        return write_session(path, tokens, kept.holding, self.runner, model, about)
 
     def restore_session(self, session: str, path: Path, model: str) -> int:
         """Keep what a file holds under a name; gives its tokens. See `read_session`.
