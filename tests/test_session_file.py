@@ -116,7 +116,8 @@ def test_a_damaged_session_is_refused_and_nothing_kept(tiny, tmp_path):
             changed(tokens="abc"), changed(held=[[0, 0, 1, 2, 3, 4]]), changed(held=[]),
             changed(held=[[0, 1, 2, 3, 4, 60]]), changed(held=[[0, 1, 2, 3, 4, -1]]),
             changed(sum="x"), changed(sum="5"), changed(format="other"), changed(contents=7),
-            changed(about=[]), changed(contents="{"), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}",
+            changed(about=[]), changed(contents="{"),
+            struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}",
         ]  # fmt: skip
         for content in bad:
             path.write_bytes(content)
