@@ -106,6 +106,7 @@ class Load:
             "completion": (3, self.completion),
             "completion stream": (4, lambda: self.stream("/v1/completions", self.body())),
             "responses stream": (1, lambda: self.stream("/v1/responses", self.response_body())),
+            "long completion": (1, self.long),
             "embeddings": (2, self.embeddings),
             "structured": (3, self.structured),
             "tool call": (2, self.tool_call),
@@ -169,6 +170,12 @@ class Load:
     async def completion(self) -> str:
         found = await self.whole("/v1/completions", self.body())
         return _said(found and found["usage"]["completion_tokens"] > 0, found)
+
+    async def long(self) -> str:
+        """A long answer: it outgrows what the cache has, and others give way, or it does."""
+        body = {"model": MODEL, "prompt": self.text(5, 20), "max_tokens": 500, "ignore_eos": True}
+        found = await self.whole("/v1/completions", body)
+        return _said(found and found["usage"]["completion_tokens"] == 500, found)
 
     async def embeddings(self) -> str:
         inputs = [self.text(5, 200) for _ in range(self.rng.randint(1, 4))]

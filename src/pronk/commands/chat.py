@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import closing
 
 from pronk.commands import common
 from pronk.commands.run import Answer
+from pronk.commands.session import NAME, Session, add_session
 from pronk.errors import PronkError, RequestError
 from pronk.model import Model
 from pronk.spec import SamplingParams
@@ -19,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a name, an address or a path")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    add_session(parser)
     common.add_context(parser)
     common.add_runtime(parser)
     common.add_experts(parser)
@@ -31,30 +34,41 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
     from pronk.checkpoint.registry import DEFAULT_MODEL
 
-    params = common.sampling(args)
+    params, session = common.sampling(args), Session(args.session)
     model, _ = common.open_model(args.model or DEFAULT_MODEL, args, args.context)
     if not model.has_chat_template:
         raise RequestError("this model has no chat template: use pronk run --raw")
+    session.restore(model, raw=False, system=args.system)
     interactive = sys.stdin.isatty() and not args.json
+    if session.tokens:
+        common.note(f"pronk: going on after {session.tokens} tokens")
     if interactive:
         common.note("Enter sends, /reset forgets the conversation, Ctrl-D ends.")
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
+    try:
+        _talk(model, session, params, interactive, args.json)
+    finally:  # what was interrupted is kept up to the last whole turn
+        session.save(model)
+
+
+def _talk(
+    model: Model, session: Session, params: SamplingParams, interactive: bool, as_json: bool
+) -> None:
+    """Take turns until the input ends."""
+    opening = [m for m in session.messages if m["role"] == "system"]
     while (line := _read(interactive)) is not None:
         text = line.strip()
         if text == "/reset":
-            messages = list(opening)
+            session.messages = list(opening)
         elif text:
-            messages.append({"role": "user", "content": text})
+            said = session.said(text)
             try:
-                reply = _turn(model, messages, params, args.json)
+                reply = _turn(model, said, params, as_json)
             except PronkError as error:
                 if not interactive:
                     raise
                 common.note(f"pronk: {error}; /reset starts anew")
-                messages.pop()
                 continue
-            messages.append({"role": "assistant", "content": reply})
+            session.answered(said, reply)
 
 
 def _read(interactive: bool) -> str | None:
@@ -72,8 +86,8 @@ def _turn(
     model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool
 ) -> str:
     start, before = time.perf_counter(), model.speculation
-    pieces = model.chat(messages, params, session="chat")
-    answer = Answer(pieces, start, show=not as_json)
+    with closing(model.chat(messages, params, session=NAME)) as pieces:
+        answer = Answer(pieces, start, show=not as_json)
     if as_json:
         import json
 

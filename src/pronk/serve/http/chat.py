@@ -42,7 +42,7 @@ async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Re
     admit(model, [turn.prompt], body.count, context.config.limits)
     forms = await model.constraints(turn.form, context.config.limits.grammar, body.count)
     jobs = [
-        Job(turn.prompt, body.params(choice), form, repeats=choice > 0)
+        Job(turn.prompt, body.params(choice), form, choice > 0, turn.marks)
         for choice, form in enumerate(forms)
     ]
     tally = Tally()

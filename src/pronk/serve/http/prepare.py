@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pronk.engine.sampler import Sample
@@ -51,6 +51,7 @@ class Turn:
     forced: bool = False
     name: str | None = None  # the function that must be called
     names: tuple[str, ...] = ()  # those that may be
+    marks: Mapping[int, bytes] = field(default_factory=dict)  # tokens to be seen: see ToolFormat
 
     def parser(self) -> CallParser | None:
         """What finds calls in an answer."""
@@ -87,7 +88,9 @@ async def prepare(model: Hosted, body: ChatRequest) -> Turn:
         opening, name, form = _force(body, how)
     prompt = await model.render(messages, opening, **extra)
     names = tuple(tool.function.name for tool in body.tools or ())
-    return Turn(prompt, form, how if active else None, forced, name, names)
+    if not active:
+        return Turn(prompt, form)
+    return Turn(prompt, form, how, forced, name, names, await model.silent(how.marks))
 
 
 def _force(body: ChatRequest, how: ToolFormat) -> tuple[str, str | None, Form]:
@@ -97,8 +100,7 @@ def _force(body: ChatRequest, how: ToolFormat) -> tuple[str, str | None, Form]:
     choice = body.tool_choice
     if isinstance(choice, NamedToolChoice):
         name = choice.function.name
-        opening = f'{how.opening}{{"name": {json.dumps(name)}, "{how.arguments}":'
-        return opening, name, Form("call", of[name])
+        return how.named(name), name, Form("call", of[name])
     calls = [
         {
             "type": "object",
