@@ -140,12 +140,21 @@ class Metrics:
         )
         self.errors = counter("request_errors", "Requests refused or failed.", ["reason"])
         self.answers = counter("http_requests", "Answers.", ["route", "status"])
+        self.guard = counter(
+            "guard_actions", "What the guard did.", ["filter", "action", "direction"]
+        )
+        self.guard_actions = dict.fromkeys(("block", "redact", "flag"), 0)
         self._of = {model.name: ModelMetrics(self, model.name) for model in models}
         registry.register(_Engines(models, resident, self._of))
 
     def of(self, name: str) -> ModelMetrics:
         """The series of a model."""
         return self._of[name]
+
+    def guarded(self, name: str, action: str, direction: str) -> None:
+        """A filter of the guard acted."""
+        self.guard.labels(name, action, direction).inc()
+        self.guard_actions[action] += 1
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -168,8 +177,18 @@ class Metrics:
                 "generated_tokens": series.generated_tokens,
                 "planned_bytes": model.memory.total,
                 "latency": {k: recent.percentiles() for k, recent in series.recent.items()},
+                "anomalies": [
+                    {"series": name, "usual": alarm.usual, "now": alarm.now}
+                    for name, alarm in series.anomalies.series
+                    if alarm is not None
+                ],
             }
-        return {"time": time.time(), "resident_bytes": self._resident(), "models": models}
+        return {
+            "time": time.time(),
+            "resident_bytes": self._resident(),
+            "guard": dict(self.guard_actions),
+            "models": models,
+        }
 
 
 def _usage(stats: Stats) -> float:

@@ -69,12 +69,15 @@ class Inference:
         """The answers to some texts, run side by side."""
         model = self._context.model(request.model_name)
         record["model"] = model.name
+        watch = self._context.watch(record)
         params = sampling_params(_sampling(request.parameters))
-        prompts = [await model.encode(text) for text in _texts(request)]
+        texts = [await watch.prompt(model, text) for text in _texts(request)]
+        prompts = [await model.encode(text) for text in texts]
         admit(model, prompts, 1, self._context.config.limits)
         tally = record["tokens"] = Tally()
         jobs = [Job(prompt, params) for prompt in prompts]
-        done = await whole(generate(model, jobs, self._context.metrics, tally), len(jobs))
+        deltas = generate(model, jobs, self._context.metrics, tally, watch)
+        done = await whole(deltas, len(jobs))
         values = (
             [delta.text.encode() for delta in done],
             [(delta.finish_reason or "").encode() for delta in done],

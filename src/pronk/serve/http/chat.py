@@ -40,7 +40,9 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
-    turn = await prepare(model, body)
+    watch = context.watch(request.state.record)
+    watch.refuse_logprobs(bool(body.logprobs))
+    turn = await prepare(model, body, watch)
     admit(model, [turn.prompt], body.count, context.config.limits)
     forms = await model.constraints(turn.form, context.config.limits.grammar, body.count)
     jobs = [
@@ -48,7 +50,7 @@ async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Re
         for choice, form in enumerate(forms)
     ]
     tally = Tally()
-    deltas = generate(model, jobs, context.metrics, tally)
+    deltas = generate(model, jobs, context.metrics, tally, watch)
     request.state.record.update(model=model.name, choices=body.count, tokens=tally)
     head = {
         "id": f"chatcmpl-{request.state.request_id}",

@@ -61,7 +61,9 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
             400, f"this model's vectors have {size} numbers: dimensions cannot be "
             f"{body.dimensions}", "invalid_value", "dimensions",
         )  # fmt: skip
-    inputs = [await model.encode(text) for text in body.inputs]
+    watch = context.watch(request.state.record)
+    texts = [await watch.prompt(model, text) for text in body.inputs]
+    inputs = [await model.encode(text) for text in texts]
     for ids in inputs:
         if len(ids) > model.context:
             raise ApiError(

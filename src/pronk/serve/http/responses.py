@@ -23,6 +23,7 @@ from pronk.serve.http.sse import EventStream, event, until_gone
 __all__ = ["router"]
 
 router = APIRouter()
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class _Strict(BaseModel):
@@ -170,11 +171,13 @@ async def _begin(
     context: Context, model: Hosted, body: ResponseRequest, request: Request
 ) -> _Answer:
     chat, limits = body.as_chat(), context.config.limits
-    turn = await prepare(model, chat)
+    watch = context.watch(request.state.record)
+    turn = await prepare(model, chat, watch)
     admit(model, [turn.prompt], 1, limits)
     (form,) = await model.constraints(turn.form, limits.grammar, 1)
     tally = Tally()
-    deltas = generate(model, [Job(turn.prompt, chat.params(), form)], context.metrics, tally)
+    job = Job(turn.prompt, chat.params(), form)
+    deltas = generate(model, [job], context.metrics, tally, watch)
     request.state.record.update(model=model.name, choices=1, tokens=tally)
     return _Answer(body, deltas, tally, request.state.request_id)
 
@@ -217,13 +220,13 @@ class _Answer:
         if text is None or reason is None:
             return {**self._head, "status": "in_progress", "incomplete_details": None,
                     "output": [], "usage": None}  # fmt: skip
-        cut = reason == "length"
-        status = "incomplete" if cut else "completed"
+        why = _INCOMPLETE.get(reason)
+        status = "incomplete" if why else "completed"
         usage = self._tally
         return {
             **self._head,
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": why} if why else None,
             "output": [self._message(text, status)],
             "usage": {
                 "input_tokens": usage.prompt,
