@@ -141,8 +141,8 @@ def test_the_dashboard(server, browser):
     assert not alarms.is_displayed()
     metrics = server.served.context.metrics
     guard = next(box for box in every(".plot") if box.text.startswith("Guard"))
-    until(browser, lambda: metrics.guarded("deny", "block", "input") or "block 0.0" not in
-          guard.text and "redact 0.0" in guard.text)  # fmt: skip
+    until(browser, lambda: metrics.guarded("deny", "block", "input") or ("block 0.0" not in
+          guard.text and "redact 0.0" in guard.text))  # fmt: skip
     for seconds in [0.01] * 60 + [3.0] * 20:
         metrics.of("tiny").first_token(seconds)
     until(browser, lambda: alarms.is_displayed())
