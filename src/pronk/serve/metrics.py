@@ -143,7 +143,6 @@ class Metrics:
         self.guard = counter(
             "guard_actions", "What the guard did.", ["filter", "action", "direction"]
         )
-        self.guard_actions = dict.fromkeys(("block", "redact", "flag"), 0)
         self._of = {model.name: ModelMetrics(self, model.name) for model in models}
         registry.register(_Engines(models, resident, self._of))
 
@@ -154,7 +153,6 @@ class Metrics:
     def guarded(self, name: str, action: str, direction: str) -> None:
         """A filter of the guard acted."""
         self.guard.labels(name, action, direction).inc()
-        self.guard_actions[action] += 1
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -186,9 +184,18 @@ class Metrics:
         return {
             "time": time.time(),
             "resident_bytes": self._resident(),
-            "guard": dict(self.guard_actions),
+            "guard": self._guard_actions(),
             "models": models,
         }
+
+    def _guard_actions(self) -> dict[str, int]:
+        """How often the guard took each action."""
+        counts = dict.fromkeys(("block", "redact", "flag"), 0)
+        for family in self.guard.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    counts[sample.labels["action"]] += int(sample.value)
+        return counts
 
 
 def _usage(stats: Stats) -> float:

@@ -86,6 +86,9 @@ class _Table:
             raise RequestError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
         return value
 
+    def has(self, key: str) -> bool:
+        return key in self._values
+
     def texts(self, key: str) -> list[str]:
         value = self._values.pop(key, [])
         if isinstance(value, str):
@@ -133,7 +136,7 @@ def _filter(values: Any, folder: Path) -> Filter:
 
 def _words(name: str, action: Action, on: frozenset[Direction], table: _Table, at: Path) -> Filter:
     words, mark = table.texts("words"), table.text("mark", _MARK)
-    if "file" in table._values:
+    if table.has("file"):
         words = words + _lines(at / table.text("file"))
     words = sorted({word.strip() for word in words} - {""})
     if not 0 < len(words) <= _MOST_WORDS:

@@ -8,6 +8,7 @@ the companion matches might still become a match, and no other tail can.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,7 +22,7 @@ __all__ = ["Pattern", "words_pattern"]
 _sre = import_module("re._parser")
 _MANY = 100  # what an unbounded repetition may repeat: a match has a longest length
 _LONGEST = 4096
-_MEMORY = 64 << 20  # of RE2, for each pattern
+_MEMORY = (8 << 20, 64 << 20)  # most that RE2 may take for a pattern; more for large deny-lists
 _CLASSES = {
     "CATEGORY_DIGIT": r"\p{Nd}",
     "CATEGORY_NOT_DIGIT": r"\P{Nd}",
@@ -109,13 +110,14 @@ def _compile(source: str, given: str) -> Any:
     import re2
 
     options = re2.Options()
-    options.max_mem, options.log_errors, options.never_capture = _MEMORY, False, True
-    try:
-        return re2.compile(source, options)
-    except re2.error:
-        raise RequestError(
-            f"the pattern {given[:80]!r} is too large: bound its repetitions, or split it"
-        ) from None
+    options.log_errors, options.never_capture = False, True
+    for most in _MEMORY:
+        options.max_mem = most
+        with contextlib.suppress(re2.error):
+            return re2.compile(source, options)
+    raise RequestError(
+        f"the pattern {given[:80]!r} is too large: bound its repetitions, or split it"
+    )
 
 
 class _Writer:

@@ -61,7 +61,8 @@ class Watch:
             return prompt  # the engine refuses it
         text = await model.aside(model.tokenizer.decode, prompt, False)
         checked = await model.aside(self._text, text)
-        return prompt if checked == text else checked
+        # The text has the special tokens that the ids had.
+        return prompt if checked == text else await model.encode(checked, add_special=False)
 
     async def messages(
         self, model: Hosted, messages: Sequence[Mapping[str, Any]]
