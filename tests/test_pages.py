@@ -162,10 +162,21 @@ def test_the_dashboard(server, browser):
             path.get_attribute("d") for path in every("path.s0")), 60)  # fmt: skip
     outputs = {box.find_element("css selector", "h2").text.split("\n")[0]: box.text
                for box in every(".plot")}  # fmt: skip
-    assert len(outputs) == 8
+    assert len(outputs) == 9
     shown = next(text for title, text in outputs.items() if title.startswith("Whole requests"))
     assert ("p99" in shown and "ms" in shown) or " s" in shown
     assert browser.find_element("id", "state").text == "live"
+    # What the guard does, and what is not as it was.
+    alarms = browser.find_element("id", "alarms")
+    assert not alarms.is_displayed()
+    metrics = server.served.context.metrics
+    guard = next(box for box in every(".plot") if box.text.startswith("Guard"))
+    until(browser, lambda: metrics.guarded("deny", "block", "input") or ("block 0.0" not in
+          guard.text and "redact 0.0" in guard.text))  # fmt: skip
+    for seconds in [0.01] * 60 + [3.0] * 20:
+        metrics.of("tiny").first_token(seconds)
+    until(browser, lambda: alarms.is_displayed())
+    assert alarms.text.startswith("tiny: time to first token is ") and "usually" in alarms.text
     picture(browser, "dashboard")
     assert_nothing_else_was_asked_for(server, browser)
 

@@ -60,15 +60,12 @@ def _talk(
         if text == "/reset":
             session.messages = list(opening)
         elif text:
-            said = session.said(text)
             try:
-                reply = _turn(model, said, params, as_json)
+                _turn(model, session, text, params, as_json)
             except PronkError as error:
                 if not interactive:
                     raise
                 common.note(f"pronk: {error}; /reset starts anew")
-                continue
-            session.answered(said, reply)
 
 
 def _read(interactive: bool) -> str | None:
@@ -82,12 +79,12 @@ def _read(interactive: bool) -> str | None:
     return line or None
 
 
-def _turn(
-    model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool
-) -> str:
+def _turn(model: Model, session: Session, text: str, params: SamplingParams, as_json: bool) -> None:
     start, before = time.perf_counter(), model.speculation
-    with closing(model.chat(messages, params, session=NAME)) as pieces:
+    said = session.said(text)
+    with closing(model.chat(said, params, session=NAME)) as pieces:
         answer = Answer(pieces, start, show=not as_json)
+    session.answered(said, answer.text)  # before it is told: whoever reads it may interrupt at once
     if as_json:
         import json
 
@@ -96,4 +93,3 @@ def _turn(
                 "tokens": answer.tokens, "ttft": answer.ttft, "decode": answer.decode,
                 "drafted": done.drafted, "accepted": done.accepted}  # fmt: skip
         print(json.dumps(turn, ensure_ascii=False), flush=True)
-    return answer.text

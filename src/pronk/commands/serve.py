@@ -19,6 +19,7 @@ from pronk.serve.config import ServeConfig, ServeLimits
 from pronk.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
+    from pronk.serve.guard.filters import Guard
     from pronk.serve.hosted import Hosted
 
 __all__ = ["configure", "run"]
@@ -67,6 +68,8 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
         ("--api-key-file", Path, None, "FILE",
          "a name and a key a line: every route but /health and /ready then wants one"),
         ("--audit", Path, None, "FILE", "append who asked for what, sealed, without any text"),
+        ("--audit-max-bytes", str, "64MiB", "BYTES", "after which that log goes on in a new file"),
+        ("--guard", Path, None, "FILE", "filters over what is asked and answered, in TOML"),
         ("--grpc-port", int, None, "N", "where to listen for gRPC too; 0 takes a free one"),
         ("--tls-cert", Path, None, "FILE", "a PEM certificate"),
         ("--tls-key", Path, None, "FILE", "its PEM key"),
@@ -75,6 +78,10 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text",
         help="json: a line of JSON for every request and every warning, on stderr (text)",
+    )  # fmt: skip
+    group.add_argument(
+        "--audit-text", action="store_true",
+        help="have that log hold prompts and answers too, personal data redacted",
     )  # fmt: skip
     for name, metavar, what in (
         ("--cors-origin", "ORIGIN", "a web origin whose pages may call the server; repeatable"),
@@ -111,7 +118,8 @@ def _config(args: argparse.Namespace) -> ServeConfig:
         host=args.host, port=args.port, grpc_port=args.grpc_port, key_file=args.api_key_file,
         origins=tuple(args.cors_origin), hosts=tuple(args.allow_host),
         tls_cert=args.tls_cert, tls_key=args.tls_key,
-        audit=args.audit,
+        audit=args.audit, audit_bytes=parse_size(args.audit_max_bytes), audit_text=args.audit_text,
+        guard=args.guard,
         limits=limits,
     )  # fmt: skip
 
@@ -138,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
             f"pronk serve needs {missing[0]}, which is not installed: pip install 'pronk[{extra}]'"
         )
     config, named = _config(args), _named(args.models)
+    guard = _guard(config)
     from pronk import __version__
     from pronk.device.memory import resident_memory
 
@@ -159,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
                 config = replace(config, grpc_port=found.getsockname()[1])
         hosted = [_open(name, address, args, tell, stack) for name, address in named.items()]
         _plan(hosted, resident_memory, tell)
-        served = make_app(hosted, config, resident_memory, __version__, tracer=tracer)
+        served = make_app(hosted, config, resident_memory, __version__, guard=guard, tracer=tracer)
         stack.callback(served.close)
         host, port = sock.getsockname()[:2]
         scheme = "https" if config.tls_cert else "http"
@@ -175,6 +184,16 @@ def run(args: argparse.Namespace) -> None:
                     tell(f"pronk: gRPC at {host}:{config.grpc_port}")
 
         serve(served, config, sock, started)
+
+
+def _guard(config: ServeConfig) -> Guard | None:
+    """The filters that were asked for; what they need is looked for before any model is loaded."""
+    if config.guard is None and not config.audit_text:
+        return None
+    from pronk.serve.guard.config import read_guard, require_guard
+
+    require_guard()
+    return read_guard(config.guard) if config.guard is not None else None
 
 
 def _teller(form: str) -> Callable[[str], None]:

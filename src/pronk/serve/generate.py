@@ -17,6 +17,8 @@ from pronk.engine.sampler import Sample
 from pronk.errors import PronkError
 from pronk.serve.config import ServeLimits
 from pronk.serve.errors import ApiError, from_pronk
+from pronk.serve.guard.filters import Chain
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.metrics import Metrics
 from pronk.serve.stream import TextStream
@@ -78,7 +80,10 @@ class Delta:
 class _Choice:
     """One generation under way."""
 
-    def __init__(self, model: Hosted, job: Job, metrics: Metrics, start: float) -> None:
+    def __init__(
+        self, model: Hosted, job: Job, metrics: Metrics, start: float, watch: Watch
+    ) -> None:
+        self.watch, self.guard = watch, watch.answer()
         self.stream = TextStream(_shown(model, job.marks), job.params.stop)
         self.metrics, self.model = metrics.of(model.name), model
         self.job = job
@@ -108,7 +113,7 @@ class _Choice:
             self.model.engine.cancel(self.number)
             self.metrics.finished("abort", self.tokens, time.perf_counter() - self.start)
 
-    def take(self, index: int, event: Event, tally: Tally) -> Delta:
+    async def take(self, index: int, event: Event, tally: Tally) -> Delta:
         """Turn an event into what the client sees of it."""
         sample, reason = event.sample, event.finish_reason
         if sample is None:
@@ -137,11 +142,24 @@ class _Choice:
             reason = "stop"
         elif reason:
             text += self.stream.flush()
+        if self.guard is not None:
+            text = await self._guarded(self.guard, text, reason is not None)
+            if self.guard.blocked:
+                if event.finish_reason is None:
+                    self.model.engine.cancel(self.number)
+                reason = "content_filter"
+        self.watch.heard(index, text)
         if reason:
             self.done = True
             tally.reasons[index] = reason
             self.metrics.finished(reason, self.tokens, now - self.start)
-        return Delta(index, text, [] if ended else [sample], reason)
+        return Delta(index, text, [] if ended or self.watch.hides_tokens else [sample], reason)
+
+    async def _guarded(self, guard: Chain, text: str, final: bool) -> str:
+        """What the guard gives; one that asks a judge does so beside the event loop."""
+        if guard.asks:
+            return await self.model.aside(guard.push, text, final)
+        return guard.push(text, final)
 
 
 def _shown(model: Hosted, marks: Mapping[int, bytes]) -> Callable[[int], bytes]:
@@ -151,9 +169,9 @@ def _shown(model: Hosted, marks: Mapping[int, bytes]) -> Callable[[int], bytes]:
 
 
 async def generate(
-    model: Hosted, jobs: Sequence[Job], metrics: Metrics, tally: Tally
+    model: Hosted, jobs: Sequence[Job], metrics: Metrics, tally: Tally, watch: Watch
 ) -> AsyncGenerator[Delta]:
-    """Run jobs side by side; ending the iteration ends them.
+    """Run jobs side by side, their texts as the guard lets them pass; ending it ends them.
 
     Yields
     ------
@@ -171,7 +189,7 @@ async def generate(
     arrivals = Arrivals()
     start = time.perf_counter()
     tally.asked, tally.choices, tally.params = time.time_ns(), len(jobs), jobs[0].params
-    choices = [_Choice(model, job, metrics, start) for job in jobs]
+    choices = [_Choice(model, job, metrics, start, watch) for job in jobs]
     try:
         for index, choice in enumerate(choices):
             choice.submit(arrivals, index)
@@ -183,7 +201,7 @@ async def generate(
             index, event = await arrivals.get()
             choice = choices[index]
             if not choice.done:  # else what a step gave it beyond a stop string
-                delta = choice.take(index, event, tally)
+                delta = await choice.take(index, event, tally)
                 left -= choice.done
                 yield delta
     except PronkError as error:

@@ -22,6 +22,8 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.ended import Ended, Tell
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
+from pronk.serve.guard.filters import Guard
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.http import chat, completions, more, responses
 from pronk.serve.http.context import Context
@@ -95,6 +97,7 @@ def make_app(
     resident: Callable[[], int],
     version: str,
     *,
+    guard: Guard | None = None,
     tracer: Tracer | None = None,
 ) -> Served:
     """Everything behind the socket.
@@ -106,6 +109,8 @@ def make_app(
     resident : callable
         Bytes of memory that the process takes now.
     version : str
+    guard : Guard, optional
+        What texts pass.
     tracer : Tracer, optional
         Makes spans of requests.
 
@@ -116,15 +121,13 @@ def make_app(
     """
     keys = read_keys(config.key_file) if config.key_file else None
     metrics = Metrics(models, resident)
-    audit = AuditLog(config.audit) if config.audit else None
+    audit = AuditLog(config.audit, config.audit_bytes, _written) if config.audit else None
     gauge, quotas = Gauge(), Quotas(config.limits)
     context = Context(
-        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit
-    )
-
-    sink: Sink | None = None
-    if audit is not None:
-        sink = lambda entry: audit.write(_audited(entry))  # noqa: E731
+        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit,
+        guard,
+    )  # fmt: skip
+    sink: Sink | None = None if audit is None else audit.write
 
     def tell(ended: Ended) -> None:
         log_ended(ended, None if tracer is None else tracer.tell(ended))
@@ -158,9 +161,11 @@ def make_app(
     )  # fmt: skip
 
 
-def _audited(entry: dict[str, object]) -> dict[str, object]:
-    """An entry as the log has it: numbers and names, no text."""
-    tokens = entry.pop("tokens", None)
+def _written(entry: dict[str, object]) -> dict[str, object]:
+    """An entry as the log has it, made on its thread: numbers and names; text, if any, redacted."""
+    tokens, watch = entry.pop("tokens", None), entry.pop("watch", None)
+    if isinstance(watch, Watch):
+        entry.update(watch.entry())
     if isinstance(tokens, Tally):
         entry.update(prompt_tokens=tokens.prompt, completion_tokens=tokens.completion)
     return entry

@@ -9,6 +9,7 @@ from typing import Any
 
 from pronk.engine.sampler import Sample
 from pronk.serve.grammar import Form
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.schema import (
     ChatRequest,
@@ -60,16 +61,19 @@ class Turn:
         return CallParser(self.tools, self.forced, self.name, self.names)
 
 
-async def prepare(model: Hosted, body: ChatRequest) -> Turn:
-    """The prompt of a chat request, and what its answer must be.
+async def prepare(model: Hosted, body: ChatRequest, watch: Watch) -> Turn:
+    """The prompt of a chat request, as the guard lets it pass, and what its answer must be.
 
     Raises
     ------
     RequestError
         If the template refuses, or the model has none.
+    ApiError
+        400, if the guard blocks it.
     """
-    messages = [as_template(message) for message in body.messages]
-    extra: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    written = [as_template(message) for message in body.messages]
+    messages = await watch.messages(model, written)
+    extra: dict[str, Any] = dict(await watch.values(model, body.chat_template_kwargs or {}))
     for reserved in ("messages", "tools", "bos_token", "eos_token", "add_generation_prompt"):
         extra.pop(reserved, None)
     form = form_of(body.response_format, body.structured_outputs)
@@ -79,6 +83,7 @@ async def prepare(model: Hosted, body: ChatRequest) -> Turn:
         return Turn(await model.render(messages, **extra), form)
     how = tool_format(model.tokenizer.chat_template or "")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if active else []
+    tools = await watch.values(model, tools)
     if how.shown:
         extra["tools"] = tools or None
     else:
