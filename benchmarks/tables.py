@@ -352,7 +352,8 @@ def soak(result: Result) -> str:
         f"{result['bound_growth'] / 1e6:.2f}). When all was over, {after['held']:.0f} KV blocks "
         f"were held, {after['cached']:.0f} kept as prefixes and {after['free']:.0f} free, and "
         f"{after['files']:.0f} files were open ({first['files']:.0f} before). "
-        f"Sequences were preempted {last['preempted']:.0f} times."
+        f"Sequences were preempted {last['preempted']:.0f} times. The audit log's "
+        f"{result['audit']['lines']:,} lines in {result['audit']['files']} files hold."
     )
     return "\n\n".join([markdown(["", *outcomes], rows), words])
 
