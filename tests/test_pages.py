@@ -174,7 +174,7 @@ def test_the_dashboard(server, browser):
     until(browser, lambda: metrics.guarded("deny", "block", "input") or ("block 0.0" not in
           guard.text and "redact 0.0" in guard.text))  # fmt: skip
     for seconds in [0.01] * 60 + [3.0] * 20:
-        metrics.of("tiny").first_token(seconds, None)
+        metrics.of("tiny").first_token(seconds, 0.0)
     until(browser, lambda: alarms.is_displayed())
     assert alarms.text.startswith("tiny: time to first token is ") and "usually" in alarms.text
     picture(browser, "dashboard")
