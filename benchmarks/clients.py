@@ -1,7 +1,8 @@
-"""What the benchmarks of serving share: prompts, and servers in processes of their own."""
+"""What the benchmarks of serving share: servers in processes, clients that load them, figures."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -11,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ import httpx
 from pronk.evaluate.corpus import load_corpus
 
 MODEL = "it"  # the name that every server serves its model by
+
+
+@dataclass
+class Seen:
+    """What a client saw of one answer: when each piece came, and the text.
+
+    ``end`` is when the answer was whole; ``refused`` the status of one that was not given.
+    """
+
+    start: float
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+    tokens: int = 0
+    end: float = 0.0
+    refused: int | str = 0
+
+
+Ask = Callable[[str, int], Awaitable[Seen]]
+"""Asks for a prompt to be continued by so many tokens at most."""
 
 
 def words(text: str | None) -> list[str]:
@@ -95,3 +115,124 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def over_http(url: str) -> AsyncIterator[Ask]:
+    """Streamed completions over HTTP; connections are kept."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+
+        async def ask(prompt: str, tokens: int) -> Seen:
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
+                    "stream": True}  # fmt: skip
+            seen = Seen(time.perf_counter())
+            async with http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    await answer.aread()
+                    seen.refused, seen.end = answer.status_code, time.perf_counter()
+                    return seen
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        text = "".join(c["text"] for c in json.loads(line[6:])["choices"])
+                        if text:
+                            seen.times.append(time.perf_counter())
+                            seen.text += text
+            seen.end = time.perf_counter()
+            return seen
+
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def over_grpc(address: str) -> AsyncIterator[Ask]:
+    """Streamed completions over gRPC, on one channel."""
+    import grpc
+
+    from pronk.serve.grpc import generation_pb2 as pb
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        method = channel.unary_stream(
+            "/pronk.v1.Generation/GenerateStream",
+            request_serializer=pb.GenerateRequest.SerializeToString,
+            response_deserializer=pb.GeneratePart.FromString,
+        )
+
+        async def ask(prompt: str, tokens: int) -> Seen:
+            sampling = pb.Sampling(max_tokens=tokens)
+            seen = Seen(time.perf_counter())
+            try:
+                async for part in method(pb.GenerateRequest(text=prompt, sampling=sampling)):
+                    if part.text:
+                        seen.times.append(time.perf_counter())
+                        seen.text += part.text
+            except grpc.aio.AioRpcError as error:
+                seen.refused = error.code().name
+            seen.end = time.perf_counter()
+            return seen
+
+        yield ask
+
+
+Over = contextlib.AbstractAsyncContextManager[Ask]
+
+
+async def closed_loop(
+    over: Over, asked: Sequence[str], clients: int, tokens: int
+) -> tuple[list[Seen], float]:
+    """Clients that ask, read the answer and ask again: all answers, and the seconds they took."""
+    left = iter(asked)
+    done: list[Seen] = []
+
+    async def client(ask: Ask) -> None:
+        for prompt in left:
+            seen = await ask(prompt, tokens)
+            if seen.refused:
+                raise SystemExit(f"a request was refused: {seen.refused}")
+            done.append(seen)
+
+    async with over as ask:
+        start = time.perf_counter()
+        await asyncio.gather(*(client(ask) for _ in range(clients)))
+        return done, time.perf_counter() - start
+
+
+async def open_loop(
+    over: Over, asked: Sequence[str], rate: float, tokens: int, seed: int = 0
+) -> tuple[list[Seen], float]:
+    """Requests that come by themselves, as a Poisson process of so many a second."""
+    rng = random.Random(seed)
+    async with over as ask:
+        start = due = time.perf_counter()
+        tasks = []
+        for prompt in asked:
+            due += rng.expovariate(rate)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.append(asyncio.create_task(ask(prompt, tokens)))
+        done = list(await asyncio.gather(*tasks))
+        return done, time.perf_counter() - start
+
+
+def summary(done: Sequence[Seen], seconds: float) -> dict[str, Any]:
+    """Throughput and percentiles of the answers that were given."""
+    given = [seen for seen in done if not seen.refused]
+    steps = [
+        (seen.times[-1] - seen.times[0]) / (seen.tokens - 1)
+        for seen in given
+        if seen.tokens > 1 and len(seen.times) > 1
+    ]
+    return {
+        "requests": len(given),
+        "tokens": sum(seen.tokens for seen in given),
+        "tokens_per_second": sum(seen.tokens for seen in given) / seconds,
+        "ttft": percentiles([seen.times[0] - seen.start for seen in given if seen.times]),
+        "tpot": percentiles(steps),
+        "e2e": percentiles([seen.end - seen.start for seen in given]),
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99, by the nearest rank; nothing of nothing."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {f"p{p}": ordered[min(last, p * len(ordered) // 100)] for p in (50, 90, 99) if ordered}

@@ -14,7 +14,7 @@ import rounding_tables
 import tables
 
 _PLACES = ("--out", "--json", "--work", "--llama-python", "--openvino-python")
-PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression", "pruning")
+PLOTTED = ("peers", "kernels", "scaling", "long_context", "compression", "pruning", "soak")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,7 @@ def draw(result: Result, path: Path) -> None:
         "long_context": long_context,
         "compression": compression,
         "pruning": pruning,
+        "soak": soak,
     }
     with mpl.rc_context(_STYLE):
         figure = makers[result["benchmark"]](result)
@@ -242,6 +243,36 @@ def pruning(result: Result) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("parameters removed, %")
         axes.legend(fontsize=8)
+    return figure
+
+
+def soak(result: Result) -> Figure:
+    """Memory, KV blocks and requests of a server over the time of a soak."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    memory, blocks, requests = figure.subplots(3, 1, sharex=True)
+    rows = result["samples"]
+    minutes = [row["time"] / 60 for row in rows]
+    memory.plot(minutes, [row["rss"] / 1e6 for row in rows], color=_PALETTE[0])
+    warm = result["warm"] * minutes[-1]
+    memory.axvline(warm, color="#888888", lw=0.8, ls=":")
+    middle = sum(row["rss"] for row in rows if row["time"] / 60 >= warm) / sum(
+        m >= warm for m in minutes
+    )
+    half = result["growth"] * (minutes[-1] - warm) / 2
+    memory.plot([warm, minutes[-1]], [(middle - half) / 1e6, (middle + half) / 1e6], color="black",
+                lw=1, label=f"{result['growth'] / 1e6:+.2f} MB a minute")  # fmt: skip
+    memory.set_ylabel("resident, MB")
+    memory.set_ylim(0)
+    states = ("held", "cached", "free")
+    blocks.stackplot(minutes, [[row[state] for row in rows] for state in states], labels=states,
+                     colors=(_PALETTE[0], "#f0c9a8", "#eeeeee"))  # fmt: skip
+    blocks.set_ylabel("KV blocks")
+    for color, state in zip(_PALETTE, ("running", "waiting"), strict=False):
+        requests.plot(minutes, [row[state] for row in rows], color=color, lw=1, label=state)
+    requests.set_ylabel("requests")
+    requests.set_xlabel("minutes")
+    for axes in (memory, blocks, requests):
+        axes.legend(fontsize=8, loc="upper right")
     return figure
 
 

@@ -112,10 +112,24 @@ one method renamed, and a story. The script fails if a token differs."""
 
 SERVE = """## Serving
 
-Clients that ask, read the stream to its end and ask again, over real HTTP on the same machine;
-prompts of 20 to 300 words, no two the same. `engine` is Pronk's engine alone, fed with token ids;
-what the server loses against it is HTTP, JSON and text, and the client itself, which shares the
-cores. A short run: it tells servers apart, and no more."""
+Clients that ask, read the stream to its end and ask again, over real HTTP and gRPC on the same
+machine; prompts of 20 to 300 words, no two the same. `engine` is Pronk's engine alone, fed with
+token ids; what the server loses against it is HTTP, JSON and text, and the client itself, which
+shares the cores."""
+
+OVERLOAD = """## Overload
+
+Ten times as many requests as the server can do, by themselves (a Poisson process), without and with
+`--target-ttft`, on a server of its own each. What it takes it is to serve in time, and what it
+refuses, to refuse at once; the client shares the cores with it."""
+
+SOAK = """## Soak
+
+Every kind of load at once: chats, completions and embeddings, whole and streamed, over HTTP and
+gRPC; forms, tools, conversations; clients that leave, requests that are none, and bursts that the
+queue cannot take. The script fails if memory grows, a block or a request is left, a request hangs,
+or any is answered with a 5xx other than 503. `busy` is a wrong request that the full queue refused
+first."""
 
 MEASURED = """## Measured
 
@@ -145,6 +159,8 @@ SECTIONS = (
     ("scaling", SCALING),
     ("speculation", SPECULATION),
     ("serve", SERVE),
+    ("overload", OVERLOAD),
+    ("soak", SOAK),
     ("activations", ACTIVATIONS),
     ("kv_cache", KV_CACHE),
     ("static_activations", STATIC),

@@ -4,7 +4,8 @@ Clients chat, complete, embed, call over gRPC, ask for forms and tools, talk in 
 share beginnings, leave in the middle, send what is no request, and come in bursts that the queue
 cannot take. All the while the server's memory, files and KV blocks are sampled. The script fails
 if memory still grows after the first fifth, if a block is held or a request runs when all is over,
-if a request did not end in its time, or if any was answered with a 5xx other than 503.
+if a request did not end in its time, if any was answered with a 5xx other than 503, or if the
+audit log does not hold. Time that the machine sleeps does not count.
 
     python benchmarks/soak.py [MODEL] [--minutes 30] [--clients 12] [--text FILE] [--out FILE.json]
 """
@@ -13,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import json
-import random
 import re
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +28,42 @@ import openai
 import output
 from clients import MODEL, Running, pronk_command, server, words
 from machine import describe
+from soak_load import BODY, DENIED, Load, WrongError
 
 from pronk import resolve
+from pronk.errors import PronkError
 from pronk.model import choose_threads
+from pronk.serve.audit import verify_set
 
-CONTEXT, KV_TOKENS, QUEUE, BODY = 1024, 2048, 48, 1 << 20
+CONTEXT, KV_TOKENS, QUEUE = 1024, 2048, 48
 WARM = 0.2  # of the time, before memory is held to its bound
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 20}, "n": {"type": "integer"}},
-    "required": ["name", "n"],
-    "additionalProperties": False,
-}
-TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}]
-FORMS = (
-    {"regex": "[a-z]{3,12}( [a-z]{3,12}){2,6}"},
-    {"choice": ["yes", "no", "it depends"]},
-    {"json": SCHEMA},
-)
-BAD: tuple[tuple[str, Any, int], ...] = (
-    ("/v1/completions", b'{"model": "it", "prompt', 400),
-    ("/v1/completions", b'{"model":' + b"[" * 10_000, 400),
-    ("/v1/completions", b"\xff\xfe\x00", 400),
-    ("/v1/completions", {"prompt": 7}, 400),
-    ("/v1/completions", {"prompt": "x", "temperature": "hot"}, 400),
-    ("/v1/completions", {"prompt": "x", "colour": "red"}, 400),
-    ("/v1/completions", {"prompt": "word " * 4000}, 400),
-    ("/v1/completions", {"prompt": "x" * (BODY + 1)}, 413),
-    ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "(("}}, 400),
-    ("/v1/completions", {"prompt": [10**8]}, 400),
-    ("/v1/chat/completions", {"messages": "hello"}, 400),
-    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400),
-    ("/v1/embeddings", {"input": []}, 400),
-    ("/v1/completions", {"model": "nobody", "prompt": "x"}, 404),
-    ("/nowhere", {}, 404),
-)
+TICK = 1.0
+AUDIT_BYTES = 64 << 10  # of a file of the log: there will be many
+GUARD = f"""
+[[filter]]
+name = "deny"
+kind = "words"
+on = "input"
+action = "block"
+words = ["{DENIED}"]
+
+[[filter]]
+name = "private"
+kind = "pii"
+action = "flag"
+
+[[filter]]
+name = "links"
+kind = "regex"
+action = "flag"
+pattern = "https?://[a-z.]{{1,40}}"
+
+[[filter]]
+name = "attack"
+kind = "injection"
+on = "input"
+action = "flag"
+"""  # what answers hold is flagged alone, so that they stay what they are
 SERIES = {
     "running": "num_requests_running",
     "waiting": "num_requests_waiting",
@@ -73,248 +72,44 @@ SERIES = {
 }
 
 
-class WrongError(Exception):
-    """An answer that should not have been."""
+class Awake:
+    """Seconds that this machine was awake for: while it sleeps, nobody waits."""
 
+    def __init__(self) -> None:
+        self._total, self._last = 0.0, time.monotonic()
 
-class Load:
-    """Everything that clients do, a method a kind; each gives what became of it.
+    def now(self) -> float:
+        """From the first call on; a gap counts as two ticks at most."""
+        return self._total + min(time.monotonic() - self._last, 2 * TICK)
 
-    Parameters
-    ----------
-    running : Running
-    source : list of str
-        Words that prompts are made of.
-    bound : float
-        Seconds that a request may take.
-    """
+    async def run(self) -> None:
+        """Count until cancelled."""
+        while True:
+            await asyncio.sleep(TICK)
+            self._total, self._last = self.now(), time.monotonic()
 
-    def __init__(self, running: Running, source: list[str], bound: float, seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.source, self.bound = source, bound
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        self.http = httpx.AsyncClient(base_url=running.url, timeout=bound, limits=limits)
-        self.openai = openai.AsyncOpenAI(
-            base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=bound
-        )
-        self.grpc = running.grpc
-        # Conversations that begin alike: a few long system messages.
-        self.systems = [self.text(60, 200) for _ in range(4)]
-        self.kinds: dict[str, tuple[int, Callable[[], Awaitable[str]]]] = {
-            "chat": (4, self.chat),
-            "chat stream": (4, lambda: self.stream("/v1/chat/completions", self.chat_body())),
-            "completion": (3, self.completion),
-            "completion stream": (4, lambda: self.stream("/v1/completions", self.body())),
-            "responses stream": (1, lambda: self.stream("/v1/responses", self.response_body())),
-            "embeddings": (2, self.embeddings),
-            "structured": (3, self.structured),
-            "tool call": (2, self.tool_call),
-            "conversation": (2, self.conversation),
-            "left while it waits": (2, self.leave_early),
-            "left in mid-stream": (4, self.leave),
-            "bad request": (4, self.bad),
-            "gRPC stream": (2, self.grpc_stream),
-            "gRPC cancelled": (2, self.grpc_cancel),
-            "pages and figures": (1, self.look),
-        }
+    async def within(self, seconds: float, work: Coroutine[Any, Any, str]) -> str:
+        """What work gives.
 
-    def text(self, least: int, most: int) -> str:
-        """So many words that stand together in the text."""
-        count = self.rng.randint(least, most)
-        start = self.rng.randrange(len(self.source) - count)
-        return " ".join(self.source[start : start + count])
-
-    def sampling(self) -> dict[str, Any]:
-        """How tokens are chosen: many ways."""
-        rng = self.rng
-        return {"max_tokens": rng.randint(1, 64), **rng.choice((
-            {"temperature": 0}, {}, {"temperature": 1.2, "top_p": 0.9, "seed": rng.randrange(99)},
-            {"top_k": 20, "presence_penalty": 0.5}, {"stop": [" the", "\n\n"]},
-            {"repetition_penalty": 1.2, "min_p": 0.05}))}  # fmt: skip
-
-    def body(self) -> dict[str, Any]:
-        """A completion."""
-        extra = self.rng.choice(({}, {}, {"n": 3}, {"logprobs": 3}, {"echo": True}))
-        return {"model": MODEL, "prompt": self.text(5, 300), **self.sampling(), **extra}
-
-    def chat_body(self) -> dict[str, Any]:
-        """A question behind a system message that others have too."""
-        messages = [{"role": "system", "content": self.rng.choice(self.systems)},
-                    {"role": "user", "content": self.text(5, 100)}]  # fmt: skip
-        extra = self.rng.choice(({}, {}, {"n": 2}, {"logprobs": True, "top_logprobs": 2}))
-        return {"model": MODEL, "messages": messages, **self.sampling(), **extra}
-
-    def response_body(self) -> dict[str, Any]:
-        """A text for the newer route."""
-        return {"model": MODEL, "input": self.text(5, 100), "max_output_tokens": 32}
-
-    async def post(self, path: str, body: Any, *expected: int) -> httpx.Response:
-        """An answer whose status is expected, or 503 or 429."""
-        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
-        answer = await self.http.post(path, content=raw, headers=headers)
-        if answer.status_code not in (*(expected or (200,)), 429, 503):
-            raise WrongError(f"{path}: {answer.status_code} {answer.text[:200]}")
-        return answer
-
-    async def whole(self, path: str, body: Any) -> Any:
-        """The JSON of an answer; None if it was refused."""
-        answer = await self.post(path, body)
-        return answer.json() if answer.status_code == 200 else None
-
-    async def chat(self) -> str:
-        found = await self.whole("/v1/chat/completions", self.chat_body())
-        return _said(found and found["choices"][0]["message"]["content"] is not None, found)
-
-    async def completion(self) -> str:
-        found = await self.whole("/v1/completions", self.body())
-        return _said(found and found["usage"]["completion_tokens"] > 0, found)
-
-    async def embeddings(self) -> str:
-        inputs = [self.text(5, 200) for _ in range(self.rng.randint(1, 4))]
-        found = await self.whole("/v1/embeddings", {"model": MODEL, "input": inputs})
-        return _said(found and len(found["data"]) == len(inputs), found)
-
-    async def structured(self) -> str:
-        form = self.rng.choice(FORMS)
-        body = {"model": MODEL, "prompt": self.text(5, 60), "max_tokens": 64,
-                "structured_outputs": form}  # fmt: skip
-        found = await self.whole("/v1/completions", body)
-        if found is None:
-            return "refused"
-        choice = found["choices"][0]
-        if choice["finish_reason"] == "stop":
-            kind, value = next(iter(form.items()))
-            keeps = {
-                "regex": lambda text: re.fullmatch(str(value), text),
-                "choice": lambda text: text in value,
-                "json": lambda text: set(json.loads(text)) == set(SCHEMA["properties"]),
-            }[kind]
-            if not keeps(choice["text"]):
-                raise WrongError(f"not of the form {form}: {choice['text']!r}")
-        return "ok"
-
-    async def tool_call(self) -> str:
-        how = self.rng.choice(("auto", "required"))
-        body = {**self.chat_body(), "tools": TOOLS, "tool_choice": how, "n": 1, "max_tokens": 80}
-        if self.rng.random() < 0.5:
-            return await self.stream("/v1/chat/completions", body)
-        found = await self.whole("/v1/chat/completions", body)
-        called = found and found["choices"][0]["message"].get("tool_calls")
-        return _said(called or how == "auto", found)
-
-    async def stream(self, path: str, body: Any, leave: int | None = None) -> str:
-        """Read a stream to its end, or leave after so many lines."""
-        body = {**body, "stream": True}
-        async with self.http.stream("POST", path, json=body) as answer:
-            if answer.status_code in (429, 503):
-                return "refused"
-            if answer.status_code != 200:
-                await answer.aread()
-                raise WrongError(f"{path}: {answer.status_code} {answer.text[:200]}")
-            last, count = "", 0
-            async for line in answer.aiter_lines():
-                last, count = line or last, count + 1
-                if leave is not None and count > leave:
-                    return "left"
-        if last != "data: [DONE]" and '"response.' not in last:
-            raise WrongError(f"{path}: the stream ends with {last[:200]!r}")
-        return "ok"
-
-    async def leave(self) -> str:
-        body = {**self.rng.choice((self.body, self.chat_body))(), "max_tokens": 200, "n": 2}
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        return await self.stream(path, body, leave=self.rng.randrange(40))
-
-    async def leave_early(self) -> str:
-        """Leave at some moment, the first token come or not."""
-        body = {**self.body(), "max_tokens": 300}
-        try:
-            await self.http.post("/v1/completions", json=body, timeout=self.rng.random())
-        except httpx.TimeoutException:
-            return "left"
-        return "ok"
-
-    async def bad(self) -> str:
-        path, body, status = self.rng.choice(BAD)
-        if isinstance(body, dict):
-            body = {"model": MODEL, **body}
-        answer = await self.post(path, body, status)
-        return "refused" if answer.status_code == status else "busy"
-
-    async def conversation(self) -> str:
-        """A few turns; each begins with all before it."""
-        messages: list[Any] = [{"role": "system", "content": self.rng.choice(self.systems)}]
-        for _ in range(self.rng.randint(2, 5)):
-            messages.append({"role": "user", "content": self.text(3, 40)})
-            try:
-                answer = await self.openai.chat.completions.create(
-                    model=MODEL, messages=messages, max_tokens=40, temperature=0
-                )
-            except openai.APIStatusError as error:
-                if error.status_code in (429, 503) or "context" in str(error):
-                    return "refused"
-                raise WrongError(f"conversation: {error}") from None
-            messages.append({"role": "assistant", "content": answer.choices[0].message.content})
-        return "ok"
-
-    async def look(self) -> str:
-        for path in ("/", "/dashboard", "/stats", "/metrics", "/openapi.json", "/v1/models"):
-            (await self.http.get(path)).raise_for_status()
-        return "ok"
-
-    @contextlib.asynccontextmanager
-    async def parts(self, **sampling: Any) -> AsyncIterator[Any]:
-        """A stream over gRPC, on a channel of its own."""
-        import grpc
-
-        from pronk.serve.grpc import generation_pb2 as pb
-
-        async with grpc.aio.insecure_channel(self.grpc) as channel:
-            method = channel.unary_stream(
-                "/pronk.v1.Generation/GenerateStream",
-                request_serializer=pb.GenerateRequest.SerializeToString,
-                response_deserializer=pb.GeneratePart.FromString,
-            )
-            request = pb.GenerateRequest(text=self.text(5, 200), sampling=pb.Sampling(**sampling))
-            try:
-                yield method(request, timeout=self.bound)
-            except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE:
-                    raise WrongError(f"gRPC: {error.code().name} {error.details()}") from None
-
-    async def grpc_stream(self) -> str:
-        last = None
-        async with self.parts(max_tokens=self.rng.randint(1, 64), seed=1, temperature=1.0) as parts:
-            async for part in parts:
-                last = part
-        return "ok" if last is not None and last.finish_reason else "refused"
-
-    async def grpc_cancel(self) -> str:
-        async with self.parts(max_tokens=200, ignore_eos=True) as parts:
-            left = self.rng.randrange(20)
-            async for _ in parts:
-                left -= 1
-                if left < 0:
-                    parts.cancel()
-                    return "left"
-        return "refused"
-
-
-def _said(right: Any, found: Any) -> str:
-    if found is None:
-        return "refused"
-    if not right:
-        raise WrongError(f"an answer is not whole: {json.dumps(found)[:300]}")
-    return "ok"
+        Raises
+        ------
+        TimeoutError
+            If it takes longer.
+        """
+        task, start = asyncio.create_task(work), self.now()
+        while not (await asyncio.wait({task}, timeout=TICK))[0]:
+            if self.now() - start > seconds:
+                task.cancel()
+                await asyncio.wait({task})
+                raise TimeoutError
+        return task.result()
 
 
 class Watch:
     """Samples a server while it is under load."""
 
-    def __init__(self, running: Running, every: float) -> None:
-        self.running, self.every = running, every
-        self.start = time.monotonic()
+    def __init__(self, running: Running, every: float, awake: Awake) -> None:
+        self.running, self.every, self.awake = running, every, awake
         self.rows: list[dict[str, float]] = []
 
     async def sample(self, http: httpx.AsyncClient) -> dict[str, float]:
@@ -323,7 +118,7 @@ class Watch:
         process = Path(f"/proc/{self.running.process.pid}")
         status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
         row = {
-            "time": time.monotonic() - self.start,
+            "time": self.awake.now(),
             "rss": int(status["VmRSS"].split()[0]) * 1024.0,
             "threads": float(status["Threads"]),
             "files": float(len(list((process / "fd").iterdir()))),
@@ -345,12 +140,12 @@ class Watch:
     async def settled(self, seconds: float) -> dict[str, float]:
         """The figures once nothing runs; what is left after so many seconds, if anything is."""
         async with httpx.AsyncClient(base_url=self.running.url, timeout=60) as http:
-            deadline = time.monotonic() + seconds
+            deadline = self.awake.now() + seconds
             while True:
                 row = await self.sample(http)
                 if not (row["running"] or row["waiting"] or row["held"]):
                     return row
-                if time.monotonic() > deadline:
+                if self.awake.now() > deadline:
                     return row
                 await asyncio.sleep(0.2)
 
@@ -362,49 +157,49 @@ def _value(text: str, series: str) -> float:
 
 async def soak(running: Running, args: argparse.Namespace) -> dict[str, Any]:
     """Load a server and say what was seen."""
-    load = Load(running, words(args.text), args.bound, args.seed)
-    watch = Watch(running, args.every)
+    load, awake = Load(running, words(args.text), args.seed), Awake()
+    watch = Watch(running, args.every, awake)
     counts: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     hung: list[str] = []
     longest = 0.0
     names = list(load.kinds)
     weights = [weight for weight, _ in load.kinds.values()]
-    deadline = time.monotonic() + args.minutes * 60
+    deadline = args.minutes * 60
 
     async def one(name: str) -> str:
         nonlocal longest
-        start = time.monotonic()
+        start = awake.now()
+        bound = args.bound * (5 if name == "conversation" else 1)  # several requests
         try:
-            # A conversation is several requests.
-            async with asyncio.timeout(args.bound * (5 if name == "conversation" else 1)):
-                outcome = await load.kinds[name][1]()
-        except (TimeoutError, httpx.TimeoutException, openai.APITimeoutError):
+            outcome = await awake.within(bound, load.kinds[name][1]())
+        except TimeoutError:
             outcome = "hung"
             hung.append(name)
         except (WrongError, httpx.HTTPError, openai.OpenAIError) as error:
             outcome = "wrong"
             wrong.append(f"{name}: {type(error).__name__}: {error}"[:300])
         counts[name, outcome] += 1
-        longest = max(longest, time.monotonic() - start)
+        longest = max(longest, awake.now() - start)
         return outcome
 
     async def client() -> None:
-        while time.monotonic() < deadline:
+        while awake.now() < deadline:
             name = load.rng.choices(names, weights)[0]
             if await one(name) == "refused" and name != "bad request":
                 await asyncio.sleep(1)
 
     async def bursts() -> None:
         """More at once than the queue takes."""
-        while time.monotonic() < deadline - args.burst_every:
+        while awake.now() < deadline - args.burst_every:
             await asyncio.sleep(args.burst_every)
             await asyncio.gather(*(one("completion") for _ in range(2 * QUEUE)))
 
-    sampling = asyncio.create_task(watch.run())
+    aside = [asyncio.create_task(awake.run()), asyncio.create_task(watch.run())]
     await asyncio.gather(bursts(), *(client() for _ in range(args.clients)))
-    sampling.cancel()
+    aside.pop().cancel()
     after = await watch.settled(args.bound)
+    aside.pop().cancel()
     await load.http.aclose()
     await load.openai.close()
     return {
@@ -442,9 +237,20 @@ def faults(result: dict[str, Any]) -> list[str]:
         found.append(f"requests are left: {after}")
     if after["held"]:
         found.append(f"{after['held']:.0f} KV blocks are held by nobody's request")
+    if result["audit"]["error"]:
+        found.append(f"the audit log does not hold: {result['audit']['error']}")
     if result["printed"]:
         found.append(f"the server printed: {result['printed'][:300]}")
     return found
+
+
+def audited(files: list[Path]) -> dict[str, Any]:
+    """Whether an audit log holds, over all its files."""
+    try:
+        found = verify_set(files)
+    except PronkError as error:
+        return {"files": len(files), "lines": 0, "error": str(error)}
+    return {"files": len(files), "lines": found.lines, "error": ""}
 
 
 def main() -> None:
@@ -467,12 +273,15 @@ def main() -> None:
         command = pronk_command(
             path, threads, "--context", str(CONTEXT), "--kv-tokens", str(KV_TOKENS),
             "--max-queue", str(QUEUE), "--max-body", str(BODY), "--grpc-port", "0",
-            "--audit", f"{folder}/audit.jsonl",
+            "--audit", f"{folder}/audit.jsonl", "--audit-max-bytes", str(AUDIT_BYTES),
+            "--audit-text", "--guard", f"{folder}/guard.toml",
         )  # fmt: skip
+        Path(folder, "guard.toml").write_text(GUARD)
         with server(command) as running:
             seen = asyncio.run(soak(running, args))
             running.log.seek(0)
             printed = running.log.read().decode()
+        audit = audited(sorted(Path(folder).glob("audit.jsonl*")))
     result = {
         "benchmark": "soak",
         "command": output.command(),
@@ -481,6 +290,7 @@ def main() -> None:
         "bound": args.bound,
         "bound_growth": args.growth * 1e6,
         "warm": WARM,
+        "audit": audit,
         # Notes of the start, and changes of latencies, are no faults.
         "printed": "\n".join(line for line in printed.splitlines() if _is_fault(line)),
         **seen,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import quality_tables as quality
@@ -266,20 +266,71 @@ def moe(result: Result) -> str:
 
 
 def serve(result: Result) -> str:
-    """The table of a `serve.py` result."""
-    head = ["clients", "side", "tokens/s", "TTFT p50, p90, p99, ms", "TPOT p50, p90, p99, ms"]
-    rows = []
-    order = dict.fromkeys((run["clients"], run["side"]) for run in result["runs"])
-    for clients, side in sorted(order, key=lambda pair: pair[0]):
-        runs = [r for r in result["runs"] if (r["clients"], r["side"]) == (clients, side)]
-        rate = statistics.median(run["tokens_per_second"] for run in runs)
-        spans = []
-        for key in ("ttft", "tpot"):
-            middle = [statistics.median(run[key][p] for run in runs) for p in runs[0].get(key, ())]
-            spans.append(", ".join(f"{1000 * value:,.0f}" for value in middle))
-        rows.append([str(clients), side, f"{rate:.0f}", *spans])
+    """The tables of a `serve.py` result."""
+    closed = _loads(result["runs"], "clients", str)
     lost = ", ".join(f"{share:.0%} at {count}" for count, share in result["overhead"].items())
-    return "\n\n".join([markdown(head, rows), f"HTTP, JSON and text cost (clients): {lost}."])
+    parts = [closed, f"HTTP, JSON and text cost (clients): {lost}."]
+    if result.get("open"):
+        parts.append("Requests that come by themselves, at a share of what a side carried:")
+        parts.append(_loads(result["open"], "load", lambda share: f"{share:.0%}"))
+    if result.get("grpc"):
+        rate, ttft = (
+            ", ".join(f"{ratio:.2f} at {count}" for count, ratio in result["grpc"][key].items())
+            for key in ("rate", "ttft")
+        )
+        parts.append(
+            f"gRPC over HTTP (clients), tokens a second: {rate}; median time to the first token: "
+            f"{ttft}."
+        )
+        rows = [[side, *(f"{1000 * trip[p]:.1f}" for p in ("p50", "p90", "p99"))]
+                for side, trip in result["round_trip"].items()]  # fmt: skip
+        parts.append(markdown(["a round trip, ms", "p50", "p90", "p99"], rows))
+    return "\n\n".join(parts)
+
+
+def _loads(runs: list[Result], key: str, shown: Callable[[Any], str]) -> str:
+    """Rates and latencies of sides under loads, the median over rounds."""
+    head = [key, "side", "tokens/s", "TTFT p50, p90, p99, ms", "TPOT p50, p90, p99, ms"]
+    rows = []
+    order = dict.fromkeys((run[key], run["side"]) for run in runs)
+    for load, side in sorted(order, key=lambda pair: pair[0]):
+        mine = [r for r in runs if (r[key], r["side"]) == (load, side)]
+        rate = statistics.median(run["tokens_per_second"] for run in mine)
+        spans = []
+        for name in ("ttft", "tpot"):
+            middle = [
+                statistics.median(run[name][p] for run in mine) for p in mine[0].get(name, ())
+            ]
+            spans.append(", ".join(f"{1000 * value:,.0f}" for value in middle))
+        rows.append([shown(load), side, f"{rate:.0f}", *spans])
+    return markdown(head, rows)
+
+
+def overload(result: Result) -> str:
+    """The table of an `overload.py` result."""
+    head = ["load", "`--target-ttft`", "taken", "refused", "tokens/s", "TTFT p50, p99, s",
+            "e2e p50, p99, s", "refusal p50, p99, ms"]  # fmt: skip
+    rows = []
+    for run in result["runs"]:
+        spans = [", ".join(f"{run[key][p]:.2f}" for p in ("p50", "p99")) for key in ("ttft", "e2e")]
+        soon = ", ".join(f"{1000 * run['refusal'][p]:.0f}" for p in ("p50", "p99")
+                         if run["refusal"])  # fmt: skip
+        refused = ", ".join(f"{n:,} ({status})" for status, n in run["refused"].items())
+        rows.append([
+            f"{run['load']:.1f} x", f"{run['target']:.2f} s" if run["target"] else "",
+            f"{run['requests']:,}", refused or "0", f"{run['tokens_per_second']:.0f}", *spans, soon,
+        ])  # fmt: skip
+    near, held = result["runs"][0], result["runs"][-1]
+    words = ", ".join(
+        f"{held[key]['p99'] / near[key]['p99']:.2f} ({name})"
+        for key, name in (("ttft", "to the first token"), ("e2e", "of whole answers"))
+    )
+    return "\n\n".join([
+        markdown(head, rows),
+        f"The server carries {result['carried']:.2f} requests a second. With the target, the 99th "
+        f"percentile of what is taken at {held['load']:.0f} times that, over the same near "
+        f"saturation: {words}.",
+    ])  # fmt: skip
 
 
 def soak(result: Result) -> str:
@@ -301,7 +352,8 @@ def soak(result: Result) -> str:
         f"{result['bound_growth'] / 1e6:.2f}). When all was over, {after['held']:.0f} KV blocks "
         f"were held, {after['cached']:.0f} kept as prefixes and {after['free']:.0f} free, and "
         f"{after['files']:.0f} files were open ({first['files']:.0f} before). "
-        f"Sequences were preempted {last['preempted']:.0f} times."
+        f"Sequences were preempted {last['preempted']:.0f} times. The audit log's "
+        f"{result['audit']['lines']:,} lines in {result['audit']['files']} files hold."
     )
     return "\n\n".join([markdown(["", *outcomes], rows), words])
 
@@ -360,6 +412,7 @@ def show(result: Result) -> str:
         "long_context": quality.long_context,
         "serve": serve,
         "soak": soak,
+        "overload": overload,
         "experts": experts,
         "compression": quality.compression,
         "batching": batching,

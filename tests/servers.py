@@ -20,9 +20,11 @@ import httpx
 from pronk.device.memory import resident_memory
 from pronk.model import load
 from pronk.serve.config import ServeConfig
+from pronk.serve.guard.config import read_guard
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.app import Served, make_app
 from pronk.serve.http.run import Server, bind, serve
+from pronk.serve.trace import Tracer
 
 
 @dataclass
@@ -50,12 +52,17 @@ def hosted(name: str, path: Path, stack: ExitStack, **options: Any) -> Hosted:
 
 
 @contextmanager
-def running(models: dict[str, Path], config: ServeConfig, **options: Any) -> Iterator[Running]:
+def running(
+    models: dict[str, Path], config: ServeConfig, *, tracer: Tracer | None = None, **options: Any
+) -> Iterator[Running]:
     """Serve models until the block ends."""
     with ExitStack() as stack:
         sock = stack.enter_context(bind(config.host, config.port))
         served_models = [hosted(name, path, stack, **options) for name, path in models.items()]
-        served = make_app(served_models, config, resident_memory, "test")
+        guard = read_guard(config.guard) if config.guard else None
+        served = make_app(
+            served_models, config, resident_memory, "test", guard=guard, tracer=tracer
+        )
         stack.callback(served.close)
         begun: list[Server] = []
         thread = threading.Thread(target=serve, args=(served, config, sock, begun.append))

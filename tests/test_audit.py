@@ -10,7 +10,7 @@ import pytest
 
 from pronk.cli import main
 from pronk.errors import RequestError
-from pronk.serve.audit import AuditError, AuditLog, verify
+from pronk.serve.audit import AuditError, AuditLog, verify, verify_set
 
 
 def written(path, count: int = 5, **options):
@@ -89,6 +89,77 @@ def test_rotation_goes_on_with_the_chain(tmp_path):
         if previous is not None:
             assert first["before"] == previous.hash and first["n"] == previous.last + 1
         previous = found
+
+
+def parts_of(path):
+    """The files of a log, the oldest first."""
+    old = sorted(path.parent.glob(f"{path.name}.*"), key=lambda p: int(p.suffix[1:]))
+    return [*old, path]
+
+
+@pytest.fixture
+def rotated(tmp_path):
+    for _ in range(12):
+        written(tmp_path / "audit.log", 4, most=600)
+    parts = parts_of(tmp_path / "audit.log")
+    assert len(parts) >= 4
+    return parts
+
+
+def test_a_set_of_files_holds_in_any_order(rotated):
+    found = verify_set(rotated[::-1])
+    assert (found.first, found.cut) == (0, 0)
+    assert found.lines == found.last + 1 == sum(verify(part).lines for part in rotated)
+    assert found.hash == verify(rotated[-1]).hash
+    # Old files may have been put away: that shows in the first number.
+    assert verify_set(rotated[1:]).first == verify(rotated[0]).last + 1
+
+
+def test_a_missing_or_exchanged_file_is_found(rotated, tmp_path):
+    with pytest.raises(AuditError, match="a file between them is missing"):
+        verify_set([rotated[0], *rotated[2:]])
+    with pytest.raises(AuditError, match="a file between them is missing"):
+        verify_set([*rotated, rotated[1]])
+    # One written anew, with numbers that fit, has other hashes.
+    other = tmp_path / "other" / "audit.log"
+    other.parent.mkdir()
+    for _ in range(12):
+        written(other, 4, most=600)
+    with pytest.raises(AuditError):
+        verify_set([*rotated[:2], *parts_of(other)[2:]])
+    lines = rotated[1].read_text().splitlines(keepends=True)
+    rotated[1].write_text("".join(lines[:-1]))
+    with pytest.raises(AuditError, match="does not go on from"):
+        verify_set(rotated)
+    rotated[1].write_text("".join(lines) + "{")
+    with pytest.raises(AuditError, match="is cut, though"):
+        verify_set(rotated)
+
+
+def test_a_kill_between_two_files_leaves_one_chain(rotated):
+    """After the rename, and before the new file's first line."""
+    path = rotated[-1]
+    last = path.with_name(f"{path.name}.{len(rotated)}")
+    path.rename(last)
+    for torn in (None, b"", b'{"n":'):
+        if torn is not None:
+            path.write_bytes(torn)
+        written(path, 1)
+        found = verify_set([*rotated[:-1], last, path])
+        assert found.first == 0 and found.lines == found.last + 1
+        assert verify(path).before == verify(last).hash
+        path.unlink()
+    last.write_bytes(last.read_bytes()[:-30] + b"\n")
+    with pytest.raises(AuditError):  # nothing goes on from what does not hold
+        AuditLog(path)
+
+
+def test_an_entry_that_cannot_be_prepared_is_a_line_too(tmp_path):
+    log = AuditLog(tmp_path / "audit.log", prepare=lambda entry: 1 / 0)
+    log.write({"request": "r1", "secret": "x"})
+    log.close()
+    [line] = (tmp_path / "audit.log").read_text().splitlines()
+    assert json.loads(line)["unprepared"] == "ZeroDivisionError" and "secret" not in line
 
 
 def test_who_may_write(file, tmp_path):

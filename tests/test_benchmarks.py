@@ -168,26 +168,6 @@ def test_a_command_names_no_place(monkeypatch):
     assert output.command() == "python benchmarks/peers.py model.gguf --rounds 3"
 
 
-def test_a_load_is_summed_up():
-    pytest.importorskip("httpx")
-    import serve
-    import tables
-
-    words = serve.texts()
-    texts = serve.prompts(words, 20)
-    assert len(set(texts)) == 20 and texts == serve.prompts(words, 20)
-    assert texts != serve.prompts(words, 20, seed=1)
-    assert serve.percentiles(range(100)) == {"p50": 50, "p90": 90, "p99": 99}
-    seen = [serve.Seen(0.0, [1.0, 1.5, 2.0], "abc", 3), serve.Seen(0.0, [3.0], "a", 1)]
-    run = serve.summary(seen, 2.0)
-    assert run["tokens_per_second"] == 2 and run["ttft"]["p99"] == 3 and run["tpot"]["p50"] == 0.5
-    result = {"benchmark": "serve", "overhead": {"4": 0.25}, "runs": [
-        {"side": "pronk", "clients": 4, **run},
-        {"side": "engine", "clients": 4, "tokens_per_second": 8.0}]}  # fmt: skip
-    shown = tables.show(result)
-    assert "| 4       | pronk  | 2 " in shown and "25% at 4" in shown
-
-
 def test_results_are_compact_and_whole():
     import output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import tiny_dir, tiny_gguf, tiny_llama_dir
 
-from pronk import load
+from pronk import SamplingParams, load
 from pronk.cli import VERBS
 from pronk.commands.run import drafts
 from pronk.model import Speculation
@@ -74,6 +75,68 @@ def test_every_verb_takes_qwen(qwen):
     assert abs(bench["peak_memory"] - seen["memory"]["total"]) < 0.03 * seen["memory"]["total"]
     scored = json.loads(pronk("eval", qwen, "--max-tokens", 500, "--json").stdout)
     assert 1 < scored["perplexity"] < 20
+
+
+def test_a_session_goes_on_where_it_ended(tiny, tmp_path):
+    file = tmp_path / "talk"
+    options = ("--max-tokens", 6, "--json", "--threads", 1, "--context", 256)
+    keep = (*options, "--session", file)
+    first = json.loads(pronk("run", tiny, "hello", "--system", "Be kind.", *keep).stdout)
+    assert first["session_tokens"] == 0
+    second = json.loads(pronk("run", tiny, "and then?", *keep).stdout)
+    # All but the last token, whose keys and values nobody needed.
+    assert second["session_tokens"] == first["prompt_tokens"] + first["tokens"] - 1
+    third = json.loads(pronk("chat", tiny, *keep, stdin="more\n").stdout)
+    # The same as one conversation that was never put away.
+    with load(tiny, threads=1, context=256, packed_cache=False) as model:
+        messages = [{"role": "system", "content": "Be kind."}]
+        for asked, answer in (("hello", first), ("and then?", second), ("more", third)):
+            messages.append({"role": "user", "content": asked})
+            pieces = model.chat(messages, SamplingParams(max_tokens=6), session="x")
+            messages.append({"role": "assistant", "content": "".join(p.text for p in pieces)})
+            assert messages[-1]["content"] == answer["text"]
+        assert model.session_about(file)["messages"] == messages
+    before = file.read_bytes()
+    assert "--system comes with a new one" in sentence("chat", tiny, "--system", "x", *keep)
+    assert "is of a conversation" in sentence("run", tiny, "x", "--raw", *keep)
+    assert "of other options" in sentence("run", tiny, "x", "--kv", "int8", *keep)
+    assert "no session can be written" in sentence("run", tiny, "x", "--session", "/no/such/f")
+    assert "is no file" in sentence("run", tiny, "x", "--session", tmp_path)
+    assert file.read_bytes() == before
+    pronk("chat", tiny, *keep, stdin="")  # nothing said, nothing written
+    assert file.read_bytes() == before
+
+    raw = tmp_path / "raw"
+    text = ""
+    for more in ("once upon", " a time"):
+        found = json.loads(pronk("run", tiny, more, "--raw", *options, "--session", raw).stdout)
+        text += more + found["text"]
+    with load(tiny, threads=1, context=256, packed_cache=False) as model:
+        assert model.session_about(raw) == {"messages": [], "text": text}
+        list(model.generate("once", SamplingParams(max_tokens=2), session="s"))
+        model.save_session("s", file)
+    assert "only Python can use it" in sentence("run", tiny, "x", *keep)
+
+
+def test_a_chat_that_is_interrupted_keeps_its_whole_turns(tiny, tmp_path):
+    file = tmp_path / "talk"
+    command = [sys.executable, "-m", "pronk", "chat", str(tiny), "--session", str(file), "--json",
+               "--max-tokens", "4", "--threads", "1"]  # fmt: skip
+    # A test that runs in the background ignores SIGINT, and its children would.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
+    )
+    child.stdin.write("hello\n")
+    child.stdin.flush()
+    answer = json.loads(child.stdout.readline())["text"]
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    assert child.returncode == 130
+    with load(tiny, threads=1, packed_cache=False) as model:
+        said = [(m["role"], m["content"]) for m in model.session_about(file)["messages"]]
+    assert said == [("user", "hello"), ("assistant", answer)]
 
 
 def test_run_as_json(tiny_q4):

@@ -171,6 +171,21 @@ def test_calls_that_the_model_makes_of_itself(client):
     assert none.message.content == text and not none.message.tool_calls
 
 
+def test_marks_that_are_tokens_of_no_text_are_seen(client, monkeypatch):
+    from pronk.serve.http import prepare
+    from pronk.serve.tools import ToolFormat
+
+    monkeypatch.setattr(prepare, "tool_format", lambda _: ToolFormat("<|im_start|>"))
+    written = '"So: " <|im_start|> "{\\"name\\": \\"clock\\", \\"arguments\\": {\\"zone\\": 2}}"'
+    form = {"structured_outputs": {"grammar": f"start: {written}"}}
+    choice = answers(client, tools=TOOLS, tool_choice="auto", extra_body=form)
+    assert choice.message.content == "So:" and choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("clock", '{"zone": 2}')
+    plain = answers(client, extra_body=form)  # without tools, they are no text
+    assert plain.message.content.startswith('So: {"name"')
+
+
 def test_results_of_calls_are_taken_back(client):
     asked = [
         *ASK,

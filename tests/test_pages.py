@@ -123,6 +123,36 @@ def test_a_conversation(server, browser):
     assert_nothing_else_was_asked_for(server, browser)
 
 
+def test_a_fast_answer_is_drawn_once_a_frame(server, browser):
+    every = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+    browser.get(server.url)
+    until(browser, lambda: every("#model option"))
+    browser.execute_script("""
+        window.drawn = 0; window.frames_ = 0;
+        const replace = Element.prototype.replaceChildren;
+        Element.prototype.replaceChildren = function (...nodes) {
+          if (this.className === "said") window.drawn += 1;
+          return replace.apply(this, nodes);
+        };
+        const count = () => { window.frames_ += 1; requestAnimationFrame(count); };
+        requestAnimationFrame(count);
+        document.getElementById("max_tokens").value = 4000;
+    """)
+    engine = server.models[1].engine  # not the one that another test has slowed down
+    ends = engine.call(lambda e: e.eos_ids).result()
+    engine.call(lambda e: setattr(e, "eos_ids", frozenset())).result()
+    browser.execute_script("document.getElementById('model').value = 'other'")
+    browser.find_element("id", "prompt").send_keys("once upon a time\n")
+    until(browser, lambda: every(".turn.assistant .figures") and every(
+        ".turn.assistant .figures")[0].text.endswith("cut off at the limit"), 60)  # fmt: skip
+    engine.call(lambda e: setattr(e, "eos_ids", ends)).result()
+    assert "4000 tokens" in every(".turn.assistant .figures")[0].text
+    drawn, frames = browser.execute_script("return [window.drawn, window.frames_]")
+    # The user's text, what comes in each frame, and what is left at the end.
+    assert 3 <= drawn <= frames + 3 and drawn < 2000
+    assert_nothing_else_was_asked_for(server, browser)
+
+
 def test_the_dashboard(server, browser):
     every = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
     browser.get(f"{server.url}/dashboard")
@@ -132,10 +162,21 @@ def test_the_dashboard(server, browser):
             path.get_attribute("d") for path in every("path.s0")), 60)  # fmt: skip
     outputs = {box.find_element("css selector", "h2").text.split("\n")[0]: box.text
                for box in every(".plot")}  # fmt: skip
-    assert len(outputs) == 8
+    assert len(outputs) == 9
     shown = next(text for title, text in outputs.items() if title.startswith("Whole requests"))
     assert ("p99" in shown and "ms" in shown) or " s" in shown
     assert browser.find_element("id", "state").text == "live"
+    # What the guard does, and what is not as it was.
+    alarms = browser.find_element("id", "alarms")
+    assert not alarms.is_displayed()
+    metrics = server.served.context.metrics
+    guard = next(box for box in every(".plot") if box.text.startswith("Guard"))
+    until(browser, lambda: metrics.guarded("deny", "block", "input") or ("block 0.0" not in
+          guard.text and "redact 0.0" in guard.text))  # fmt: skip
+    for seconds in [0.01] * 60 + [3.0] * 20:
+        metrics.of("tiny").first_token(seconds, 0.0)
+    until(browser, lambda: alarms.is_displayed())
+    assert alarms.text.startswith("tiny: time to first token is ") and "usually" in alarms.text
     picture(browser, "dashboard")
     assert_nothing_else_was_asked_for(server, browser)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import random
@@ -20,6 +21,7 @@ from servers import Running, running  # noqa: E402
 
 from pronk.model import load  # noqa: E402
 from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
+from pronk.serve.hosted import Hosted  # noqa: E402
 
 HELLO = [{"role": "user", "content": "once upon a time"}]
 
@@ -398,6 +400,44 @@ def test_a_full_queue_refuses_at_once(tiny):
         assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["code"] == "server_overloaded"
         assert http.post("/v1/completions", json={**body, "n": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_burst_passes_the_queue(tiny, monkeypatch, stream):
+    limits = ServeLimits(queue=4)
+    with running({"tiny": tiny}, ServeConfig(port=0, limits=limits)) as server:
+        model, most, seen = server.models[0], 40, []
+        enter = model.line.enter
+        model.line.enter = lambda tokens: (enter(tokens), seen.append(model.line.waiting))
+        gate = threading.Event()
+        model.engine.call(lambda _: gate.wait(30))  # no first token comes meanwhile
+
+        # All of them have been tokenized before any of them is handed over.
+        encode, all_there, there = Hosted.encode, asyncio.Event(), []
+
+        async def encoded(*args):
+            ids = await encode(*args)
+            there.append(ids)
+            if len(there) == most:
+                all_there.set()
+            await all_there.wait()
+            return ids
+
+        monkeypatch.setattr(Hosted, "encode", encoded)
+
+        def ask(_: int) -> int:
+            body = {"model": "tiny", "prompt": "once", "max_tokens": 2, "stream": stream}
+            with server.client() as http:
+                return http.post("/v1/completions", json=body).status_code
+
+        with ThreadPoolExecutor(most) as pool:
+            answers = [pool.submit(ask, i) for i in range(most)]
+            while sum(answer.done() for answer in answers) < most - 4:
+                threading.Event().wait(0.01)
+            gate.set()
+            codes = [answer.result() for answer in answers]
+        assert sorted(codes) == [200] * 4 + [503] * (most - 4) and max(seen) == 4
+        idle(server)
 
 
 def test_a_wait_beyond_the_target_is_refused_at_once(tiny):

@@ -40,7 +40,8 @@ def test_a_restored_session_goes_on_with_the_same_bits(tiny, tmp_path, options):
     path = tmp_path / "session"
     with opened(tiny, **options) as model:
         first = turn(model, IDS[:130], "s")
-        size = model.save_session("s", path)
+        size = model.save_session("s", path, {"of": ["any", 1]})
+        assert model.session_about(path) == {"of": ["any", 1]}
         follow = [*IDS[:130], *(token for token, _ in first), *IDS[130:]]
         expected = turn(model, follow, "s")
         assert size == path.stat().st_size
@@ -116,15 +117,20 @@ def test_a_damaged_session_is_refused_and_nothing_kept(tiny, tmp_path):
             changed(tokens="abc"), changed(held=[[0, 0, 1, 2, 3, 4]]), changed(held=[]),
             changed(held=[[0, 1, 2, 3, 4, 60]]), changed(held=[[0, 1, 2, 3, 4, -1]]),
             changed(sum="x"), changed(sum="5"), changed(format="other"), changed(contents=7),
-            changed(contents="{"), struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}",
+            changed(about=[]), changed(contents="{"),
+            struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}",
         ]  # fmt: skip
         for content in bad:
             path.write_bytes(content)
             with pytest.raises(CheckpointError, match="session"):
                 model.restore_session("s", path)
             assert kv.free == kv.num_blocks and not model._engine._sessions
-        with pytest.raises(CheckpointError, match="cannot read the session"):
-            model.restore_session("s", tmp_path / "none")
+        for read in (model.session_about, lambda path: model.restore_session("s", path)):
+            with pytest.raises(CheckpointError, match="cannot read the session"):
+                read(tmp_path / "none")
+        path.write_bytes(changed(about=[]))
+        with pytest.raises(CheckpointError, match="damaged, or no session"):
+            model.session_about(path)
         path.write_bytes(whole)
         running = model.generate([5] * 100, SamplingParams(ignore_eos=True))
         next(running)

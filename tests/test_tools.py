@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -16,8 +17,11 @@ from pronk.serve.tools import (
     tool_format,
 )
 
-HERMES = ToolFormat("<tool_call>", "</tool_call>")
-BARE = ToolFormat("", "", "parameters")
+HERMES = tool_format("tools <tool_call>")
+LLAMA = tool_format("tools <|python_tag|>")
+MISTRAL = tool_format("tools [TOOL_CALLS]")
+NAMED = tool_format("tools [TOOL_CALLS] [ARGS]")
+BARE = ToolFormat(arguments="parameters")
 
 
 def parsed(parser: CallParser, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -60,6 +64,24 @@ CASES = [
     (BARE, "no call {}", ("no call {}", [])),
     (BARE, '{"answer": 3}', ('{"answer": 3}', [])),
     (BARE, "{" + "x" * 1000, ("{" + "x" * 1000, [])),
+    (HERMES, r'<tool_call>{"name": "\q", "arguments": {}}</tool_call>', ("", [(r"\q", "{}")])),
+    (LLAMA, '<|python_tag|>{"name": "f", "parameters": {"x": 1}}', ("", [("f", '{"x": 1}')])),
+    (LLAMA, '{"type": "function", "name": "f", "parameters": {}}', ("", [("f", "{}")])),
+    (LLAMA, '<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
+     ("", [("f", "{}"), ("g", "{}")])),
+    (LLAMA, 'So be it. <|python_tag|>{"name": "f", "parameters": {}}',
+     ("So be it.", [("f", "{}")])),
+    (LLAMA, '<|python_tag|>search.call(query="x")', ('<|python_tag|>search.call(query="x")', [])),
+    (LLAMA, '{"answer": 3}', ('{"answer": 3}', [])),
+    (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {"x": [1]}, "id": "a1b2c3d4e"}, '
+     '{"name": "g", "arguments": {}}]', ("", [("f", '{"x": [1]}'), ("g", "{}")])),
+    (MISTRAL, '[{"name": "f", "arguments": {}}]', ("", [("f", "{}")])),
+    (MISTRAL, "[1] is a footnote", ("[1] is a footnote", [])),
+    (MISTRAL, "[TOOL", ("[TOOL", [])),
+    (NAMED, '[TOOL_CALLS]f[ARGS]{"x": "]"}[TOOL_CALLS]g[CALL_ID]a1b2c3d4e[ARGS]{}',
+     ("", [("f", '{"x": "]"}'), ("g", "{}")])),
+    (NAMED, 'Wait.[TOOL_CALLS]f{"x": 1}', ("Wait.", [("f", '{"x": 1}')])),
+    (NAMED, '[TOOL_CALLS] [{"name": "f", "arguments": {}}]', ("", [("f", "{}")])),
 ]  # fmt: skip
 
 
@@ -76,15 +98,24 @@ def test_wherever_an_answer_is_cut(form, answer, expected):
 
 def test_a_forced_call():
     inside = '{"name": "f", "arguments": {"x": "y"}}'
-    assert parsed(CallParser(HERMES, inside=True), list(inside)) == ("", [("f", '{"x": "y"}')])
-    named = CallParser(HERMES, inside=True, name="f")
-    assert parsed(named, list(' {"x": 1}')) == ("", [("f", '{"x": 1}')])
+    for form in (HERMES, MISTRAL):
+        assert parsed(CallParser(form, inside=True), list(inside)) == ("", [("f", '{"x": "y"}')])
+    for form in (HERMES, LLAMA, MISTRAL, NAMED):
+        named = CallParser(form, inside=True, name="f")
+        assert parsed(named, list(' {"x": 1}')) == ("", [("f", '{"x": 1}')])
+        # What such an answer begins with is what the parser would have found.
+        whole = form.named("f") + ' {"x": 1}' + ("" if form is NAMED else "}")
+        assert parsed(CallParser(form, names=("f",)), [whole]) == ("", [("f", '{"x": 1}')])
 
 
 def test_the_format_is_read_off_the_template():
-    assert tool_format("{% if tools %}<tool_call>{% endif %}") == HERMES
-    assert tool_format("{{ messages }}") == ToolFormat("<tool_call>", "</tool_call>", shown=False)
-    assert tool_format('{% if tools %}{"name", "parameters"}{% endif %}') == BARE
+    assert HERMES.start == "<tool_call>" and HERMES.end and HERMES.opening == "<tool_call>\n"
+    assert tool_format("{{ messages }}") == replace(HERMES, shown=False)
+    llama = tool_format('{% if tools %}{"name", "parameters"}{% endif %}')
+    assert llama == LLAMA and LLAMA.arguments == "parameters" and LLAMA.marks == ("<|python_tag|>",)
+    assert MISTRAL.opening == "[TOOL_CALLS] [" and not MISTRAL.args
+    assert NAMED.marks == ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    assert tool_format("{% if tools %}{{ tools }}{% endif %}") == ToolFormat()
 
 
 def test_a_template_without_tools_is_told_in_words():

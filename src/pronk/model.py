@@ -6,7 +6,7 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -267,7 +267,7 @@ class Model:
         params: SamplingParams | None = None,
         *,
         session: str | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Generate from a text or token ids, one piece per token.
 
         Several may be under way: they share the steps, whichever of them is asked for a piece.
@@ -320,11 +320,11 @@ class Model:
         params: SamplingParams | None = None,
         *,
         session: str | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece]:
         """Generate the assistant's next turn of a conversation (see `generate`)."""
         return self.generate(self.render(messages), params, session=session)
 
-    def _pieces(self, request: int, params: SamplingParams) -> Iterator[Piece]:
+    def _pieces(self, request: int, params: SamplingParams) -> Generator[Piece]:
         from pronk.serve.stream import TextStream
 
         stream = TextStream(self.tokenizer.token_bytes, params.stop)
@@ -373,8 +373,20 @@ class Model:
         with open_checkpoint(self.path) as checkpoint:
             return identity(checkpoint, self._open())
 
-    def save_session(self, session: str, path: str | os.PathLike[str]) -> int:
+    def save_session(
+        self,
+        session: str,
+        path: str | os.PathLike[str],
+        about: Mapping[str, Any] | None = None,
+    ) -> int:
         """Write what a session keeps (tokens, keys, values) to a file; gives its bytes.
+
+        Parameters
+        ----------
+        session : str
+        path : path
+        about : mapping, optional
+            What `session_about` is to find there, such as the messages; must be JSON.
 
         Raises
         ------
@@ -384,7 +396,19 @@ class Model:
             If the file cannot be written.
         """
         self._drive()
-        return self._engine.save_session(session, Path(path), self._identity())
+        return self._engine.save_session(session, Path(path), self._identity(), about)
+
+    def session_about(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a session was saved with; that the file is whole, `restore_session` tells.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, or is no session.
+        """
+        from pronk.engine.session_file import read_about
+
+        return read_about(Path(path))
 
     def restore_session(self, session: str, path: str | os.PathLike[str]) -> int:
         """Keep a session that `save_session` wrote, in place of any of this name.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import closing
 
 from pronk.commands import common
 from pronk.commands.run import Answer
+from pronk.commands.session import NAME, Session, add_session
 from pronk.errors import PronkError, RequestError
 from pronk.model import Model
 from pronk.spec import SamplingParams
@@ -19,6 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a name, an address or a path")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    add_session(parser)
     common.add_context(parser)
     common.add_runtime(parser)
     common.add_experts(parser)
@@ -31,30 +34,38 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
     from pronk.checkpoint.registry import DEFAULT_MODEL
 
-    params = common.sampling(args)
+    params, session = common.sampling(args), Session(args.session)
     model, _ = common.open_model(args.model or DEFAULT_MODEL, args, args.context)
     if not model.has_chat_template:
         raise RequestError("this model has no chat template: use pronk run --raw")
+    session.restore(model, raw=False, system=args.system)
     interactive = sys.stdin.isatty() and not args.json
+    if session.tokens:
+        common.note(f"pronk: going on after {session.tokens} tokens")
     if interactive:
         common.note("Enter sends, /reset forgets the conversation, Ctrl-D ends.")
-    opening = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(opening)
+    try:
+        _talk(model, session, params, interactive, args.json)
+    finally:  # what was interrupted is kept up to the last whole turn
+        session.save(model)
+
+
+def _talk(
+    model: Model, session: Session, params: SamplingParams, interactive: bool, as_json: bool
+) -> None:
+    """Take turns until the input ends."""
+    opening = [m for m in session.messages if m["role"] == "system"]
     while (line := _read(interactive)) is not None:
         text = line.strip()
         if text == "/reset":
-            messages = list(opening)
+            session.messages = list(opening)
         elif text:
-            messages.append({"role": "user", "content": text})
             try:
-                reply = _turn(model, messages, params, args.json)
+                _turn(model, session, text, params, as_json)
             except PronkError as error:
                 if not interactive:
                     raise
                 common.note(f"pronk: {error}; /reset starts anew")
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": reply})
 
 
 def _read(interactive: bool) -> str | None:
@@ -68,12 +79,12 @@ def _read(interactive: bool) -> str | None:
     return line or None
 
 
-def _turn(
-    model: Model, messages: list[dict[str, str]], params: SamplingParams, as_json: bool
-) -> str:
+def _turn(model: Model, session: Session, text: str, params: SamplingParams, as_json: bool) -> None:
     start, before = time.perf_counter(), model.speculation
-    pieces = model.chat(messages, params, session="chat")
-    answer = Answer(pieces, start, show=not as_json)
+    said = session.said(text)
+    with closing(model.chat(said, params, session=NAME)) as pieces:
+        answer = Answer(pieces, start, show=not as_json)
+    session.answered(said, answer.text)  # before it is told: whoever reads it may interrupt at once
     if as_json:
         import json
 
@@ -82,4 +93,3 @@ def _turn(
                 "tokens": answer.tokens, "ttft": answer.ttft, "decode": answer.decode,
                 "drafted": done.drafted, "accepted": done.accepted}  # fmt: skip
         print(json.dumps(turn, ensure_ascii=False), flush=True)
-    return answer.text

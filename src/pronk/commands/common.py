@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,12 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def open_model(name: str, args: argparse.Namespace, context: int | None) -> tuple[Model, float]:
+def open_model(
+    name: str,
+    args: argparse.Namespace,
+    context: int | None,
+    tell: Callable[[str], None] = note,
+) -> tuple[Model, float]:
     """Load a model and say what was converted; returns it and the seconds it took.
 
     ``args`` holds what `add_runtime` declares.
@@ -199,7 +205,7 @@ def open_model(name: str, args: argparse.Namespace, context: int | None) -> tupl
     )  # fmt: skip
     seconds = time.perf_counter() - start
     for c in model.conversions:
-        note(
+        tell(
             f"pronk: {c.tensors} tensors stored as {c.stored} run as {c.runs_as} "
             f"(relative error of the weights {c.error:.2%})"
         )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from pronk.commands import common
+from pronk.commands.session import NAME, Session, add_session
 from pronk.device.memory import peak_memory
 from pronk.engine.runner import ExpertReads
 from pronk.errors import RequestError
@@ -27,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
+    add_session(parser)
     common.add_context(parser)
     common.add_runtime(parser)
     common.add_experts(parser)
@@ -43,18 +45,23 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError("give a model and a prompt: put the prompt in quotes")
     name, text = args.words if len(args.words) == 2 else (DEFAULT_MODEL, args.words[0])
     prompt = common.first_prompt(text)
-    params = common.sampling(args)
+    params, session = common.sampling(args), Session(args.session)
     model, load_time = common.open_model(name, args, args.context)
-    start = time.perf_counter()
-    if args.raw or not model.has_chat_template:
-        ids = model.encode(prompt)
+    raw = args.raw or not model.has_chat_template
+    session.restore(model, raw, None if raw else args.system)
+    start, said = time.perf_counter(), session.said(prompt)
+    ids = model.encode(session.text + prompt) if raw else model.render(said)
+    name = NAME if args.session else None
+    answer = Answer(model.generate(ids, params, session=name), start, show=not args.json)
+    if raw:
+        session.continued(session.text + prompt + answer.text)
     else:
-        messages = [{"role": "system", "content": args.system}] if args.system else []
-        ids = model.render([*messages, {"role": "user", "content": prompt}])
-    answer = Answer(model.generate(ids, params), start, show=not args.json)
+        session.answered(said, answer.text)
+    session.save(model)
     peak, reads = peak_memory(), model.expert_reads()
     figures = {
         "prompt_tokens": len(ids),
+        "session_tokens": session.tokens,
         "tokens": answer.tokens,
         "ttft": answer.ttft,
         "decode": answer.decode,
@@ -68,11 +75,16 @@ def run(args: argparse.Namespace) -> None:
         common.print_json({"text": answer.text, "finish_reason": answer.finish_reason, **figures})
     else:
         common.note(
-            f"{len(ids)} prompt tokens, first token {answer.ttft * 1000:.0f} ms, "
+            f"{len(ids)} prompt tokens{kept(session)}, first token {answer.ttft * 1000:.0f} ms, "
             f"{answer.tokens} tokens at {answer.decode:.1f}/s{drafts(model.speculation)}, "
             f"{found(reads)}"
             f"peak memory {format_bytes(peak)}, loaded in {load_time:.2f} s"
         )
+
+
+def kept(session: Session) -> str:
+    """What was there of an earlier run, for a line of figures; empty without one."""
+    return f" ({session.tokens} kept by the session)" if session.tokens else ""
 
 
 def drafts(done: Speculation) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from pronk.serve.config import ServeConfig, ServeLimits
 from pronk.units import format_bytes, parse_seconds, parse_size
 
 if TYPE_CHECKING:
+    from pronk.serve.guard.filters import Guard
     from pronk.serve.hosted import Hosted
 
 __all__ = ["configure", "run"]
@@ -63,14 +63,26 @@ def _add_reach(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, metavar, what in (
         ("--host", str, "127.0.0.1", "ADDRESS", "where to listen (127.0.0.1)"),
         ("--port", int, 8000, "N", "0 takes a free one (8000)"),
+        ("--otlp-endpoint", str, None, "URL",
+         "send a trace of every request to this collector of OpenTelemetry, without any text"),
         ("--api-key-file", Path, None, "FILE",
          "a name and a key a line: every route but /health and /ready then wants one"),
         ("--audit", Path, None, "FILE", "append who asked for what, sealed, without any text"),
+        ("--audit-max-bytes", str, "64MiB", "BYTES", "after which that log goes on in a new file"),
+        ("--guard", Path, None, "FILE", "filters over what is asked and answered, in TOML"),
         ("--grpc-port", int, None, "N", "where to listen for gRPC too; 0 takes a free one"),
         ("--tls-cert", Path, None, "FILE", "a PEM certificate"),
         ("--tls-key", Path, None, "FILE", "its PEM key"),
     ):  # fmt: skip
         group.add_argument(name, type=kind, default=default, metavar=metavar, help=what)
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text",
+        help="json: a line of JSON for every request and every warning, on stderr (text)",
+    )  # fmt: skip
+    group.add_argument(
+        "--audit-text", action="store_true",
+        help="have that log hold prompts and answers too, personal data redacted",
+    )  # fmt: skip
     for name, metavar, what in (
         ("--cors-origin", "ORIGIN", "a web origin whose pages may call the server; repeatable"),
         ("--allow-host", "NAME", "another name of a server on the loopback; repeatable"),
@@ -106,7 +118,8 @@ def _config(args: argparse.Namespace) -> ServeConfig:
         host=args.host, port=args.port, grpc_port=args.grpc_port, key_file=args.api_key_file,
         origins=tuple(args.cors_origin), hosts=tuple(args.allow_host),
         tls_cert=args.tls_cert, tls_key=args.tls_key,
-        audit=args.audit,
+        audit=args.audit, audit_bytes=parse_size(args.audit_max_bytes), audit_text=args.audit_text,
+        guard=args.guard,
         limits=limits,
     )  # fmt: skip
 
@@ -133,23 +146,30 @@ def run(args: argparse.Namespace) -> None:
             f"pronk serve needs {missing[0]}, which is not installed: pip install 'pronk[{extra}]'"
         )
     config, named = _config(args), _named(args.models)
+    guard = _guard(config)
     from pronk import __version__
     from pronk.device.memory import resident_memory
 
     # Before models are loaded, so that their plans count what this takes.
     from pronk.serve.http.app import make_app
     from pronk.serve.http.run import Server, bind, serve
+    from pronk.serve.log import configure_log
+    from pronk.serve.trace import open_tracer
 
+    if config.grpc_port is not None:
+        import pronk.serve.grpc.server  # noqa: F401
+    configure_log(args.log_format)
+    tell = _teller(args.log_format)
     with contextlib.ExitStack() as stack:
+        tracer = open_tracer(args.otlp_endpoint, __version__)
         sock = stack.enter_context(bind(config.host, config.port))
         if config.grpc_port is not None:
             with bind(config.host, config.grpc_port) as found:  # gRPC takes it itself, later
                 config = replace(config, grpc_port=found.getsockname()[1])
-        hosted = [_open(name, address, args, stack) for name, address in named.items()]
-        _plan(hosted, resident_memory)
-        served = make_app(hosted, config, resident_memory, __version__)
+        hosted = [_open(name, address, args, tell, stack) for name, address in named.items()]
+        _plan(hosted, resident_memory, tell)
+        served = make_app(hosted, config, resident_memory, __version__, guard=guard, tracer=tracer)
         stack.callback(served.close)
-        logging.basicConfig(level=logging.WARNING, format="pronk: %(message)s", stream=sys.stderr)
         host, port = sock.getsockname()[:2]
         scheme = "https" if config.tls_cert else "http"
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -159,14 +179,34 @@ def run(args: argparse.Namespace) -> None:
                 data = {"url": url, "models": list(named), "grpc_port": config.grpc_port}
                 print(json.dumps(data), flush=True)
             else:
-                common.note(f"pronk: {', '.join(named)} at {url} (chat: /, figures: /dashboard)")
+                tell(f"pronk: {', '.join(named)} at {url} (chat: /, figures: /dashboard)")
                 if config.grpc_port is not None:
-                    common.note(f"pronk: gRPC at {host}:{config.grpc_port}")
+                    tell(f"pronk: gRPC at {host}:{config.grpc_port}")
 
         serve(served, config, sock, started)
 
 
-def _plan(hosted: Sequence[Hosted], resident: Callable[[], int]) -> None:
+def _guard(config: ServeConfig) -> Guard | None:
+    """The filters that were asked for; what they need is looked for before any model is loaded."""
+    if config.guard is None and not config.audit_text:
+        return None
+    from pronk.serve.guard.config import read_guard, require_guard
+
+    require_guard()
+    return read_guard(config.guard) if config.guard is not None else None
+
+
+def _teller(form: str) -> Callable[[str], None]:
+    """Where notes of the start go: as they are, or into the log."""
+    if form == "text":
+        return common.note
+    log = logging.getLogger("pronk.serve")
+    return lambda text: log.info(text.removeprefix("pronk: "))
+
+
+def _plan(
+    hosted: Sequence[Hosted], resident: Callable[[], int], tell: Callable[[str], None]
+) -> None:
     """Count what the process takes beside the models' regions: once, with the first of them.
 
     Raises
@@ -188,10 +228,16 @@ def _plan(hosted: Sequence[Hosted], resident: Callable[[], int]) -> None:
                 f"takes {format_bytes(total)} in all: use a shorter --context, or fit it again "
                 "to a larger budget"
             )
-    common.note(f"pronk: {format_bytes(total)} planned, {format_bytes(overhead)} of it the process")
+    tell(f"pronk: {format_bytes(total)} planned, {format_bytes(overhead)} of it the process")
 
 
-def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Hosted:
+def _open(
+    name: str,
+    address: str,
+    args: argparse.Namespace,
+    tell: Callable[[str], None],
+    stack: contextlib.ExitStack,
+) -> Hosted:
     """Load a model and start its engine's thread; the stack ends both."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -207,10 +253,10 @@ def _open(name: str, address: str, args: argparse.Namespace, stack: contextlib.E
     if args.kv_tokens is None and budget is None and args.rope_scaling is None:
         args = argparse.Namespace(**vars(args))
         args.kv_tokens = _CONTEXTS * choose_context(spec, args.context)
-    model, seconds = common.open_model(str(path), args, args.context)
+    model, seconds = common.open_model(str(path), args, args.context, tell)
     stack.callback(model.close)
     regions = model.memory.total - model.memory.overhead
-    common.note(f"pronk: {name}: {format_bytes(regions)}, loaded in {seconds:.1f} s")
+    tell(f"pronk: {name}: {format_bytes(regions)}, loaded in {seconds:.1f} s")
     pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pronk-text"))
     engine = stack.enter_context(model.service())
     return Hosted(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pronk.engine.blocks import KvBlocks
+from pronk.engine.logits import check_tokens, run_logits
 from pronk.engine.request import Constraint, Event, Request
 from pronk.engine.runner import Runner
 from pronk.engine.sampler import Sampler
@@ -175,12 +177,7 @@ class Engine:
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise RequestError for an empty prompt or an id outside the vocabulary."""
-        if not tokens:
-            raise RequestError("the prompt is empty: give at least one token")
-        vocab = self.runner.program.spec.vocab_size
-        for token in tokens:
-            if not 0 <= token < vocab:
-                raise RequestError(f"token id {token} is not in the vocabulary of {vocab}")
+        check_tokens(tokens, self.runner.program.spec.vocab_size)
 
     def _continue(self, request: Request, old: Request) -> None:
         """Start from the keys and values of the common prefix, as far as they are there."""
@@ -390,7 +387,9 @@ class Engine:
             self.drop_session(session)
         return session is not None
 
-    def save_session(self, session: str, path: Path, model: str) -> int:
+    def save_session(
+        self, session: str, path: Path, model: str, about: Mapping[str, Any] | None = None
+    ) -> int:
         """Write a kept session to a file; gives its bytes. See `write_session`.
 
         Raises
@@ -406,7 +405,7 @@ class Engine:
         if kept is None:
             raise RequestError(f"there is no session {session!r}: it never was, or had to go")
         tokens = kept.tokens[: kept.computed]
-        return write_session(path, tokens, kept.holding, self.runner, model)
+        return write_session(path, tokens, kept.holding, self.runner, model, about)
 
     def restore_session(self, session: str, path: Path, model: str) -> int:
         """Keep what a file holds under a name; gives its tokens. See `read_session`.
@@ -465,45 +464,11 @@ class Engine:
         RequestError
             If there are no tokens, or more than the context or a step holds.
         """
-        return self._logits(self._fitting(tokens), first, endings)
+        tokens = self._fitting(tokens)
+        return run_logits(self.runner, self.scheduler, self.context, tokens, first, endings)
 
     def _fitting(self, tokens: Sequence[int]) -> list[int]:
         self.check(tokens)
         if len(tokens) > self.context:
             raise RequestError(f"{len(tokens)} tokens do not fit the context of {self.context}")
         return list(tokens)
-
-    def _logits(
-        self, tokens: Sequence[int], first: int, endings: Iterable[Sequence[int]] | None
-    ) -> Iterator[NDArray[np.float32]]:
-        holding = self.kv.hold()
-        at_once = self.scheduler.max_tokens
-        most = len(tokens) if endings is None else min(len(tokens) + at_once, self.context)
-        while not self.kv.promise(holding, most):
-            if not self.scheduler.reclaim():
-                raise RequestError(
-                    "the KV pool is in use by running requests: wait for them to end"
-                )
-
-        def run(part: Sequence[int], start: int) -> NDArray[np.float32]:
-            n = len(part)
-            positions = list(range(start, start + n))
-            rows = list(range(max(0, first - start), n))
-            self.kv.move(holding, start, start + n)
-            return self.runner.step(list(part), positions, [0] * n, [holding.blocks], rows)
-
-        try:
-            for start in range(0, len(tokens), at_once):
-                logits = run(tokens[start : start + at_once], start)
-                if len(logits):
-                    yield logits
-            for ending in endings or ():
-                self.check(ending)
-                if len(ending) > most - len(tokens):
-                    raise RequestError(
-                        f"{len(ending)} tokens after {len(tokens)} do not fit a step of {at_once} "
-                        f"or the context of {self.context}"
-                    )
-                yield run(ending, len(tokens))  # over the keys and values of the ending before
-        finally:
-            self.kv.release(holding)

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pronk.engine.runner import Runner
 from pronk.errors import CheckpointError, PronkError, RequestError
 from pronk.graph.kv import blocks_of
 
-__all__ = ["read_session", "write_session"]
+__all__ = ["read_about", "read_session", "write_session"]
 
 _FORMAT = "pronk-session-1"
 _MOST_HEADER = 1 << 26
@@ -30,7 +30,12 @@ _LENGTH = struct.Struct("<Q")
 
 
 def write_session(
-    path: Path, tokens: Sequence[int], holding: Holding, runner: Runner, model: str
+    path: Path,
+    tokens: Sequence[int],
+    holding: Holding,
+    runner: Runner,
+    model: str,
+    about: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a session; gives the bytes of its file, which appears whole or not at all.
 
@@ -43,6 +48,8 @@ def write_session(
     runner : Runner
     model : str
         Names the model, and all else that decides the bits of its cache.
+    about : mapping, optional
+        What its owner wants to find with it, as JSON.
 
     Raises
     ------
@@ -50,7 +57,9 @@ def write_session(
         If the file cannot be written.
     """
     held = [[i for i, block in enumerate(blocks) if block >= 0] for blocks in holding.blocks]
-    contents = json.dumps({"model": model, "tokens": list(tokens), "held": held})
+    contents = json.dumps(
+        {"model": model, "tokens": list(tokens), "held": held, "about": dict(about or {})}
+    )
     total = zlib.crc32(contents.encode())
     header: dict[str, Any] = {}
     at = 0
@@ -137,25 +146,56 @@ def read_session(
         os.close(fd)
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What `write_session` was given about a session; that it is whole, `read_session` tells.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or is no session.
+    """
+    try:
+        fd, size = open_file(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the session {path}: {error.strerror}") from None
+    try:
+        found, _ = _contents(fd, size, path)
+    finally:
+        os.close(fd)
+    about = found.get("about", {})
+    if not isinstance(about, dict):
+        raise _damaged(path)
+    return about
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"the session {path} is damaged, or no session")
+
+
+def _contents(fd: int, size: int, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a header holds, and its metadata."""
+    if size < _LENGTH.size:
+        raise _damaged(path)
+    (length,) = _LENGTH.unpack(read_exact(fd, 0, _LENGTH.size, path).tobytes())
+    if length > min(_MOST_HEADER, size - _LENGTH.size):
+        raise _damaged(path)
+    header = parse_json(read_exact(fd, _LENGTH.size, length, path).tobytes(), path)
+    meta = header.get("__metadata__")
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise _damaged(path)
+    contents = meta.get("contents")
+    if not isinstance(contents, str) or not isinstance(meta.get("sum"), str):
+        raise _damaged(path)
+    return parse_json(contents.encode(), path), {**meta, "start": _LENGTH.size + length}
+
+
 def _header(
     fd: int, size: int, path: Path, runner: Runner, model: str, context: int
 ) -> tuple[list[int], list[list[int]], int, int, int]:
     """Tokens, blocks that are there, the sum so far, that of all, and where the bytes begin."""
-    damaged = CheckpointError(f"the session {path} is damaged, or no session")
-    if size < _LENGTH.size:
-        raise damaged
-    (length,) = _LENGTH.unpack(read_exact(fd, 0, _LENGTH.size, path).tobytes())
-    start = _LENGTH.size + length
-    if length > min(_MOST_HEADER, size - _LENGTH.size):
-        raise damaged
-    header = parse_json(read_exact(fd, _LENGTH.size, length, path).tobytes(), path)
-    meta = header.get("__metadata__")
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
-        raise damaged
-    contents, expected = meta.get("contents"), meta.get("sum")
-    if not isinstance(contents, str) or not isinstance(expected, str):
-        raise damaged
-    found = parse_json(contents.encode(), path)
+    damaged = _damaged(path)
+    found, meta = _contents(fd, size, path)
+    start, contents, expected = meta["start"], meta["contents"], meta["sum"]
     tokens, held, pools = found.get("tokens"), found.get("held"), runner.program.kv_pools
     if found.get("model") != model:
         raise CheckpointError(f"the session {path} is of another model, or of other options")

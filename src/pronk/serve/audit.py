@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, BinaryIO
 
 from pronk.errors import PronkError, RequestError
 
-__all__ = ["AuditError", "AuditLog", "Verified", "verify"]
+__all__ = ["AuditError", "AuditLog", "Verified", "verify", "verify_set"]
 
+Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+_log = logging.getLogger("pronk.serve")
 _BEGIN = "0" * 64
 _LATEST = 0.2  # seconds until a line is on the disk
-_LONGEST = 1 << 20
+_LONGEST = 8 << 20
 
 
 class AuditError(PronkError):
@@ -46,10 +51,24 @@ def _line(entry: Mapping[str, Any], before: str) -> tuple[bytes, str]:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a log holds: whole lines, the hash of the last, and bytes of a line that was cut."""
+    """What a log holds.
+
+    Parameters
+    ----------
+    lines : int
+        Whole lines.
+    first, last : int
+        Their numbers; -1 where there are none.
+    before, hash : str
+        The hash that the first goes on from, and that of the last.
+    cut : int
+        Bytes of a line that was cut.
+    """
 
     lines: int
+    first: int
     last: int
+    before: str
     hash: str
     cut: int
 
@@ -73,12 +92,41 @@ def verify(path: Path) -> Verified:
         raise RequestError(f"the audit log {path} cannot be read: {error.strerror}") from None
 
 
+def verify_set(paths: Sequence[Path]) -> Verified:
+    """Check the files of one log, in any order: each must go on where the one before it ended.
+
+    Raises
+    ------
+    AuditError
+        At the first line that was changed, removed or moved, or a file that is missing between
+        two. That files before the first are missing shows in its ``first`` alone.
+    RequestError
+        If one cannot be read.
+    """
+    found = [(one, path) for path in paths if (one := verify(path)).lines]
+    found.sort(key=lambda item: item[0].first)
+    if not found:
+        return verify(paths[0])
+    for (one, path), (after, next_) in pairwise(found):
+        if (after.first, after.before) != (one.last + 1, one.hash):
+            raise AuditError(
+                f"{next_} begins with number {after.first} and does not go on from {path}, which "
+                f"ends with {one.last}: a file between them is missing, or was changed"
+            )
+        if one.cut:
+            raise AuditError(f"the last line of {path} is cut, though {next_} goes on from it")
+    first, last = found[0][0], found[-1][0]
+    lines = sum(one.lines for one, _ in found)
+    return replace(last, lines=lines, first=first.first, before=first.before)
+
+
 def _verify(path: Path, file: BinaryIO) -> Verified:
-    seal, number, count = "", -1, 0
+    seal, number, count = _BEGIN, -1, 0
+    before, first = seal, number
     while True:
         raw = file.readline(_LONGEST)
         if not raw.endswith(b"\n"):
-            return Verified(count, number, seal or _BEGIN, len(raw))
+            return Verified(count, first, number, before, seal, len(raw))
         count += 1
         where = f"line {count} of {path}"
         body, mark, end = raw.decode("utf-8", "replace").rpartition(',"hash":"')
@@ -90,7 +138,8 @@ def _verify(path: Path, file: BinaryIO) -> Verified:
         except (ValueError, KeyError, TypeError):
             raise AuditError(f"{where} is not a line of an audit log") from None
         if count == 1:
-            seal, number = str(entry.get("before", _BEGIN)), found - 1
+            seal = before = str(entry.get("before", _BEGIN))
+            first, number = found, found - 1
         if found != number + 1:
             raise AuditError(
                 f"{where} is number {found}, not {number + 1}: lines are missing or were moved"
@@ -110,6 +159,8 @@ class AuditLog:
     most : int
         Bytes after which the file is renamed (``audit.log.1``, ``.2``, ...) and a new one begun,
         whose first line names the last hash of the old one.
+    prepare : callable, optional
+        Makes what is written of an entry, on the log's thread.
 
     Raises
     ------
@@ -119,12 +170,14 @@ class AuditLog:
         If it cannot be written, or another process writes it.
     """
 
-    def __init__(self, path: Path, most: int = 64 << 20) -> None:
-        self._path, self._most = path, most
+    def __init__(self, path: Path, most: int = 64 << 20, prepare: Prepare | None = None) -> None:
+        self._path, self._most, self._prepare = path, most, prepare
         self._queue: SimpleQueue[dict[str, Any] | threading.Event | None] = SimpleQueue()
         self._seal, self._number = _BEGIN, -1
         self._file = self._open()
         self._error: OSError | None = None
+        if self._number < 0:
+            self._go_on()
         self._thread = threading.Thread(target=self._run, name="pronk-audit", daemon=True)
         self._thread.start()
 
@@ -178,7 +231,7 @@ class AuditLog:
                 elif isinstance(item, threading.Event):
                     waiting.append(item)
                 else:
-                    lines.append(self._sealed(item))
+                    lines.append(self._sealed(self._prepared(item)))
             if lines:
                 self._append(b"".join(lines))
             for event in waiting:
@@ -196,6 +249,15 @@ class AuditLog:
                 continue
             return
 
+    def _prepared(self, entry: dict[str, Any]) -> dict[str, Any]:
+        if self._prepare is None:
+            return entry
+        try:
+            return self._prepare(entry)
+        except Exception as error:  # the log must not end with one entry
+            _log.exception("an entry of the audit log could not be prepared")
+            return {"request": entry.get("request"), "unprepared": type(error).__name__}
+
     def _sealed(self, entry: Mapping[str, Any]) -> bytes:
         self._number += 1
         line, self._seal = _line({"n": self._number, "time": time.time(), **entry}, self._seal)
@@ -212,16 +274,35 @@ class AuditLog:
             self._error = error
 
     def _rotate(self) -> None:
-        taken = 1
-        while (old := self._path.with_name(f"{self._path.name}.{taken}")).exists():
-            taken += 1
+        old = self._path.with_name(f"{self._path.name}.{max(self._rotated(), default=0) + 1}")
         self._path.rename(old)
         self._file.close()
         seal, number = self._seal, self._number
         self._file = self._open()
         self._seal, self._number = seal, number
-        first = self._sealed({"rotated": old.name, "before": seal})
-        self._file.write(first)
+        self._begin(old)
+
+    def _rotated(self) -> Iterator[int]:
+        """The numbers of the files that were renamed."""
+        for old in self._path.parent.glob(f"{glob.escape(self._path.name)}.*"):
+            if old.suffix[1:].isdecimal():
+                yield int(old.suffix[1:])
+
+    def _go_on(self) -> None:
+        """From the last file that was renamed, where the new one was not begun (kill -9)."""
+        if last := max(self._rotated(), default=0):
+            old = self._path.with_name(f"{self._path.name}.{last}")
+            try:
+                found = verify(old)
+            except PronkError:
+                self._file.close()
+                raise
+            self._seal, self._number = found.hash, found.last
+            self._begin(old)
+
+    def _begin(self, old: Path) -> None:
+        """A new file's first line."""
+        self._file.write(self._sealed({"rotated": old.name, "before": self._seal}))
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -81,6 +81,12 @@ class ServeConfig:
         PEM files; both or none.
     audit : Path or None
         Where the log of requests goes: see `pronk.serve.audit`.
+    audit_bytes : int
+        Size after which that log goes on in a new file.
+    audit_text : bool
+        Whether it holds what was asked and answered, personal data redacted.
+    guard : Path or None
+        The configuration of filters over texts: see `pronk.serve.guard.config`.
     limits : ServeLimits
 
     Raises
@@ -98,6 +104,9 @@ class ServeConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     audit: Path | None = None
+    audit_bytes: int = 64 << 20
+    audit_text: bool = False
+    guard: Path | None = None
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:
@@ -110,6 +119,12 @@ class ServeConfig:
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise RequestError("TLS needs both --tls-cert and --tls-key")
+        if not 4096 <= self.audit_bytes <= 1 << 40:
+            raise RequestError(
+                f"an audit log's file may have 4096 bytes to 1 TiB, not {self.audit_bytes}"
+            )
+        if self.audit_text and self.audit is None:
+            raise RequestError("--audit-text needs --audit FILE")
         if any(origin == "*" for origin in self.origins):
             raise RequestError("--cors-origin takes origins such as https://example.org, not *")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,8 @@ from pronk.engine.sampler import Sample
 from pronk.errors import PronkError
 from pronk.serve.config import ServeLimits
 from pronk.serve.errors import ApiError, from_pronk
+from pronk.serve.guard.filters import Chain
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.metrics import Metrics
 from pronk.serve.stream import TextStream
@@ -33,15 +35,27 @@ class Job:
     params: SamplingParams
     constraint: Constraint | None = None
     repeats: bool = False  # a prompt that another job has too: its tokens are counted once
+    marks: Mapping[int, bytes] = field(default_factory=dict)  # tokens of no text to show as one
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a request took so far, in tokens."""
+    """What a request took so far: tokens, and when.
+
+    ``asked`` is when the engine was asked, in nanoseconds since 1970. Seconds are from then on: to
+    the first step, the first token and the last one. Ends are by choice.
+    """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
+    choices: int = 0
+    params: SamplingParams | None = None
+    asked: int | None = None
+    queued: float | None = None
+    ttft: float | None = None
+    last: float | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
 
     def usage(self) -> dict[str, Any]:
         """As OpenAI counts."""
@@ -66,8 +80,11 @@ class Delta:
 class _Choice:
     """One generation under way."""
 
-    def __init__(self, model: Hosted, job: Job, metrics: Metrics, start: float) -> None:
-        self.stream = TextStream(model.tokenizer.token_bytes, job.params.stop)
+    def __init__(
+        self, model: Hosted, job: Job, metrics: Metrics, start: float, watch: Watch
+    ) -> None:
+        self.watch, self.guard = watch, watch.answer()
+        self.stream = TextStream(_shown(model, job.marks), job.params.stop)
         self.metrics, self.model = metrics.of(model.name), model
         self.job = job
         self.number = -1
@@ -96,7 +113,7 @@ class _Choice:
             self.model.engine.cancel(self.number)
             self.metrics.finished("abort", self.tokens, time.perf_counter() - self.start)
 
-    def take(self, index: int, event: Event, tally: Tally) -> Delta:
+    async def take(self, index: int, event: Event, tally: Tally) -> Delta:
         """Turn an event into what the client sees of it."""
         sample, reason = event.sample, event.finish_reason
         if sample is None:
@@ -107,6 +124,8 @@ class _Choice:
         if not self.tokens:
             self.model.line.leave(self._new_tokens, served=True)
             self.metrics.first_token(now - self.start, event.waited)
+            if tally.ttft is None:
+                tally.queued, tally.ttft = event.waited, now - self.start
             if not self.job.repeats:
                 tally.cached += event.cached_tokens
         else:
@@ -114,6 +133,7 @@ class _Choice:
         self.last = now
         self.tokens += 1
         tally.completion += 1
+        tally.last = now - self.start
         ended = reason == "stop"  # an end token is no text
         text = "" if ended else self.stream.push(sample.token)
         if self.stream.stopped:
@@ -122,16 +142,36 @@ class _Choice:
             reason = "stop"
         elif reason:
             text += self.stream.flush()
+        if self.guard is not None:
+            text = await self._guarded(self.guard, text, reason is not None)
+            if self.guard.blocked:
+                if event.finish_reason is None:
+                    self.model.engine.cancel(self.number)
+                reason = "content_filter"
+        self.watch.heard(index, text)
         if reason:
             self.done = True
+            tally.reasons[index] = reason
             self.metrics.finished(reason, self.tokens, now - self.start)
-        return Delta(index, text, [] if ended else [sample], reason)
+        return Delta(index, text, [] if ended or self.watch.hides_tokens else [sample], reason)
+
+    async def _guarded(self, guard: Chain, text: str, final: bool) -> str:
+        """What the guard gives; one that asks a judge does so beside the event loop."""
+        if guard.asks:
+            return await self.model.aside(guard.push, text, final)
+        return guard.push(text, final)
+
+
+def _shown(model: Hosted, marks: Mapping[int, bytes]) -> Callable[[int], bytes]:
+    """The text of a token, marks included."""
+    plain = model.tokenizer.token_bytes
+    return (lambda token: marks.get(token) or plain(token)) if marks else plain
 
 
 async def generate(
-    model: Hosted, jobs: Sequence[Job], metrics: Metrics, tally: Tally
+    model: Hosted, jobs: Sequence[Job], metrics: Metrics, tally: Tally, watch: Watch
 ) -> AsyncGenerator[Delta]:
-    """Run jobs side by side; ending the iteration ends them.
+    """Run jobs side by side, their texts as the guard lets them pass; ending it ends them.
 
     Yields
     ------
@@ -141,11 +181,15 @@ async def generate(
     Raises
     ------
     ApiError
-        If the engine refuses or fails one: then the others are ended too.
+        If too many wait by now, or the engine refuses or fails one: then the others are ended too.
     """
+    # Asked again, now that they are handed over at once: others came in between.
+    tokens = sum(len(job.prompt) for job in jobs if not job.repeats)
+    make_way(model, len(jobs), tokens, model.limits)
     arrivals = Arrivals()
     start = time.perf_counter()
-    choices = [_Choice(model, job, metrics, start) for job in jobs]
+    tally.asked, tally.choices, tally.params = time.time_ns(), len(jobs), jobs[0].params
+    choices = [_Choice(model, job, metrics, start, watch) for job in jobs]
     try:
         for index, choice in enumerate(choices):
             choice.submit(arrivals, index)
@@ -157,7 +201,7 @@ async def generate(
             index, event = await arrivals.get()
             choice = choices[index]
             if not choice.done:  # else what a step gave it beyond a stop string
-                delta = choice.take(index, event, tally)
+                delta = await choice.take(index, event, tally)
                 left -= choice.done
                 yield delta
     except PronkError as error:
@@ -251,20 +295,21 @@ async def embed(
                 "context_length_exceeded", "input",
             )  # fmt: skip
     make_way(model, len(inputs), sum(map(len, inputs)), limits)
-    tasks = [asyncio.ensure_future(_embedding(model, ids)) for ids in inputs]
+    futures: list[asyncio.Future[NDArray[np.float32]]] = []
     try:
-        return list(await asyncio.gather(*tasks))
+        for ids in inputs:
+            future = asyncio.wrap_future(model.engine.embed(ids))
+            model.line.enter(len(ids))
+            future.add_done_callback(_leave(model, len(ids)))
+            futures.append(future)
+        return list(await asyncio.gather(*futures))
     finally:
-        for task in tasks:
-            task.cancel()
+        for future in futures:
+            future.cancel()
 
 
-async def _embedding(model: Hosted, ids: Sequence[int]) -> NDArray[np.float32]:
-    served = False
-    model.line.enter(len(ids))
-    try:
-        vector = await asyncio.wrap_future(model.engine.embed(ids))
-        served = True
-        return vector
-    finally:
-        model.line.leave(len(ids), served)
+def _leave(model: Hosted, tokens: int) -> Callable[[asyncio.Future[Any]], None]:
+    def leave(future: asyncio.Future[Any]) -> None:
+        model.line.leave(tokens, served=not future.cancelled() and future.exception() is None)
+
+    return leave

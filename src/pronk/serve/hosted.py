@@ -16,6 +16,7 @@ from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.engine.request import Constraint, Event
 from pronk.engine.service import Service
 from pronk.errors import RequestError
+from pronk.serve.config import ServeLimits
 from pronk.serve.grammar import Form, Grammar, compile_form, grammar_tokenizer
 from pronk.serve.line import Line
 from pronk.spec import Budget, MemoryPlan, ModelSpec, SamplingParams
@@ -95,12 +96,14 @@ class Hosted:
     created: int = 0
     warm: bool = False
     line: Line = field(default_factory=Line)
+    limits: ServeLimits = field(default_factory=ServeLimits)
     mailbox: Mailbox | None = None
     words: Any = None  # the vocabulary, as forms of output need it
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def attach(self) -> None:
-        """Belong to the running event loop."""
+    def attach(self, limits: ServeLimits) -> None:
+        """Belong to the running event loop, within some limits."""
+        self.limits = limits
         self.created = self.created or int(time.time())
         self.mailbox = Mailbox(asyncio.get_running_loop())
 
@@ -187,6 +190,15 @@ class Hosted:
         """Have ready what forms of output need, so that no request waits for it."""
         with contextlib.suppress(RequestError), self.lock:  # without an end token: no forms
             self.words = grammar_tokenizer(self.tokenizer, self.spec.vocab_size)
+
+    async def silent(self, marks: Sequence[str]) -> dict[int, bytes]:
+        """Those of some marks that are tokens of no text, by their ids."""
+        ids = [await self.encode(mark, add_special=False) for mark in marks]
+        return {
+            found[0]: mark.encode()
+            for mark, found in zip(marks, ids, strict=True)
+            if len(found) == 1 and not self.tokenizer.token_bytes(found[0])
+        }
 
     def token_text(self, token: int) -> str:
         """A token's text for people: special ones by their names."""

@@ -143,12 +143,19 @@ class Metrics:
         )
         self.errors = counter("request_errors", "Requests refused or failed.", ["reason"])
         self.answers = counter("http_requests", "Answers.", ["route", "status"])
+        self.guard = counter(
+            "guard_actions", "What the guard did.", ["filter", "action", "direction"]
+        )
         self._of = {model.name: ModelMetrics(self, model.name) for model in models}
         registry.register(_Engines(models, resident, self._of))
 
     def of(self, name: str) -> ModelMetrics:
         """The series of a model."""
         return self._of[name]
+
+    def guarded(self, name: str, action: str, direction: str) -> None:
+        """A filter of the guard acted."""
+        self.guard.labels(name, action, direction).inc()
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
@@ -171,8 +178,27 @@ class Metrics:
                 "generated_tokens": series.generated_tokens,
                 "planned_bytes": model.memory.total,
                 "latency": {k: recent.percentiles() for k, recent in series.recent.items()},
+                "anomalies": [
+                    {"series": name, "usual": alarm.usual, "now": alarm.now}
+                    for name, alarm in series.anomalies.series
+                    if alarm is not None
+                ],
             }
-        return {"time": time.time(), "resident_bytes": self._resident(), "models": models}
+        return {
+            "time": time.time(),
+            "resident_bytes": self._resident(),
+            "guard": self._guard_actions(),
+            "models": models,
+        }
+
+    def _guard_actions(self) -> dict[str, int]:
+        """How often the guard took each action."""
+        counts = dict.fromkeys(("block", "redact", "flag"), 0)
+        for family in self.guard.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    counts[sample.labels["action"]] += int(sample.value)
+        return counts
 
 
 def _usage(stats: Stats) -> float:

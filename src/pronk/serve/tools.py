@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["ArgumentText", "CallParser", "CallStart", "ToolFormat", "as_written", "tool_format"]
@@ -19,30 +19,53 @@ class ToolFormat:
     Parameters
     ----------
     start, end : str
-        The marks; none where the whole answer is the call.
+        The marks; without a start, the whole answer is the call.
     arguments : str
         The name of the arguments' field.
+    opening : str
+        What an answer begins with that must be a call.
+    args : str
+        What stands between a bare name and the arguments, where a call is not one JSON object.
     shown : bool
         Whether the model's own template shows tools; else a system message does.
     """
 
-    start: str
-    end: str
+    start: str = ""
+    end: str = ""
     arguments: str = "arguments"
+    opening: str = ""
+    args: str = ""
     shown: bool = True
 
     @property
-    def opening(self) -> str:
-        """What an answer begins with that must be a call."""
-        return f"{self.start}\n" if self.start else ""
+    def marks(self) -> tuple[str, ...]:
+        """What may be tokens of no text, and must be seen where calls are looked for."""
+        marks = (self.start, self.end, *((self.args, _CALL_ID) if self.args else ()))
+        return tuple(mark for mark in marks if mark)
+
+    def named(self, name: str) -> str:
+        """What an answer begins with that must be a call of a function: its arguments follow."""
+        if self.args:
+            return f"{self.start}{name}{self.args}"
+        return f'{self.opening}{{"name": {json.dumps(name)}, "{self.arguments}":'
+
+
+_CALL_ID = "[CALL_ID]"
+# What a template holds, and how its model writes calls then; the first that is found counts.
+_FORMATS = (
+    ("<tool_call>", ToolFormat("<tool_call>", "</tool_call>", opening="<tool_call>\n")),
+    ("[ARGS]", ToolFormat("[TOOL_CALLS]", opening="[TOOL_CALLS] [", args="[ARGS]")),
+    ("[TOOL_CALLS]", ToolFormat("[TOOL_CALLS]", opening="[TOOL_CALLS] [")),
+    ("<|python_tag|>", ToolFormat("<|python_tag|>", arguments="parameters")),
+    ('"parameters"', ToolFormat("<|python_tag|>", arguments="parameters")),  # Llama 3.2
+)
 
 
 def tool_format(template: str) -> ToolFormat:
     """How the model of a chat template writes calls."""
-    shown = "tools" in template
-    if "<tool_call>" in template or not shown:
-        return ToolFormat("<tool_call>", "</tool_call>", shown=shown)  # Hermes, Qwen
-    return ToolFormat("", "", "parameters" if '"parameters"' in template else "arguments")
+    if "tools" not in template:
+        return replace(_FORMATS[0][1], shown=False)  # as Hermes and Qwen do
+    return next((form for mark, form in _FORMATS if mark in template), ToolFormat())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +86,15 @@ class ArgumentText:
 
 
 Found = str | CallStart | ArgumentText
-_HEAD = re.compile(r'\s*[\[,;]?\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*'
-                   r'"(?:arguments|parameters)"\s*:\s*')  # fmt: skip
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_HEAD = re.compile(
+    rf'\s*[\[,;]?\s*\{{\s*(?:"(?:type|id)"\s*:\s*{_STRING}\s*,\s*)*"name"\s*:\s*({_STRING})\s*,\s*'
+    r'"(?:arguments|parameters)"\s*:\s*'
+)
+_NAMED = re.compile(
+    r"\s*([A-Za-z0-9_.-]{1,64})(?:\[CALL_ID\][A-Za-z0-9_-]{1,64})?(?:\[ARGS\])?\s*(?=\{)"
+)
+_FIELD = re.compile(rf"\s*,\s*{_STRING}\s*:\s*(?:{_STRING}|[\w.+-]+)\s*(?=[,}}])")
 _LONGEST_HEAD = 512
 
 
@@ -133,7 +163,11 @@ class CallParser:
         begun = self._buffer.lstrip()
         if not begun:
             return False
-        self._bare = begun[0] in "{["
+        start = self._form.start
+        marked = begun.startswith(start) if start else False
+        if start.startswith(begun) and not marked:
+            return False
+        self._bare = begun[0] in "{[" and not marked
         self._state = "head" if self._bare else "text" if self._form.start else "plain"
         return True
 
@@ -163,9 +197,12 @@ class CallParser:
 
     def _head(self, found: list[Found]) -> bool:
         match = _HEAD.match(self._buffer)
-        known = not self._bare or (match and json.loads(match[1]) in self._names)
-        if match and known:
-            found.append(self._call(json.loads(match[1])))
+        name = _unquoted(match[1]) if match else ""
+        if not match and self._form.args and not self._bare:
+            match = _NAMED.match(self._buffer)
+            name = match[1] if match else ""
+        if match and (not self._bare or name in self._names):
+            found.append(self._call(name))
             self._buffer, self._state = self._buffer[match.end() :], "arguments"
             return True
         form = self._form
@@ -195,12 +232,32 @@ class CallParser:
                 return False
             self._buffer, self._state = self._buffer[at + len(self._form.end) :], "text"
             return True
-        self._buffer = self._buffer.lstrip("} \n\t")
-        if self._buffer[:1] in (",", ";"):
-            self._state = "head"
+        field = _FIELD.match(self._buffer)
+        if field:
+            self._buffer = self._buffer[field.end() :]
             return True
-        self._buffer = ""
+        self._buffer = self._buffer.lstrip("}] \n\t")
+        if self._buffer[:1] in (",", ";"):
+            following = self._buffer[1:].lstrip()
+            if following[:1] == "{":
+                self._state = "head"
+                return True
+            if following[:1] in ("", '"'):
+                return False  # another call, or another field of this one
+        start = self._form.start
+        if start and self._buffer.startswith(start):
+            self._buffer, self._state = self._buffer[len(start) :], "head"
+            return True
+        if not start.startswith(self._buffer):
+            self._buffer = ""
         return False
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:  # an escape that is none
+        return text[1:-1]
 
 
 class _Value:

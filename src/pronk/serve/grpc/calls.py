@@ -13,6 +13,7 @@ import grpc
 
 from pronk.errors import PronkError
 from pronk.serve.auth import ANYONE, Keys, Quotas
+from pronk.serve.ended import TRACE_HEADERS, Ended, Tell
 from pronk.serve.errors import ApiError, from_pronk
 from pronk.serve.http.context import Context
 from pronk.serve.http.gateway import Sink
@@ -51,25 +52,39 @@ class Calls:
     keys : Keys or None
     quotas : Quotas
         Those of the HTTP side: a key's share is one.
-    audit : callable, optional
+    audit, tell : callable, optional
         Told of each call when it ends.
     """
 
     def __init__(
-        self, context: Context, keys: Keys | None, quotas: Quotas, audit: Sink | None = None
+        self,
+        context: Context,
+        keys: Keys | None,
+        quotas: Quotas,
+        audit: Sink | None = None,
+        tell: Tell | None = None,
     ) -> None:
-        self.context, self._keys, self._quotas, self._audit = context, keys, quotas, audit
+        self.context, self._keys, self._quotas = context, keys, quotas
+        self._audit, self._tell = audit, tell
 
     @contextmanager
-    def _audited(self, route: str) -> Iterator[Record]:
+    def _told(self, route: str, call: Call) -> Iterator[Record]:
         record: Record = {"request": f"req-{secrets.token_hex(12)}", "method": "gRPC"}
         record |= {"route": route, "status": "CANCELLED"}  # unless it comes to its end
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.time_ns()
         try:
             yield record
         finally:
+            seconds = time.perf_counter() - start
             if self._audit is not None:
-                self._audit({**record, "seconds": round(time.perf_counter() - start, 6)})
+                self._audit({**record, "seconds": round(seconds, 6)})
+            if self._tell is not None:
+                given = dict(call.invocation_metadata() or ())
+                self._tell(Ended.of(
+                    record, request=record["request"], method="gRPC", route=route,
+                    status=record["status"], began=began, seconds=seconds, key=record.get("key"),
+                    parent={name: given[name] for name in TRACE_HEADERS if name in given},
+                ))  # fmt: skip
 
     @contextmanager
     def _admitted(self, call: Call, record: Record) -> Iterator[None]:
@@ -109,7 +124,7 @@ class Calls:
         """A handler with one answer."""
 
         async def answer(request: Request, call: Call) -> Reply:
-            with self._audited(route) as record:
+            with self._told(route, call) as record:
                 try:
                     with self._admitted(call, record):
                         return await method(request, record)
@@ -125,7 +140,7 @@ class Calls:
         """A handler whose answer comes in parts."""
 
         async def answer(request: Request, call: Call) -> AsyncIterator[Reply]:
-            with self._audited(route) as record:
+            with self._told(route, call) as record:
                 try:
                     with self._admitted(call, record):
                         async for part in method(request, record):

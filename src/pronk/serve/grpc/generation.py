@@ -11,6 +11,7 @@ from pronk.errors import RequestError
 from pronk.serve.generate import Delta, Job, Tally, admit, embed, generate, make_way, whole
 from pronk.serve.grpc import generation_pb2 as pb
 from pronk.serve.grpc.calls import Record
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.context import Context
 from pronk.spec import SamplingParams
@@ -54,28 +55,29 @@ class Generation:
         record["model"] = model.name
         return model
 
-    async def _job(self, request: pb.GenerateRequest, record: Record) -> tuple[Hosted, Job]:
+    async def _job(self, request: pb.GenerateRequest, record: Record) -> tuple[Hosted, Job, Watch]:
         model = self._model(request.model, record)
         make_way(model, 1, 0, self._context.config.limits)
+        watch = self._context.watch(record)
+        watch.refuse_logprobs(request.sampling.HasField("logprobs"))
         kind = request.WhichOneof("prompt")
         if kind == "text":
-            prompt = await model.encode(request.text)
+            prompt = await model.encode(await watch.prompt(model, request.text))
         elif kind == "tokens":
-            prompt = list(request.tokens.ids)
+            prompt = await model.encode(await watch.prompt(model, list(request.tokens.ids)))
         elif kind == "chat":
-            prompt = await model.render(
-                [{"role": m.role, "content": m.content} for m in request.chat.messages]
-            )
+            turns = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            prompt = await model.render(await watch.messages(model, turns))
         else:
             raise RequestError("the request has no prompt: give text, tokens or chat")
         admit(model, [prompt], 1, self._context.config.limits)
-        return model, Job(prompt, sampling_params(request.sampling))
+        return model, Job(prompt, sampling_params(request.sampling)), watch
 
     async def generate(self, request: pb.GenerateRequest, record: Record) -> pb.GenerateResponse:
         """The whole answer."""
-        model, job = await self._job(request, record)
+        model, job, watch = await self._job(request, record)
         tally = record["tokens"] = Tally()
-        [done] = await whole(generate(model, [job], self._context.metrics, tally), 1)
+        [done] = await whole(generate(model, [job], self._context.metrics, tally, watch), 1)
         return pb.GenerateResponse(
             text=done.text,
             tokens=map(_token, done.samples),
@@ -87,10 +89,11 @@ class Generation:
         self, request: pb.GenerateRequest, record: Record
     ) -> AsyncIterator[pb.GeneratePart]:
         """The answer as it comes."""
-        model, job = await self._job(request, record)
+        model, job, watch = await self._job(request, record)
         tally = record["tokens"] = Tally()
         delta: Delta
-        async with aclosing(generate(model, [job], self._context.metrics, tally)) as deltas:
+        source = generate(model, [job], self._context.metrics, tally, watch)
+        async with aclosing(source) as deltas:
             async for delta in deltas:
                 part = pb.GeneratePart(text=delta.text, tokens=map(_token, delta.samples))
                 if delta.finish_reason:
@@ -106,7 +109,9 @@ class Generation:
             raise RequestError(f"texts must be 1 to {most}, not {len(request.texts)}")
         limits = self._context.config.limits
         make_way(model, len(request.texts), 0, limits)
-        inputs = [await model.encode(text) for text in request.texts]
+        watch = self._context.watch(record)
+        texts = [await watch.prompt(model, text) for text in request.texts]
+        inputs = [await model.encode(text) for text in texts]
         vectors = await embed(model, inputs, limits)
         return pb.EmbedResponse(
             embeddings=[pb.Embedding(values=vector) for vector in vectors],

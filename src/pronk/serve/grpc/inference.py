@@ -69,14 +69,17 @@ class Inference:
         """The answers to some texts, run side by side."""
         model = self._context.model(request.model_name)
         record["model"] = model.name
+        watch = self._context.watch(record)
         params = sampling_params(_sampling(request.parameters))
         texts = _texts(request)
         make_way(model, len(texts), 0, self._context.config.limits)
-        prompts = [await model.encode(text) for text in texts]
+        checked = [await watch.prompt(model, text) for text in texts]
+        prompts = [await model.encode(text) for text in checked]
         admit(model, prompts, 1, self._context.config.limits)
         tally = record["tokens"] = Tally()
         jobs = [Job(prompt, params) for prompt in prompts]
-        done = await whole(generate(model, jobs, self._context.metrics, tally), len(jobs))
+        deltas = generate(model, jobs, self._context.metrics, tally, watch)
+        done = await whole(deltas, len(jobs))
         values = (
             [delta.text.encode() for delta in done],
             [(delta.finish_reason or "").encode() for delta in done],

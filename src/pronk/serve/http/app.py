@@ -19,19 +19,24 @@ from pronk.errors import PronkError
 from pronk.serve.audit import AuditLog
 from pronk.serve.auth import Keys, Quotas, read_keys
 from pronk.serve.config import ServeConfig
+from pronk.serve.ended import Ended, Tell
 from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
+from pronk.serve.guard.filters import Guard
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Arrivals, Hosted
 from pronk.serve.http import chat, completions, more, responses
 from pronk.serve.http.context import Context
 from pronk.serve.http.gateway import Gateway, Gauge, Sink
 from pronk.serve.http.replies import ErrorReply
 from pronk.serve.http.sse import ClientGoneError
+from pronk.serve.log import log_ended
 from pronk.serve.metrics import Metrics
 from pronk.spec import SamplingParams
 
 if TYPE_CHECKING:
     from pronk.serve.grpc.server import GrpcServer
+    from pronk.serve.trace import Tracer
 
 __all__ = ["Served", "make_app"]
 
@@ -73,18 +78,27 @@ class Served:
         context: Context,
         audit: AuditLog | None,
         grpc: GrpcServer | None,
+        tracer: Tracer | None,
     ) -> None:
         self.app, self.api, self.context, self.grpc = app, api, context, grpc
-        self.gauge, self._audit = context.gauge, audit
+        self.gauge, self._audit, self._tracer = context.gauge, audit, tracer
 
     def close(self) -> None:
-        """After the last request: write what is left of the audit log."""
+        """After the last request: write what is left of the audit log, send what is of traces."""
         if self._audit is not None:
             self._audit.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
 
 def make_app(
-    models: Sequence[Hosted], config: ServeConfig, resident: Callable[[], int], version: str
+    models: Sequence[Hosted],
+    config: ServeConfig,
+    resident: Callable[[], int],
+    version: str,
+    *,
+    guard: Guard | None = None,
+    tracer: Tracer | None = None,
 ) -> Served:
     """Everything behind the socket.
 
@@ -95,6 +109,10 @@ def make_app(
     resident : callable
         Bytes of memory that the process takes now.
     version : str
+    guard : Guard, optional
+        What texts pass.
+    tracer : Tracer, optional
+        Makes spans of requests.
 
     Raises
     ------
@@ -103,21 +121,23 @@ def make_app(
     """
     keys = read_keys(config.key_file) if config.key_file else None
     metrics = Metrics(models, resident)
-    audit = AuditLog(config.audit) if config.audit else None
+    audit = AuditLog(config.audit, config.audit_bytes, _written) if config.audit else None
     gauge, quotas = Gauge(), Quotas(config.limits)
     context = Context(
-        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit
-    )
+        {model.name: model for model in models}, config, metrics, gauge, f"pronk-{version}", audit,
+        guard,
+    )  # fmt: skip
+    sink: Sink | None = None if audit is None else audit.write
 
-    sink: Sink | None = None
-    if audit is not None:
-        sink = lambda entry: audit.write(_audited(entry))  # noqa: E731
-    grpc = _grpc(context, keys, quotas, sink)
+    def tell(ended: Ended) -> None:
+        log_ended(ended, None if tracer is None else tracer.tell(ended))
+
+    grpc = _grpc(context, keys, quotas, sink, tell)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for model in models:
-            model.attach()
+            model.attach(config.limits)
         if grpc is not None:
             await grpc.start()
         task = asyncio.create_task(_warm_up(models, grpc))
@@ -136,27 +156,30 @@ def make_app(
     _handle_errors(api, metrics)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
     return Served(
-        Gateway(api, config, keys, metrics, gauge, quotas, sink), api, context, audit, grpc
-    )
+        Gateway(api, config, keys, metrics, gauge, quotas, sink, tell),
+        api, context, audit, grpc, tracer,
+    )  # fmt: skip
 
 
-def _audited(entry: dict[str, object]) -> dict[str, object]:
-    """An entry as the log has it: numbers and names, no text."""
-    tokens = entry.pop("tokens", None)
+def _written(entry: dict[str, object]) -> dict[str, object]:
+    """An entry as the log has it, made on its thread: numbers and names; text, if any, redacted."""
+    tokens, watch = entry.pop("tokens", None), entry.pop("watch", None)
+    if isinstance(watch, Watch):
+        entry.update(watch.entry())
     if isinstance(tokens, Tally):
         entry.update(prompt_tokens=tokens.prompt, completion_tokens=tokens.completion)
     return entry
 
 
 def _grpc(
-    context: Context, keys: Keys | None, quotas: Quotas, audit: Sink | None
+    context: Context, keys: Keys | None, quotas: Quotas, audit: Sink | None, tell: Tell
 ) -> GrpcServer | None:
     if context.config.grpc_port is None:
         return None
     from pronk.serve.grpc.calls import Calls
     from pronk.serve.grpc.server import GrpcServer
 
-    return GrpcServer(Calls(context, keys, quotas, audit), context.config)
+    return GrpcServer(Calls(context, keys, quotas, audit, tell), context.config)
 
 
 async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:

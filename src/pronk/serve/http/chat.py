@@ -38,15 +38,17 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
     make_way(model, body.count, 0, context.config.limits)  # before anything is tokenized
-    turn = await prepare(model, body)
+    watch = context.watch(request.state.record)
+    watch.refuse_logprobs(bool(body.logprobs))
+    turn = await prepare(model, body, watch)
     admit(model, [turn.prompt], body.count, context.config.limits)
     forms = await model.constraints(turn.form, context.config.limits.grammar, body.count)
     jobs = [
-        Job(turn.prompt, body.params(choice), form, repeats=choice > 0)
+        Job(turn.prompt, body.params(choice), form, choice > 0, turn.marks)
         for choice, form in enumerate(forms)
     ]
     tally = Tally()
-    deltas = generate(model, jobs, context.metrics, tally)
+    deltas = generate(model, jobs, context.metrics, tally, watch)
     request.state.record.update(model=model.name, choices=body.count, tokens=tally)
     head = {
         "id": f"chatcmpl-{request.state.request_id}",

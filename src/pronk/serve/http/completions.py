@@ -40,6 +40,9 @@ async def _begin(
     if len(prompts) * count > limits.completions:  # before any is tokenized
         admit(model, [[0]] * len(prompts), count, limits)
     make_way(model, len(prompts) * count, 0, limits)
+    watch = context.watch(request.state.record)
+    watch.refuse_logprobs(body.logprobs is not None)
+    prompts = [await watch.prompt(model, prompt) for prompt in prompts]
     ids = [await model.encode(prompt) for prompt in prompts]
     admit(model, ids, count, limits)
     form = form_of(None, body.structured_outputs)
@@ -54,7 +57,7 @@ async def _begin(
         written = [p if isinstance(p, str) else model.tokenizer.decode(p) for p in prompts]
         echoes = [text for text in written for _ in range(count)]
     tally = Tally()
-    deltas = generate(model, jobs, context.metrics, tally)
+    deltas = generate(model, jobs, context.metrics, tally, watch)
     request.state.record.update(model=model.name, choices=len(jobs), tokens=tally)
     head = {
         "id": f"cmpl-{request.state.request_id}",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 
 from pronk.serve.audit import AuditLog
 from pronk.serve.config import ServeConfig
 from pronk.serve.errors import ApiError
+from pronk.serve.guard.filters import Guard
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.gateway import Gauge
 from pronk.serve.metrics import Metrics
@@ -35,6 +38,13 @@ class Context:
     gauge: Gauge
     fingerprint: str
     audit: AuditLog | None = None
+    guard: Guard | None = None
+
+    def watch(self, record: dict[str, Any]) -> Watch:
+        """The guard of a new request, of which the audit log's entry will tell."""
+        keep = self.audit is not None and self.config.audit_text
+        watch = record["watch"] = Watch(self.guard, self.metrics.guarded, keep)
+        return watch
 
     def model(self, name: str | None) -> Hosted:
         """The model of a name; the first, where none is given.

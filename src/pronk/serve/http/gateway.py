@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import secrets
 import time
@@ -18,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pronk.serve.auth import ANYONE, Keys, Quotas
 from pronk.serve.config import ServeConfig
+from pronk.serve.ended import TRACE_HEADERS, Ended, Tell
 from pronk.serve.errors import ApiError, error_body
 from pronk.serve.metrics import Metrics
 
@@ -26,7 +26,6 @@ __all__ = ["OPEN_ROUTES", "Gateway", "Gauge", "Sink"]
 OPEN_ROUTES = frozenset({"/health", "/ready"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-_log = logging.getLogger("pronk.serve")
 
 Sink = Callable[[dict[str, object]], None]
 
@@ -61,6 +60,8 @@ class Gateway:
     quotas : Quotas
     audit : callable, optional
         Told of each request when it ends.
+    tell : callable, optional
+        Told too, but of every one.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Gateway:
         gauge: Gauge,
         quotas: Quotas,
         audit: Sink | None = None,
+        tell: Tell | None = None,
     ) -> None:
         self.app, self.config, self.keys, self.metrics = app, config, keys, metrics
-        self.gauge, self._audit = gauge, audit
+        self.gauge, self._audit, self._tell = gauge, audit, tell
         self._quotas = quotas
         self._hosts = _LOOPBACK | {config.host} | set(config.hosts)
 
@@ -90,7 +92,7 @@ class Gateway:
         state["request_id"], state["record"] = request_id, {}
         origin = headers.get("origin")
         allowed = origin if origin in self.config.origins else None
-        start, status, begun = time.perf_counter(), 0, False
+        start, began, status, begun = time.perf_counter(), time.time_ns(), 0, False
 
         async def answer(message: Message) -> None:
             nonlocal status, begun
@@ -120,16 +122,21 @@ class Gateway:
                         await _refuse(error, answer)
         finally:
             path = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - start
             self.metrics.answers.labels(path, str(status or 499)).inc()
             # Probes and pages that are only read leave no line.
             if self._audit is not None and (scope["method"] == "POST" or status >= 400):
                 self._audit({
                     "request": request_id, "key": state.get("key"), "method": scope["method"],
                     "route": path, "status": status or 499,
-                    "seconds": round(time.perf_counter() - start, 6), **state["record"],
+                    "seconds": round(seconds, 6), **state["record"],
                 })  # fmt: skip
-            _log.info("%s %s %s %d %.3fs", request_id, scope["method"], path, status or 499,
-                      time.perf_counter() - start)  # fmt: skip
+            if self._tell is not None:
+                self._tell(Ended.of(
+                    state["record"], request=request_id, method=scope["method"], route=path,
+                    status=status or 499, began=began, seconds=seconds, key=state.get("key"),
+                    parent={name: headers[name] for name in TRACE_HEADERS if name in headers},
+                ))  # fmt: skip
 
     def _admit(self, scope: Scope, headers: Headers, origin: str | None, stack: ExitStack) -> None:
         host = headers.get("host", "")

@@ -61,7 +61,9 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
             f"{body.dimensions}", "invalid_value", "dimensions",
         )  # fmt: skip
     make_way(model, len(body.inputs), 0, context.config.limits)  # before any is tokenized
-    inputs = [await model.encode(text) for text in body.inputs]
+    watch = context.watch(request.state.record)
+    texts = [await watch.prompt(model, text) for text in body.inputs]
+    inputs = [await model.encode(text) for text in texts]
     request.state.record.update(model=model.name, inputs=len(inputs))
     vectors = await until_gone(request.receive, embed(model, inputs, context.config.limits))
     items = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pronk.engine.sampler import Sample
 from pronk.serve.grammar import Form
+from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Hosted
 from pronk.serve.http.schema import (
     ChatRequest,
@@ -51,6 +52,7 @@ class Turn:
     forced: bool = False
     name: str | None = None  # the function that must be called
     names: tuple[str, ...] = ()  # those that may be
+    marks: Mapping[int, bytes] = field(default_factory=dict)  # tokens to be seen: see ToolFormat
 
     def parser(self) -> CallParser | None:
         """What finds calls in an answer."""
@@ -59,16 +61,19 @@ class Turn:
         return CallParser(self.tools, self.forced, self.name, self.names)
 
 
-async def prepare(model: Hosted, body: ChatRequest) -> Turn:
-    """The prompt of a chat request, and what its answer must be.
+async def prepare(model: Hosted, body: ChatRequest, watch: Watch) -> Turn:
+    """The prompt of a chat request, as the guard lets it pass, and what its answer must be.
 
     Raises
     ------
     RequestError
         If the template refuses, or the model has none.
+    ApiError
+        400, if the guard blocks it.
     """
-    messages = [as_template(message) for message in body.messages]
-    extra: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    written = [as_template(message) for message in body.messages]
+    messages = await watch.messages(model, written)
+    extra: dict[str, Any] = dict(await watch.values(model, body.chat_template_kwargs or {}))
     for reserved in ("messages", "tools", "bos_token", "eos_token", "add_generation_prompt"):
         extra.pop(reserved, None)
     form = form_of(body.response_format, body.structured_outputs)
@@ -78,6 +83,7 @@ async def prepare(model: Hosted, body: ChatRequest) -> Turn:
         return Turn(await model.render(messages, **extra), form)
     how = tool_format(model.tokenizer.chat_template or "")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if active else []
+    tools = await watch.values(model, tools)
     if how.shown:
         extra["tools"] = tools or None
     else:
@@ -87,7 +93,9 @@ async def prepare(model: Hosted, body: ChatRequest) -> Turn:
         opening, name, form = _force(body, how)
     prompt = await model.render(messages, opening, **extra)
     names = tuple(tool.function.name for tool in body.tools or ())
-    return Turn(prompt, form, how if active else None, forced, name, names)
+    if not active:
+        return Turn(prompt, form)
+    return Turn(prompt, form, how, forced, name, names, await model.silent(how.marks))
 
 
 def _force(body: ChatRequest, how: ToolFormat) -> tuple[str, str | None, Form]:
@@ -97,8 +105,7 @@ def _force(body: ChatRequest, how: ToolFormat) -> tuple[str, str | None, Form]:
     choice = body.tool_choice
     if isinstance(choice, NamedToolChoice):
         name = choice.function.name
-        opening = f'{how.opening}{{"name": {json.dumps(name)}, "{how.arguments}":'
-        return opening, name, Form("call", of[name])
+        return how.named(name), name, Form("call", of[name])
     calls = [
         {
             "type": "object",

@@ -22,6 +22,7 @@ from pronk.serve.http.sse import event, until_gone
 __all__ = ["router"]
 
 router = APIRouter()
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class _Strict(BaseModel):
@@ -162,11 +163,13 @@ async def _begin(
 ) -> _Answer:
     chat, limits = body.as_chat(), context.config.limits
     make_way(model, 1, 0, limits)  # before anything is tokenized
-    turn = await prepare(model, chat)
+    watch = context.watch(request.state.record)
+    turn = await prepare(model, chat, watch)
     admit(model, [turn.prompt], 1, limits)
     (form,) = await model.constraints(turn.form, limits.grammar, 1)
     tally = Tally()
-    deltas = generate(model, [Job(turn.prompt, chat.params(), form)], context.metrics, tally)
+    job = Job(turn.prompt, chat.params(), form)
+    deltas = generate(model, [job], context.metrics, tally, watch)
     request.state.record.update(model=model.name, choices=1, tokens=tally)
     return _Answer(body, deltas, tally, request.state.request_id)
 
@@ -214,13 +217,13 @@ class _Answer(Answer):
         if text is None or reason is None:
             return {**self._head, "status": "in_progress", "incomplete_details": None,
                     "output": [], "usage": None}  # fmt: skip
-        cut = reason == "length"
-        status = "incomplete" if cut else "completed"
+        why = _INCOMPLETE.get(reason)
+        status = "incomplete" if why else "completed"
         usage = self._tally
         return {
             **self._head,
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": why} if why else None,
             "output": [self._message(text, status)],
             "usage": {
                 "input_tokens": usage.prompt,

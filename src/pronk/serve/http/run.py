@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
-import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -16,6 +16,8 @@ from pronk.serve.config import ServeConfig
 from pronk.serve.http.app import Served
 
 __all__ = ["Server", "bind", "serve"]
+
+_log = logging.getLogger("pronk.serve")
 
 
 class Server(uvicorn.Server):
@@ -43,10 +45,7 @@ class Server(uvicorn.Server):
         if not self._gauge.running:
             self.should_exit = True
             return
-        print(
-            f"pronk: finishing {self._gauge.running} requests; once more to end at once",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        _log.warning("finishing %d requests; once more to end at once", self._gauge.running)
         self._gauge.idle.append(lambda: setattr(self, "should_exit", True))
         asyncio.get_running_loop().call_later(self._drain, self._end)
 

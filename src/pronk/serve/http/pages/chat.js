@@ -76,6 +76,13 @@ function figures(start, first, last, tokens) {
   return parts.join(" · ");
 }
 
+// Draws once a frame, however often it is asked to: tokens may come by the thousand a second.
+function frames(draw) {
+  let due = 0;
+  const now = () => { cancelAnimationFrame(due); due = 0; draw(); };
+  return { soon: () => { due ||= requestAnimationFrame(now); }, now, cancel: () => cancelAnimationFrame(due) };
+}
+
 async function answer() {
   const turn = addTurn("assistant");
   const [, said, note] = turn.children;
@@ -91,6 +98,11 @@ async function answer() {
   busy(true);
   const start = performance.now();
   let text = "", first = 0, last = 0, tokens = 0, end = "";
+  const drawing = frames(() => {
+    show(said, text);
+    note.textContent = figures(start, first, last, tokens) + end;
+    follow();
+  });
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST", headers: { "content-type": "application/json" },
@@ -108,16 +120,17 @@ async function answer() {
         text += choice.delta.content || "";
         if (choice.finish_reason === "length") end = " · cut off at the limit";
       }
-      show(said, text);
-      note.textContent = figures(start, first, last, tokens) + end;
-      follow();
+      drawing.soon();
     }
+    drawing.now();
     messages.push({ role: "assistant", content: text });
   } catch (error) {
     if (error.name === "AbortError") {
+      if (first) drawing.now();
       messages.push({ role: "assistant", content: text });
       note.textContent = `${first ? figures(start, first, last, tokens) + " · " : ""}stopped`;
     } else {
+      drawing.cancel();
       messages.pop();
       turn.classList.add("failed");
       said.textContent = error.message;

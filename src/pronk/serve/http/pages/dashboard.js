@@ -26,6 +26,8 @@ const PLOTS = [
   ["Time to first token", time, 0.001, latency("ttft")],
   ["Between tokens", time, 0.001, latency("inter_token")],
   ["Whole requests", time, 0.001, latency("e2e")],
+  ["Guard actions per second, all models", rate, 1, ["block", "redact", "flag"].map((action) => [
+    action, (now, before, s) => before && (now.guard[action] - before.guard[action]) / s])],
   ["Memory of the process", bytes, 1, [
     ["resident", (now) => now.resident], ["planned, all models", (now) => now.planned]]],
 ];
@@ -61,8 +63,8 @@ const views = PLOTS.map(([title, , , series]) => {
 function record(data) {
   const planned = Object.values(data.models).reduce((sum, model) => sum + model.planned_bytes, 0);
   for (const [name, model] of Object.entries(data.models)) {
-    const now = { ...model, resident: data.resident_bytes, planned };
-    const old = before?.models[name];
+    const now = { ...model, resident: data.resident_bytes, planned, guard: data.guard };
+    const old = before?.models[name] && { ...before.models[name], guard: before.guard };
     const seconds = before ? data.time - before.time : 1;
     if (!readings.has(name)) readings.set(name, PLOTS.map(([, , , series]) => series.map(() => [])));
     PLOTS.forEach(([, , , series], plot) => series.forEach(([, read], index) => {
@@ -103,6 +105,20 @@ function draw() {
   });
 }
 
+// What is not as it was: the server says so while it lasts.
+const KINDS = { ttft: ["time to first token", time], inter_token: ["time between tokens", time],
+  errors: ["share of errors", share] };
+function alarm(data) {
+  const lines = Object.entries(data.models).flatMap(([name, model]) => model.anomalies.map((odd) => {
+    const [what, write] = KINDS[odd.series] ?? [odd.series, rate];
+    const line = element("li");
+    line.textContent = `${name}: ${what} is ${write(odd.now)}, usually ${write(odd.usual)}`;
+    return line;
+  }));
+  $("alarms").replaceChildren(...lines);
+  $("alarms").hidden = !lines.length;
+}
+
 async function read() {
   try {
     const response = await fetch("/stats");
@@ -114,6 +130,7 @@ async function read() {
     }
     record(data);
     draw();
+    alarm(data);
     $("state").textContent = "live";
   } catch (error) {
     before = null;
