@@ -114,11 +114,11 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
     for (int64_t i = 0; i < count; ++i) {
         int64_t g = i;
         if constexpr (all) {
-            // Few tokens wait for memory; many find the panel in a cache, where asking is free.
-            for (int p = 0; p < W; ++p) {
-                prefetch(quants[p] + kAhead, quant_bytes(fmt));
-                prefetch(planes[p] + kAhead, low_bytes(fmt));
-            }
+            // Few tokens wait for memory, as what prefetches ahead of them (one that follows a
+            // single stream of ever higher addresses) runs: so all of the next panels is asked for in its order.
+            // Many tokens find the panels in a cache, where asking is free.
+            prefetch_next(panel + W * bytes + g * (W * bytes / count), W * bytes / count + 64);
+            if constexpr (low_bytes(fmt) > 0) prefetch_next(planes[0] + W * count * low_bytes(fmt) + g * ((W - 1) * low_bytes(fmt)), W * low_bytes(fmt));
         } else {
             g = listed->at[i];
             int64_t ahead = i + kListAhead, panels = 0;  // in the panels behind these, at the end
