@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from contextlib import suppress
 
 import httpx
@@ -209,6 +210,13 @@ def test_a_server_that_is_killed_leaves_a_log_that_holds(tmp_path):
                 answered.append(answer.headers["x-request-id"])
 
     with process(*args) as (url, child):
+        # A line is flushed by itself, not when others fill a buffer.
+        alone = httpx.post(f"{url}/v1/completions", json=ask).headers["x-request-id"]
+        for _ in range(500):
+            if alone in log.read_text():
+                break
+            time.sleep(0.02)
+        assert alone in log.read_text()
         clients = [threading.Thread(target=client, args=(url,)) for _ in range(6)]
         for thread in clients:
             thread.start()
