@@ -48,14 +48,19 @@ def words(text: str | None) -> list[str]:
     return load_corpus(text).text.split()
 
 
-def prompts(source: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """Pieces of a text, 20 to 300 words long, each with a beginning of its own."""
+def prompts(source: Sequence[str], count: int, seed: int = 0, to: str = "all") -> list[str]:
+    """Pieces of a text, 20 to 300 words long.
+
+    Each has a beginning of its own, and those for another side or seed have others: no server
+    finds any in its cache.
+    """
     rng = random.Random(seed)
     out = []
     for number in range(count):
         length = round(20 * 15 ** rng.random())
         start = rng.randrange(len(source) - length)
-        out.append(f"Text {number}. Go on: " + " ".join(source[start : start + length]))
+        piece = " ".join(source[start : start + length])
+        out.append(f"Text {seed}.{number} for {to}. Go on: {piece}")
     return out
 
 

@@ -127,9 +127,10 @@ SOAK = """## Soak
 
 Every kind of load at once: chats, completions and embeddings, whole and streamed, over HTTP and
 gRPC; forms, tools, conversations; clients that leave, requests that are none, and bursts that the
-queue cannot take. The script fails if memory grows, a block or a request is left, a request hangs,
-or any is answered with a 5xx other than 503. `busy` is a wrong request that the full queue refused
-first."""
+queue cannot take; all of it behind a guard, with texts in an audit log of many files. The script
+fails if memory grows, a block or a request is left, a request hangs, any is answered with a 5xx
+other than 503, or the log does not hold. Time that the machine sleeps does not count. `busy` is a
+wrong request that the full queue refused first."""
 
 MEASURED = """## Measured
 

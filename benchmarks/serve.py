@@ -5,8 +5,9 @@ as a Poisson process, at shares of what a side carried with the most clients. Pr
 a text, of mixed length, and no two are the same. The other server gets the same file, the same
 prompts and as many threads; ``engine`` is Pronk's engine alone in its own process, fed with token
 ids, which tells what HTTP, JSON and text cost on top. Tokens of all sides are counted by one
-tokenizer, from the text. A round trip is a prompt of one word answered by one token, with nothing
-else to do.
+tokenizer, from the text. A repeated prefix is a prompt of 2,000 tokens whose beginning was asked
+before, on a server of its own. A round trip is a prompt of one word answered by one token, with
+nothing else to do.
 
     python benchmarks/serve.py [--model MODEL] [--clients 1,4,16,64] [--loads 0.5,0.8]
                                [--requests 16] [--tokens 48] [--rounds 3] [--text FILE]
@@ -52,6 +53,7 @@ from pronk.model import choose_threads
 
 CONTEXT = 1024
 WORD, TRIPS = "Hello", 100
+PREFIX, PREFIXES = 2000, 5  # tokens, and how many of them
 Reach = Callable[[], Over]
 
 
@@ -149,13 +151,18 @@ class Bench:
 
     def closed(self, turn: int, count: int) -> None:
         """As many clients, each with one request at a time."""
-        asked = prompts(self.words, max(self.args.requests, count), seed=1000 * turn + count)
-        ids = [self.tokenizer.encode(prompt) for prompt in asked]
-        self.asked_tokens += map(len, ids)
         where = {"round": turn, "clients": count}
+
+        def asked_of(side: str) -> list[str]:
+            most = max(self.args.requests, count)
+            return prompts(self.words, most, seed=1000 * turn + count, to=side)
+
         for name, reach in self._sides(turn):
+            asked = asked_of(name)
             done, seconds = asyncio.run(closed_loop(reach(), asked, count, self.args.tokens))
             self.runs.append({"side": name, **where, **summary(self._counted(done), seconds)})
+        ids = [self.tokenizer.encode(prompt) for prompt in asked_of("engine")]
+        self.asked_tokens += map(len, ids)
         tokens, first, seconds = engine_alone(self.service, ids, count, self.args.tokens)
         alone = {"requests": len(ids), "tokens": tokens, "ttft": percentiles(first)}
         rate = {"tokens_per_second": tokens / seconds}
@@ -163,8 +170,9 @@ class Bench:
 
     def opened(self, turn: int, share: float) -> None:
         """Requests that come by themselves."""
-        asked = prompts(self.words, 2 * self.args.requests, seed=1000 * turn + 500)
+        seed = 1000 * turn + 500 + round(100 * share)
         for name, reach in self._sides(turn):
+            asked = prompts(self.words, 2 * self.args.requests, seed, name)
             rate = share * self._carried(name)
             run = open_loop(reach(), asked, rate, self.args.tokens, seed=turn)
             done, seconds = asyncio.run(run)
@@ -191,6 +199,31 @@ class Bench:
         ids = [self.tokenizer.encode(WORD)] * TRIPS
         _, first, _ = engine_alone(self.service, ids, 1, 1)
         return {**found, "engine": percentiles(first)}
+
+    def prefixes(self, path: Path) -> dict[str, Any]:
+        """Seconds to the first token of long prompts, and of others with the same beginning.
+
+        Between the two comes another long prompt, so that more than the last one must be kept.
+        """
+        text = " ".join(self.words)
+        begins = []
+        for at in range(PREFIXES + 1):
+            rest = text[at * len(text) // (PREFIXES + 1) :][: 12 * PREFIX]
+            begins.append(self.tokenizer.decode(self.tokenizer.encode(rest)[:PREFIX]))
+        asked = [f"{begins[0]} One:"]
+        for begin in begins[1:]:
+            asked += [f"{begin} One:", f"{begins[0]} {len(asked)}:", f"{begin} Two:"]
+        context = 2 * PREFIX
+        command = pronk_command(path, self.args.threads, "--context", str(context))
+        with server(command) as running:
+            asyncio.run(closed_loop(over_http(running.url), ["Once upon a time"], 1, 8))
+            done, _ = asyncio.run(closed_loop(over_http(running.url), asked, 1, 1))
+        first = [seen.end - seen.start for seen in done]
+        cold, warm = first[1::3], first[3::3]
+        return {
+            "tokens": PREFIX, "cold": cold, "warm": warm,
+            "ratio": statistics.median(a / b for a, b in zip(cold, warm, strict=True)),
+        }  # fmt: skip
 
     def ratios(
         self, side: str, other: str, key: Callable[[dict[str, Any]], float]
@@ -233,6 +266,7 @@ def main() -> None:
         for turn in range(args.rounds):
             bench.turn(turn)
         trips = bench.trips()
+        prefixes = bench.prefixes(path)
     lost = bench.ratios("pronk", "engine", lambda run: run["tokens_per_second"])
     result = {
         "benchmark": "serve",
@@ -243,6 +277,7 @@ def main() -> None:
         "runs": bench.runs,
         "open": bench.open,
         "round_trip": trips,
+        "prefix": prefixes,
         "grpc": {
             "rate": bench.ratios("pronk gRPC", "pronk", lambda run: run["tokens_per_second"]),
             "ttft": bench.ratios("pronk gRPC", "pronk", lambda run: run["ttft"]["p50"]),

@@ -132,14 +132,14 @@ class Watch:
 
     async def run(self) -> None:
         """Sample until cancelled."""
-        async with httpx.AsyncClient(base_url=self.running.url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=self.running.url, timeout=None) as http:
             while True:
                 self.rows.append(await self.sample(http))
                 await asyncio.sleep(self.every)
 
     async def settled(self, seconds: float) -> dict[str, float]:
         """The figures once nothing runs; what is left after so many seconds, if anything is."""
-        async with httpx.AsyncClient(base_url=self.running.url, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=self.running.url, timeout=None) as http:
             deadline = self.awake.now() + seconds
             while True:
                 row = await self.sample(http)
@@ -197,7 +197,10 @@ async def soak(running: Running, args: argparse.Namespace) -> dict[str, Any]:
 
     aside = [asyncio.create_task(awake.run()), asyncio.create_task(watch.run())]
     await asyncio.gather(bursts(), *(client() for _ in range(args.clients)))
-    aside.pop().cancel()
+    sampling = aside.pop()
+    if sampling.done():  # a soak that was seen in part tells nothing
+        sampling.result()
+    sampling.cancel()
     after = await watch.settled(args.bound)
     aside.pop().cancel()
     await load.http.aclose()

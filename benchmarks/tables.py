@@ -269,7 +269,11 @@ def serve(result: Result) -> str:
     """The tables of a `serve.py` result."""
     closed = _loads(result["runs"], "clients", str)
     lost = ", ".join(f"{share:.0%} at {count}" for count, share in result["overhead"].items())
-    parts = [closed, f"HTTP, JSON and text cost (clients): {lost}."]
+    parts = [
+        closed,
+        f"HTTP, JSON and text cost (clients): {lost}; the goal is under 10%.",
+        *_beside_peer(result["runs"]),
+    ]
     if result.get("open"):
         parts.append("Requests that come by themselves, at a share of what a side carried:")
         parts.append(_loads(result["open"], "load", lambda share: f"{share:.0%}"))
@@ -285,7 +289,36 @@ def serve(result: Result) -> str:
         rows = [[side, *(f"{1000 * trip[p]:.1f}" for p in ("p50", "p90", "p99"))]
                 for side, trip in result["round_trip"].items()]  # fmt: skip
         parts.append(markdown(["a round trip, ms", "p50", "p90", "p99"], rows))
+    if result.get("prefix"):
+        found = result["prefix"]
+        cold, warm = (1000 * statistics.median(found[key]) for key in ("cold", "warm"))
+        parts.append(
+            f"The first token of a prompt of {found['tokens']:,} tokens comes after {cold:,.0f} "
+            f"ms, and of another with the same beginning after {warm:,.0f} ms: "
+            f"{against(found['ratio'], 10, '{:.1f}')} times sooner."
+        )
     return "\n\n".join(parts)
+
+
+def _beside_peer(runs: Sequence[Result]) -> list[str]:
+    """Pronk over the other server, where both were run; the goals are those at 16 clients."""
+    by = {(run["side"], run["round"], run["clients"]): run for run in runs}
+    pairs = [(run["clients"], by["pronk", turn, count], run)
+             for (side, turn, count), run in by.items() if side == "llama_cpp.server"]  # fmt: skip
+    if not pairs:
+        return []
+    lines = []
+    for words, ratio in (
+        ("times the tokens a second", lambda a, b: a["tokens_per_second"] / b["tokens_per_second"]),
+        ("times sooner the 90th percentile of first tokens",
+         lambda a, b: b["ttft"]["p90"] / a["ttft"]["p90"]),
+    ):  # fmt: skip
+        shown = ", ".join(
+            f"{against(ratio(ours, theirs), 4 if count == 16 else None, '{:.1f}')} at {count}"
+            for count, ours, theirs in pairs
+        )
+        lines.append(f"{words} ({shown})")
+    return [f"Beside `llama_cpp.server` (clients): {' and '.join(lines)}."]
 
 
 def _loads(runs: list[Result], key: str, shown: Callable[[Any], str]) -> str:

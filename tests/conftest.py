@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -37,6 +40,24 @@ def registered(name: str) -> Path:
         if "cannot be downloaded" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
+    """The modules that protoc writes for gRPC clients, by the names of the files."""
+    pytest.importorskip("grpc_tools")
+    from pronk.serve.grpc import generate as generated
+
+    out = tmp_path_factory.mktemp("stubs")
+    generated.generate(out, [f"--grpc_python_out={out}"])
+    for name in generated.PROTOS:  # what is kept is what the files say
+        fresh = (out / f"pronk/serve/grpc/{name}_pb2.py").read_text()
+        assert fresh == (generated.HERE / f"{name}_pb2.py").read_text()
+    sys.path.insert(0, str(out / "pronk/serve/grpc"))
+    try:
+        return {name: importlib.import_module(f"{name}_pb2_grpc") for name in generated.PROTOS}
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
+import threading
+import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -194,18 +198,44 @@ def test_a_server_that_is_killed_leaves_a_log_that_holds(tmp_path):
     log = tmp_path / "audit.log"
     args = (f"tiny={tiny}", "--context", "256", "--threads", "1", "--audit", str(log))
     secret = "the secret of the house"
-    ask = {"model": "tiny", "prompt": secret, "max_tokens": 200, "stream": True, "n": 4}
+    ask = {"model": "tiny", "prompt": secret, "max_tokens": 40}
+    answered = []  # the ids of requests whose answers came
+
+    def client(url: str) -> None:
+        """Ask until the server is gone."""
+        with suppress(httpx.TransportError), httpx.Client() as http:
+            for at in itertools.count():
+                stream = bool(at % 2)
+                answer = http.post(f"{url}/v1/completions", json={**ask, "stream": stream})
+                answered.append(answer.headers["x-request-id"])
+
     with process(*args) as (url, child):
-        for _ in range(3):
-            assert httpx.post(f"{url}/v1/completions", json={**ask, "stream": False}).is_success
-        assert httpx.post(f"{url}/v1/completions", json={}).status_code == 400
-        with httpx.stream("POST", f"{url}/v1/completions", json=ask) as stream:
-            next(stream.iter_lines())
-            child.send_signal(signal.SIGKILL)
-            child.wait()
+        # A line is flushed by itself, not when others fill a buffer.
+        alone = httpx.post(f"{url}/v1/completions", json=ask).headers["x-request-id"]
+        for _ in range(500):
+            if alone in log.read_text():
+                break
+            time.sleep(0.02)
+        assert alone in log.read_text()
+        clients = [threading.Thread(target=client, args=(url,)) for _ in range(6)]
+        for thread in clients:
+            thread.start()
+        for _ in range(1500):
+            clients[0].join(0.02)  # which goes on
+            if log.read_bytes().count(b"\n") >= 20:
+                break
+        flushed = log.read_bytes()
+        child.send_signal(signal.SIGKILL)  # under load: all clients wait for answers
+        child.wait()
+        for thread in clients:
+            thread.join()
     before = verify(log)
+    left = log.read_bytes()
+    assert before.lines >= 20 and left.startswith(flushed)  # nothing that was flushed is lost
+    told = {json.loads(line)["request"] for line in left.splitlines()[: before.lines]}
+    assert len(told & set(answered)) >= 20 - len(clients)
     with process(*args) as (url, child):
-        assert httpx.post(f"{url}/v1/completions", json={**ask, "stream": False}).is_success
+        assert httpx.post(f"{url}/v1/completions", json=ask).is_success
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
     after = verify(log)

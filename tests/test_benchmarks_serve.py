@@ -23,7 +23,9 @@ def test_a_load_is_summed_up():
     words = clients.words(None)
     texts = clients.prompts(words, 20)
     assert len(set(texts)) == 20 and texts == clients.prompts(words, 20)
-    assert texts != clients.prompts(words, 20, seed=1)
+    others = clients.prompts(words, 20, seed=1) + clients.prompts(words, 20, to="b")
+    starts = {text.partition(" Go on: ")[0] for text in (*texts, *others)}
+    assert len(starts) == 60  # nothing is found in a server's cache
     assert clients.percentiles(range(100)) == {"p50": 50, "p90": 90, "p99": 99}
     assert clients.percentiles([]) == {}
     seen = [
@@ -35,13 +37,19 @@ def test_a_load_is_summed_up():
     assert run["requests"] == 2 and run["tokens_per_second"] == 2
     assert run["ttft"]["p99"] == 3 and run["tpot"]["p50"] == 0.5 and run["e2e"]["p50"] == 3
     trip = {"p50": 0.0042, "p90": 0.005, "p99": 0.006}
+    peer = {**run, "tokens_per_second": 0.25, "ttft": {**run["ttft"], "p90": 15.0}}
     result = {"benchmark": "serve", "overhead": {"4": 0.25}, "runs": [
-        {"side": "pronk", "clients": 4, **run},
-        {"side": "engine", "clients": 4, "tokens_per_second": 8.0}],
+        {"side": "pronk", "round": 0, "clients": 16, **run},
+        {"side": "llama_cpp.server", "round": 0, "clients": 16, **peer},
+        {"side": "engine", "round": 0, "clients": 16, "tokens_per_second": 8.0}],
+        "prefix": {"tokens": 2000, "cold": [1.0, 1.2], "warm": [0.1, 0.2], "ratio": 8.0},
         "open": [{"side": "pronk", "load": 0.5, **run}], "round_trip": {"pronk gRPC": trip},
         "grpc": {"rate": {"4": 1.1}, "ttft": {"4": 0.9}}}  # fmt: skip
     shown = tables.show(result)
-    assert "| 4       | pronk  | 2 " in shown and "25% at 4" in shown and "| 50%  | pronk" in shown
+    assert "| 16      | pronk            | 2 " in shown and "| 50%  | pronk" in shown
+    assert "25% at 4" in shown
+    assert "8.0 ≥ 4 at 16" in shown and "5.0 ≥ 4 at 16" in shown
+    assert "after 1,100 ms" in shown and "8.0 < 10 times sooner" in shown
     assert "1.10 at 4" in shown and "| pronk gRPC       | 4.2 " in shown
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import time
 
 import httpx
@@ -18,26 +16,10 @@ from checkpoints import tiny_llama_dir  # noqa: E402
 from servers import running  # noqa: E402
 
 from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
-from pronk.serve.grpc import generate as generated  # noqa: E402
 from pronk.serve.grpc import generation_pb2 as pb  # noqa: E402
 from pronk.serve.grpc import open_inference_pb2 as oip  # noqa: E402
 
 TEXT = "once upon a time"
-
-
-@pytest.fixture(scope="module")
-def stubs(tmp_path_factory):
-    """The modules that protoc writes for clients."""
-    out = tmp_path_factory.mktemp("stubs")
-    generated.generate(out, [f"--grpc_python_out={out}"])
-    for name in generated.PROTOS:  # what is kept is what the files say
-        fresh = (out / f"pronk/serve/grpc/{name}_pb2.py").read_text()
-        assert fresh == (generated.HERE / f"{name}_pb2.py").read_text()
-    sys.path.insert(0, str(out / "pronk/serve/grpc"))
-    try:
-        yield {name: importlib.import_module(f"{name}_pb2_grpc") for name in generated.PROTOS}
-    finally:
-        sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")

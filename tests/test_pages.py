@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_a_conversation(server, browser):
     figures = find(".turn.assistant .figures").text
     assert "first token" in figures and "tokens/s" in figures and "24 tokens" in figures
     assert "cut off at the limit" in figures
+    # Even where all of it came at once, a rate is one that an answer can have.
+    assert float(re.search(r"([0-9.]+) tokens/s", figures)[1]) < 24 / 0.001
     picture(browser, "chat")
 
     # A long answer, stopped: the engine is free at once, and the conversation goes on.
@@ -177,6 +180,7 @@ def test_the_dashboard(server, browser):
         metrics.of("tiny").first_token(seconds, 0.0)
     until(browser, lambda: alarms.is_displayed())
     assert alarms.text.startswith("tiny: time to first token is ") and "usually" in alarms.text
+    browser.set_window_size(1100, 1500)
     picture(browser, "dashboard")
     assert_nothing_else_was_asked_for(server, browser)
 

@@ -71,7 +71,9 @@ async function failure(response) {
 
 function figures(start, first, last, tokens) {
   const parts = [`first token ${(first - start).toFixed(0)} ms`];
-  if (tokens > 1) parts.push(`${((tokens - 1) / (last - first) * 1000).toFixed(1)} tokens/s`);
+  // Pieces that came all at once tell no rate of their own: then from the question on.
+  const [counted, since] = last - first < 50 ? [tokens, start] : [tokens - 1, first];
+  if (tokens > 1) parts.push(`${(counted / (last - since) * 1000).toFixed(1)} tokens/s`);
   parts.push(`${tokens} tokens`);
   return parts.join(" · ");
 }

@@ -26,10 +26,10 @@ const PLOTS = [
   ["Time to first token", time, 0.001, latency("ttft")],
   ["Between tokens", time, 0.001, latency("inter_token")],
   ["Whole requests", time, 0.001, latency("e2e")],
-  ["Guard actions per second, all models", rate, 1, ["block", "redact", "flag"].map((action) => [
+  ["Guard actions per second", rate, 1, ["block", "redact", "flag"].map((action) => [
     action, (now, before, s) => before && (now.guard[action] - before.guard[action]) / s])],
   ["Memory of the process", bytes, 1, [
-    ["resident", (now) => now.resident], ["planned, all models", (now) => now.planned]]],
+    ["resident", (now) => now.resident], ["planned", (now) => now.planned]]],
 ];
 
 const readings = new Map(); // by model: what each plot shows
@@ -96,7 +96,9 @@ function draw() {
       const label = element("b", { class: `s${index}` });
       label.textContent = name;
       const last = values.at(-1);
-      output.append(index ? "  " : "", label, ` ${last === null ? "–" : write(last)}`);
+      const pair = element("span");
+      pair.append(label, ` ${last === null ? "–" : write(last)}`);
+      output.append(index ? "  " : "", pair);
     });
     const [low, high] = [element("span"), element("span")];
     low.textContent = `last ${Math.round(KEPT * EVERY / 60000)} min`;
