@@ -369,7 +369,8 @@ bool Executor::runs(const Op& op, const Step& step) const {
 int64_t Executor::items(const Op& op, const Step& step) const {
     const auto chunks = [&] { return chunks_[static_cast<size_t>(op.group)]; };
     if (op.kind == OpKind::attention_parts) return chunks() * kv_shape_.heads;
-    if (op.kind == OpKind::attention) return step.count * (chunks() ? op.heads : kv_shape_.heads);
+    if (op.kind == OpKind::attention)
+        return step.count * (chunks() ? op.heads : kv_shape_.heads * shares(op, step));
     if (op.kind >= OpKind::route) return expert_items(op, step);
     if (op.kind == OpKind::softcap) return step.count * ((op.cols + kCapPiece - 1) / kCapPiece);
     const bool by_panel =
@@ -379,6 +380,14 @@ int64_t Executor::items(const Op& op, const Step& step) const {
     if (op.gates && step.count == 1) return op.parts[0].rows / kPanel;
     for (const MatmulPart& part : op.parts) panels += round_up(part.rows, kPanel) / kPanel;
     return panels;
+}
+
+int32_t Executor::shares(const Op& op, const Step& step) const {
+    const int64_t group = op.heads / kv_shape_.heads;
+    int64_t shares = 1;
+    for (; shares < group; ++shares)
+        if (group % shares == 0 && step.count * kv_shape_.heads * shares >= team_.size()) break;
+    return static_cast<int32_t>(shares);
 }
 
 void Executor::walk(const Step& step) {
@@ -516,6 +525,7 @@ void Executor::apply(const Op& op, const Step& step, int64_t first, int64_t last
         case OpKind::attention: {
             Attend attend = op.attend;
             attend.slopes = op.slopes.empty() ? nullptr : op.slopes.data();
+            attend.shares = shares(op, step);
             const int64_t chunks = chunks_[static_cast<size_t>(op.group)];
             if (op.kind == OpKind::attention_parts)
                 return k.attention_parts(a, op.heads, attend, kv, step.tokens, b, step.count,

@@ -212,6 +212,8 @@ class Executor {
     void walk(const Step& step);
     int64_t chunks(const Batch& batch, const Window& window) const;
     int64_t items(const Op& op, const Step& step) const;
+    // Shares of a KV head's queries: more than one where all threads have work only so.
+    int32_t shares(const Op& op, const Step& step) const;
     bool runs(const Op& op, const Step& step) const;
     void apply(const Op& op, const Step& step, int64_t first, int64_t last) const;
     // bounded.cpp

@@ -166,7 +166,7 @@ def page() -> str:
         "in one step (`tests/test_families.py`). This table is made from the same rows, by",
         "`python tests/family_cases.py`.",
         "",
-        "| family | class | GGUF | what is special | tested as | `pronk fit` |",
+        "| family | class | GGUF | what is special | tested as | bundles |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in FAMILIES:
@@ -195,9 +195,11 @@ each is in memory once.
 
 ## Bundles
 
-`pronk fit` writes every family of dense layers with a gate (`tests/test_bundle_families.py`
-compares logits with `transformers` on the bundle). It refuses mixtures, whose experts
-`transformers` keeps in one tensor that `compressed-tensors` does not pack, MPT, and shared layers.
+`pronk fit` and `pronk compress` write those whose files hold every matrix, and every expert, as a
+linear layer of its own (`tests/test_bundle_families.py` compares logits with `transformers` on the
+bundle). All experts get one format without minima, since `transformers` unpacks them together:
+`pronk compress MODEL --recipe int8` or `int4-rtn`, `int4-mse`, `fp8`, `bf16`; recipes that are
+calibrated refuse mixtures. Llama 4, MPT and shared layers are refused.
 
 ## What is refused
 

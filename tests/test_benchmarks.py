@@ -201,12 +201,13 @@ def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
         saved = 1 - depth["ratios"]["kv"]
         assert f"{saved:.0%} {'≥' if saved >= 0.4 else '<'} 40%" in row
         assert f"{depth['quality']['kl']:.4f}" in row
-    page = report.with_end("# Words\n\nmore\n", result, {"long_context"})
+    results = {"long_context": result}
+    page = report.with_end("# Words\n\nmore\n", results, {"long_context"})
     assert page.startswith("# Words\n\nmore\n\n## Measured\n")
     assert text in page
     # Written over itself it stays, and without results it ends after the words.
-    assert report.with_end(page, result, {"long_context"}) == page
-    assert report.with_end(page, None, set()) == "# Words\n\nmore\n"
+    assert report.with_end(page, results, {"long_context"}) == page
+    assert report.with_end(page, {}, set()) == "# Words\n\nmore\n"
     pytest.importorskip("matplotlib")
     assert out.with_suffix(".svg").exists()
     for name in ("one.svg", "two.svg"):
@@ -268,7 +269,7 @@ def test_less_memory_for_experts_is_measured_and_shown(tmp_path, monkeypatch):
     text = tables.show(result)
     row = next(line for line in text.splitlines() if line.startswith("| 60% of the experts"))
     assert f"{turn['hit_rates']['0.6']:.1%}" in row
-    page = report.with_end("# Words\n", result, set())
+    page = report.with_end("# Words\n", {"experts": result}, set())
     assert "**synthetic**" in page
     assert text in page
 
@@ -355,7 +356,7 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     assert result["compared"][0]["kl"] == 0 < result["compared"][4]["kl"]
     assert "| 2:4 int4, wanda  | 3.5 " in shown
     assert "of the perplexity that rounding to nearest loses" in shown
-    page = report.with_end("# Words\n", result, {"pruning"})
+    page = report.with_end("# Words\n", {"pruning": result}, {"pruning"})
     assert shown in page
     for name in ("one.svg", "two.svg"):
         output.draw(result, tmp_path / name)

@@ -243,11 +243,11 @@ inline bool goes_on(const Tokens& tokens, int64_t t, int64_t count) {
 inline void attention(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
                       const Tokens& tokens, Rows out, int64_t count, int64_t first, int64_t last) {
     Queries queries(kv, attend);
-    const int64_t group = heads / kv.kv_heads;
+    const int64_t group = heads / (kv.kv_heads * attend.shares);
     for (int64_t item = first; item < last; ++item) {
-        const int64_t head = item / count, t = item % count;
+        const int64_t share = item / count, head = share / attend.shares, t = item % count;
         const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
-        for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+        for (int64_t h = share * group; h < (share + 1) * group; ++h) {
             queries.add(qkv.row<float>(t) + h * kv.head_dim, h, tokens.positions[t],
                         out.row<float>(t) + h * kv.head_dim);
             if (queries.full()) queries.finish(blocks, head);

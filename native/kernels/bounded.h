@@ -53,67 +53,60 @@ inline F panel_scales(const uint8_t* panel, int64_t g) {
     return d[0];
 }
 
-template <Precision of, int W, int M>
-void bound_tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows plan, Rows out,
+inline int live_rows(const MatmulPart& part, int64_t p) {
+    return static_cast<int>(std::min<int64_t>(kPanel, part.rows - p * kPanel));
+}
+
+// One panel by M tokens: one stream, of which scales are asked for as quants are.
+template <Precision of, int M>
+void bound_tile(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows plan, Rows out,
                 int64_t t) {
     constexpr Format fmt = Format::q8_planes;
-    const int64_t groups = cols / kGroup, bytes = panel_bytes(fmt, cols);
-    const uint8_t* panel = part.weight + first * bytes;
-    const uint8_t* quants[W];
-    for (int p = 0; p < W; ++p) quants[p] = panel + p * bytes + scales_bytes(fmt, cols);
+    const int64_t groups = cols / kGroup, bytes = panel_bytes(fmt, cols), share = bytes / groups;
+    const uint8_t* panel = part.weight + p * bytes;
+    const uint8_t* quants = panel + scales_bytes(fmt, cols);
     Act act[M];
     const float* reach[M];
     for (int m = 0; m < M; ++m)
         act[m] = Act(x, of, t + m, cols), reach[m] = BoundPlan(plan, t + m, cols).reach;
-    F middle[W][M], most[W][M];
-    each_sum<W, M>([&]<int p, int m>() { middle[p][m] = most[p][m] = set(0.0f); });
+    F middle[M], most[M];
+    unrolled<M>([&]<int m>() { middle[m] = most[m] = set(0.0f); });
     for (int64_t g = 0; g < groups; ++g) {
-        for (int p = 0; p < W; ++p) prefetch(quants[p] + kAhead, quant_bytes(fmt));
-        I dot[1][W][M];
-        tile_group<Format::q4_1, of, W, M>(quants, quants, act, g, dot);
-        unrolled<W>([&]<int p>() __attribute__((always_inline)) {
-            const F d = panel_scales(panel + p * bytes, g), size = abs(d);
-            unrolled<M>([&]<int m>() __attribute__((always_inline)) {
-                // Twice the sum of (16 h + 7.5 - 128) x.
-                const I twice = add(shift_left<5>(dot[0][p][m]), set_i(-241 * sum_of(act[m], g)));
-                const F half = set(0.5f * act[m].scale[g * kActStep]);
-                middle[p][m] = fma(mul(to_float(twice), d), half, middle[p][m]);
-                most[p][m] = fma(size, set(reach[m][g]), most[p][m]);
-            });
-            quants[p] += quant_bytes(fmt);
+        prefetch(panel + g * share + kAhead, share);
+        I dot[1][1][M];
+        tile_group<Format::q4_1, of, 1, M>(&quants, &quants, act, g, dot);
+        const F d = panel_scales(panel, g), size = abs(d);
+        unrolled<M>([&]<int m>() __attribute__((always_inline)) {
+            // Twice the sum of (16 h + 7.5 - 128) x.
+            const I twice = add(shift_left<5>(dot[0][0][m]), set_i(-241 * sum_of(act[m], g)));
+            const F half = set(0.5f * act[m].scale[g * kActStep]);
+            middle[m] = fma(mul(to_float(twice), d), half, middle[m]);
+            most[m] = fma(size, set(reach[m][g]), most[m]);
         });
+        quants += quant_bytes(fmt);
     }
     const F slack = set(1 + static_cast<float>(groups + 8) * 0x1p-24f * (1024 / kUnread));
-    for (int p = 0; p < W; ++p)
-        for (int m = 0; m < M; ++m) {
-            // Where products are subnormal, roundings are not in proportion.
-            const F bound = add(middle[p][m], fma(most[p][m], slack, set(1e-30f)));
-            store(out.row<float>(t + m) + (first + p) * kPanel, bound);
-            const auto live =
-                static_cast<int>(std::min<int64_t>(kPanel, part.rows - (first + p) * kPanel));
-            constexpr float least = std::numeric_limits<float>::lowest();
-            const float peak = hmax(keep_first(middle[p][m], live, least));
-            BoundPlan(plan, t + m, cols).peaks[first + p] = peak > least ? peak : least;
-        }
-}
-
-template <Precision of, int W>
-void bound_panels(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows plan, Rows out,
-                  int64_t tokens) {
-    int64_t t = 0;
-    for (; t + kTile <= tokens; t += kTile)
-        bound_tile<of, W, kTile>(part, cols, p, x, plan, out, t);
-    for (; t + 2 <= tokens; t += 2) bound_tile<of, W, 2>(part, cols, p, x, plan, out, t);
-    if (t < tokens) bound_tile<of, W, 1>(part, cols, p, x, plan, out, t);
+    const int live = live_rows(part, p);
+    constexpr float least = std::numeric_limits<float>::lowest();
+    for (int m = 0; m < M; ++m) {
+        // Where products are subnormal, roundings are not in proportion.
+        const F bound = add(middle[m], fma(most[m], slack, set(1e-30f)));
+        store(out.row<float>(t + m) + p * kPanel, bound);
+        const float peak = hmax(keep_first(middle[m], live, least));
+        BoundPlan(plan, t + m, cols).peaks[p] = peak > least ? peak : least;
+    }
 }
 
 template <Precision of>
 void bound_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out, int64_t tokens,
               int64_t first, int64_t last) {
-    int64_t p = first;
-    for (; p + kTilePanels <= last; p += kTilePanels)
-        bound_panels<of, kTilePanels>(part, cols, p, x, plan, out, tokens);
-    for (; p < last; ++p) bound_panels<of, 1>(part, cols, p, x, plan, out, tokens);
+    for (int64_t p = first; p < last; ++p) {
+        int64_t t = 0;
+        for (; t + kTile <= tokens; t += kTile)
+            bound_tile<of, kTile>(part, cols, p, x, plan, out, t);
+        for (; t + 2 <= tokens; t += 2) bound_tile<of, 2>(part, cols, p, x, plan, out, t);
+        if (t < tokens) bound_tile<of, 1>(part, cols, p, x, plan, out, t);
+    }
 }
 
 template <Precision of>
@@ -122,20 +115,16 @@ void exact_panel_of(const MatmulPart& part, int64_t cols, Rows x, Rows out, int6
 }
 
 // Whether one of `live` rows with these bounds may reach the threshold; what is not finite may.
-inline bool reaches(const float* bounds, int64_t live, float scale, float threshold) {
-    bool any = false;
-    constexpr float least = std::numeric_limits<float>::lowest();
-    for (int64_t r = 0; r < live; ++r) {
-        const float bound = bounds[r] * scale;
-        any |= !(bound >= least) | !(bound < threshold);
-    }
-    return any;
+inline bool reaches(const float* bounds, int live, float scale, float threshold) {
+    const F bound =
+        keep_first(mul(load(bounds), set(scale)), live, std::numeric_limits<float>::lowest());
+    return !(hmax(bound) < threshold) | (hsum(sub(bound, bound)) != 0);
 }
 
 // The lower plane's groups of one panel and row, until its bounds are below the threshold.
 template <Precision of>
 bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, const BoundPlan& plan,
-                  int64_t p, float* bounds, int64_t live, int64_t& read) {
+                  int64_t p, float* bounds, int live, int64_t& read) {
     constexpr Format fmt = Format::q8_planes;
     const int64_t groups = cols / kGroup;
     const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
@@ -172,7 +161,7 @@ int64_t refine_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows 
         for (int64_t start = first; start < last; start += kAtOnce) {
             int64_t kept[kAtOnce], count = 0;
             for (int64_t p = start; p < std::min(start + kAtOnce, last); ++p) {
-                const int64_t live = std::min<int64_t>(kPanel, part.rows - p * kPanel);
+                const int live = live_rows(part, p);
                 if (!reaches(logits + p * kPanel, live, part.scale, *row.threshold)) {
                     store(logits + p * kPanel, none);
                     continue;
@@ -187,7 +176,7 @@ int64_t refine_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows 
             }
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t p = kept[i];
-                const int64_t live = std::min<int64_t>(kPanel, part.rows - p * kPanel);
+                const int live = live_rows(part, p);
                 if (refine_panel<of>(part, cols, act, row, p, logits + p * kPanel, live, read))
                     exact_panel_of<of>(part, cols, x, out, t, p);
                 else

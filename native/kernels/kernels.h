@@ -124,6 +124,7 @@ struct Attend {
     const float* slopes = nullptr;  // [heads] of linear biases by distance, or null
     float growth = 0;  // queries are multiplied by 1 + growth * log(1 + (position + 1) / span)
     int32_t growth_span = 1;
+    int32_t shares = 1;  // that the query heads of a KV head are taken in, each by itself
 };
 
 // The norms of queries and keys: with weights before they are turned, without them after.
@@ -180,7 +181,7 @@ struct Kernels {
     // stores k and v into the cache.
     void (*rope_store)(Rows qkv, Rows table, int64_t heads, const HeadNorm& norm, const KvView& kv,
                        const Tokens& tokens, int64_t first, int64_t last);
-    // Items are KV head * count + token, of `count` tokens.
+    // Items are share of a KV head's queries * count + token, of `count` tokens.
     void (*attention)(Rows qkv, int64_t heads, const Attend& attend, const KvView& kv,
                       const Tokens& tokens, Rows out, int64_t count, int64_t first, int64_t last);
     // The same in two steps, for few sequences with long pasts: `chunks` is the most that a token

@@ -110,15 +110,21 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
         planes[p] = plane + p * (cols / kGroup) * low_bytes(fmt);
     }
     each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
-    const int64_t count = all ? cols / kGroup : listed->count;
+    const int64_t count = all ? cols / kGroup : listed->count, share = bytes * kGroup / cols;
     for (int64_t i = 0; i < count; ++i) {
         int64_t g = i;
         if constexpr (all) {
-            // Few tokens wait for memory, as what prefetches ahead of them (one that follows a
-            // single stream of ever higher addresses) runs: so all of the next panels is asked for in its order.
-            // Many tokens find the panels in a cache, where asking is free.
-            prefetch_next(panel + W * bytes + g * (W * bytes / count), W * bytes / count + 64);
-            if constexpr (low_bytes(fmt) > 0) prefetch_next(planes[0] + W * count * low_bytes(fmt) + g * ((W - 1) * low_bytes(fmt)), W * low_bytes(fmt));
+            // Few tokens wait for memory: one stream, of which scales are asked for as quants are.
+            // Many find the panels in a cache, where asking is free.
+            if constexpr (W == 1) {
+                prefetch(panel + g * share + kAhead, share);
+                prefetch(planes[0] + kAhead, low_bytes(fmt));
+            } else {
+                for (int p = 0; p < W; ++p) {
+                    prefetch(quants[p] + kAhead, quant_bytes(fmt));
+                    prefetch(planes[p] + kAhead, low_bytes(fmt));
+                }
+            }
         } else {
             g = listed->at[i];
             int64_t ahead = i + kListAhead, panels = 0;  // in the panels behind these, at the end
@@ -252,6 +258,9 @@ bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
     return true;
 }
 
+// Up to so many tokens wait for weights rather than for products.
+constexpr int64_t kFew = 2;
+
 template <Format fmt, Precision of>
 void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t tokens, int64_t first, int64_t last) {
@@ -270,7 +279,7 @@ void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
 #endif
     if (tiled == tokens) return;
     int64_t p = first;
-    for (; p + W <= last; p += W)
+    for (; tokens - tiled > kFew && p + W <= last; p += W)
         matmul_panels<fmt, of, W>(part, cols, x, out, residual, tiled, tokens, p);
     for (; p < last; ++p) matmul_panels<fmt, of, 1>(part, cols, x, out, residual, tiled, tokens, p);
 }

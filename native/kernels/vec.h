@@ -23,10 +23,6 @@ constexpr int64_t kAhead = 2048;  // bytes of a stream asked for before they are
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-[[gnu::always_inline]] inline void prefetch_next(const uint8_t* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
 // e^x, relative error under 2e-7 (degree-6 minimax of Cephes' expf, after 2^n is split off).
 inline F exp(F x) {
     x = min(set(88.0f), max(set(-87.0f), x));  // in this order a NaN stays a NaN on every ISA

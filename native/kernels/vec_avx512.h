@@ -17,7 +17,7 @@
 namespace pronk::PRONK_NS {
 
 constexpr int kTilePanels = 2, kTile = 4;
-constexpr bool kFused = true;  // fma rounds once
+constexpr bool kFused = true;     // fma rounds once
 constexpr bool kWideSums = true;  // registers for 16 sums of attention and what they add
 constexpr uint8_t kBias8 = 128;
 

@@ -176,6 +176,15 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
     check(again.pool == setup.pool && alone == out,
           "%s attention dim %d %s: one token at a time differs", kernels.name, c.dim, kv);
 
+    // The query heads of a KV head one by one: the same bits.
+    Attend shared{scale};
+    shared.shares = c.heads / c.kv_heads;
+    const Buffer split(n * out_stride);
+    for (int64_t i = n * c.heads; i-- > 0;)
+        kernels.attention(rows, c.heads, shared, setup.view(), setup.at(0),
+                          {split.data(), out_stride}, n, i, i + 1);
+    check(split == out, "%s attention dim %d %s: heads one by one differ", kernels.name, c.dim, kv);
+
     // In parts that are joined: the same bits.
     const int64_t chunks = std::max(first_length, second_length) / kChunk + 1;
     const int64_t part_stride = c.heads * (c.dim + kPartTail) * 4;

@@ -176,7 +176,7 @@ class BundleWriter(DirectoryWriter):
         """
         import pronk
 
-        check_bundled(ckpt.spec)
+        check_bundled(ckpt.spec, formats)
         tokenizer = ckpt.load_tokenizer()
         try:
             write_tensors(

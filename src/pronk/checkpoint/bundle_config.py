@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from pronk.checkpoint.storage import Storage, storage_of
 from pronk.errors import RequestError
 from pronk.spec import ModelSpec, RopeSpec
 
-__all__ = ["check_bundled", "hf_config", "module_of"]
+__all__ = ["check_bundled", "experts_fit", "hf_config", "module_of"]
 
 # Modules of a kind; some families store several as one.
 _TARGETS = {
@@ -20,6 +21,8 @@ _TARGETS = {
     "attention": r"re:.*self_attn\.(q|k|v|o|qkv)_proj$",
     "gate_up": r"re:.*mlp\.(gate|up|gate_up)_proj$",
     "down": r"re:.*mlp\.down_proj$",
+    "experts' gate_up": r"re:.*\.experts\.\d+\.(gate_proj|up_proj|w1|w3)$",
+    "experts' down": r"re:.*\.experts\.\d+\.(down_proj|w2)$",
 }
 
 
@@ -29,14 +32,14 @@ _ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
 _ACTIVATIONS["silu"] = "silu"  # its other name is of old configs
 
 
-def check_bundled(spec: ModelSpec) -> None:
-    """Refuse a model that no bundle can be written of.
+def check_bundled(spec: ModelSpec, formats: Mapping[str, str] | None = None) -> None:
+    """Refuse a model that no bundle can be written of, with `formats` by tensor kind or name.
 
     Raises
     ------
     RequestError
-        If `transformers` could not read its family packed, or its config could not say what the
-        layers are.
+        If `transformers` could not read its family packed, or its experts in these formats, or
+        its config could not say what the layers are.
     """
     family = family_of(spec.family)
     if not family.bundles:
@@ -58,6 +61,18 @@ def check_bundled(spec: ModelSpec) -> None:
         raise RequestError(
             "a model whose windows or ropes its config cannot name cannot be written as a bundle"
         )
+    if formats is not None and not experts_fit(spec, formats):
+        raise RequestError(
+            "experts of one format alone, without minima, can be written as a bundle: what loads "
+            "them puts them together; take another recipe, such as int8 or int4-rtn"
+        )
+
+
+def experts_fit(spec: ModelSpec, formats: Mapping[str, str]) -> bool:
+    """Whether all experts are of one format that `transformers` and others can unpack."""
+    names = (name for name, _ in expected_tensors(spec) if ".experts." in name)
+    found = {storage_of(formats, name) for name in names}
+    return len(found) <= 1 and not any(storage.minimum for storage in found)
 
 
 def _windows(spec: ModelSpec) -> tuple[int, int] | None:
@@ -90,7 +105,7 @@ def hf_config(
     embedding table beside it, which `transformers` cannot keep packed, is float16. With `static`,
     integer weights are multiplied with int8 inputs whose scales are beside them.
     """
-    check_bundled(spec)
+    check_bundled(spec, formats)
     family = family_of(spec.family)
     return {
         "architectures": [family.architecture],
@@ -110,6 +125,7 @@ def hf_config(
         **_window_fields(spec),
         **_rope_fields(spec),
         **_factor_fields(spec),
+        **_expert_fields(spec),
         "tie_word_embeddings": spec.tie_embeddings and formats is None,
         # Scales are float16 and norms float32: in float32 both load without rounding.
         "torch_dtype": "float32",
@@ -162,6 +178,22 @@ def _factor_fields(spec: ModelSpec) -> dict[str, Any]:
         # Where a header leaves a cap out, a family's own default would come in.
         named |= {name: value for name, value in fields.items() if name.endswith("softcapping")}
     return named
+
+
+def _expert_fields(spec: ModelSpec) -> dict[str, Any]:
+    """Numbers and sizes of experts, in the words of every family at once."""
+    row, moe = family_of(spec.family).experts, spec.moe
+    if row is None or moe is None:
+        return {}
+    return {
+        "num_local_experts": moe.experts,
+        "num_experts": moe.experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.normalize,
+        row.width: moe.intermediate_size,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i, layer in enumerate(spec.layers) if layer.mlp != "moe"],
+    }
 
 
 def _one_or_many(ids: Sequence[int]) -> int | list[int] | None:
@@ -244,16 +276,30 @@ def _targets(spec: ModelSpec, names: list[str], stored: Mapping[Storage, list[st
     """Patterns of the modules of one group: one for those that no other group has any of."""
     out, held = [], set(names)
     for kind, target in _TARGETS.items():
-        of_kind = {n for part in stored.values() for n in part if tensor_kind(n) == kind}
+        of_kind = {n for part in stored.values() for n in part if _target_kind(n) == kind}
         if of_kind and of_kind <= held:
             out.append(target)
             held -= of_kind
-    lone = (module_of(spec, name)[0] for name in names if name in held)
+    lone = (_pattern(module_of(spec, name)[0]) for name in names if name in held)
     return out + list(dict.fromkeys(lone))
 
 
+def _target_kind(name: str) -> str:
+    return ("experts' " if ".experts." in name else "") + (tensor_kind(name) or "")
+
+
+def _pattern(module: str) -> str:
+    """A module by its name, or that of every expert."""
+    if "*" not in module:
+        return module
+    return "re:" + re.escape(module).replace(r"\*", r"\d+") + "$"
+
+
 def module_of(spec: ModelSpec, name: str) -> tuple[str, tuple[str, ...]]:
-    """The module that a family stores a matrix in, and all matrices it has, in their order."""
+    """The module that a family stores a weight in, and all weights it has, in their order.
+
+    ``*`` counts experts, whose weights are one after the other in one of ours.
+    """
     for into, parts in family_of(spec.family).hf_names.items():
         for part in parts:
             layer = name.removesuffix(f"{part}.weight")

@@ -127,7 +127,7 @@ def write_tensors(
 ) -> None:
     """Quantize every weight of a checkpoint into a safetensors file, a few rows at a time.
 
-    Norms and biases are float32. A tied embedding becomes a packed output head, with the
+    Norms, biases and routers are float32. A tied embedding becomes a packed output head, with the
     same values in float16 for `transformers`; one that is not tied is rounded likewise, and is
     float16 alone. Scales of inputs go to the packed matrices that they are named by.
     """
@@ -137,7 +137,7 @@ def write_tensors(
     if tied:
         # A source may hold a copy of the head.
         matrices = [name for name in matrices if name != HEAD]
-    entries = [_Entry(name, "F32", ckpt.tensors[name].shape) for name in plain]
+    entries = [_Entry(_plain(ckpt, name), "F32", ckpt.tensors[name].shape) for name in plain]
     packed = [name for name in matrices if name != EMBEDDING or tied]
     places = _places(ckpt, packed, formats)
     for name in matrices:
@@ -152,7 +152,8 @@ def write_tensors(
         if name == EMBEDDING:
             entries.append(_Entry(name, "F16", shape))
         if name in places and places[name].first == 0:
-            entries.extend(_entries(places[name].name, storage, places[name].rows, shape[1]))
+            for stored in places[name].names:
+                entries.extend(_entries(stored, storage, places[name].rows, shape[1]))
             if inputs and storage.kind == "int":
                 entries.append(_Entry(_input_scale(places[name]), "F32", (1,)))
 
@@ -161,7 +162,8 @@ def write_tensors(
     try:
         for name in plain:
             values = _finite(name, ckpt.read_float(name))
-            file.put(name, 0, values - 1 if less and "norm" in name.split(".")[-2] else values)
+            values = values - 1 if less and "norm" in name.split(".")[-2] else values
+            file.put(_plain(ckpt, name), 0, values)
         for name in matrices:
             if name in places:
                 storage = storage_of(formats, name)
@@ -177,11 +179,35 @@ def write_tensors(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a matrix goes: a stored one of so many rows, from its row `first` on."""
+    """Where a matrix goes: a stored one of so many rows, from its row `first` on.
+
+    Experts go to `count` of them, one after the other; ``*`` stands for their numbers.
+    """
 
     name: str
     first: int
     rows: int
+    count: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name.replace("*", str(i)) for i in range(self.count)]
+
+    def cut(
+        self, start: int, blocks: NDArray[np.uint8]
+    ) -> Iterator[tuple[str, int, NDArray[np.uint8]]]:
+        """The stored matrix, the row of it and the blocks, of those from row `start` on."""
+        at = self.first + start
+        while len(blocks):
+            number, row = divmod(at, self.rows)
+            part = blocks[: self.rows - row]
+            yield self.name.replace("*", str(number)), row, part
+            at, blocks = at + len(part), blocks[len(part) :]
+
+
+def _plain(ckpt: Checkpoint, name: str) -> str:
+    """What a family calls a tensor that stays float."""
+    return f"{module_of(ckpt.spec, name)[0]}.weight" if name.endswith(".weight") else name
 
 
 def _input_scale(place: _Place) -> str:
@@ -201,7 +227,9 @@ def _places(ckpt: Checkpoint, names: list[str], formats: Mapping[str, str]) -> d
         rows = [ckpt.tensors[part].shape[0] for part in parts]
         # Only a tied embedding is packed, and that is the output head.
         stored = HEAD if name == EMBEDDING else f"{module}.weight"
-        places[name] = _Place(stored, sum(rows[: parts.index(name)]), sum(rows))
+        moe = ckpt.spec.moe
+        count = moe.experts if moe is not None and "*" in module else 1
+        places[name] = _Place(stored, sum(rows[: parts.index(name)]), sum(rows) // count, count)
     return places
 
 
@@ -220,19 +248,23 @@ def _write_packed(
     quantize: Quantize,
 ) -> None:
     cols = ckpt.tensors[name].shape[1]
-    base, dtype = place.name.removesuffix("weight"), storage.blocks
+    dtype = storage.blocks
     for start, blocks in quantize(ckpt, name, dtype):
-        for part, values in _parts(blocks, storage, cols).items():
-            file.put(f"{base}{part}", (place.first + start) * values[0].nbytes, values)
+        for stored, row, rows in place.cut(start, blocks):
+            for part, values in _parts(rows, storage, cols).items():
+                at = row * values[0].nbytes
+                file.put(f"{stored.removesuffix('weight')}{part}", at, values)
         if name == EMBEDDING:
             floats = dequantize(blocks, dtype, cols).astype(np.float16)
             file.put(name, start * 2 * cols, floats)
     if place.first:
         return
-    if storage.kind == "int":
-        file.put(f"{base}weight_shape", 0, np.array([place.rows, cols], dtype=np.int64))
-    if storage.minimum:
-        file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
+    for stored in place.names:
+        base = stored.removesuffix("weight")
+        if storage.kind == "int":
+            file.put(f"{base}weight_shape", 0, np.array([place.rows, cols], dtype=np.int64))
+        if storage.minimum:
+            file.put(f"{base}weight_global_scale", 0, np.ones(1, dtype=np.float32))
 
 
 def _parts(blocks: NDArray[np.uint8], storage: Storage, cols: int) -> dict[str, NDArray[Any]]:

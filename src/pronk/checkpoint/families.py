@@ -119,8 +119,8 @@ class Family:
     hf_names, gguf_names : Mapping
         Stored modules that are not named as most are.
     bundles : bool
-        `pronk fit` writes it: all but those whose experts, or whose attention, `transformers` does
-        not keep as linear layers of their own.
+        `pronk fit` and `pronk compress` write it: all but those whose experts, or whose attention,
+        files do not hold as linear layers of their own.
     """
 
     name: str
@@ -199,6 +199,7 @@ FAMILIES = (
             "block_sparse_moe.experts.*.w3": ("mlp.experts.up_proj",),
             "block_sparse_moe.experts.*.w2": ("mlp.experts.down_proj",),
         },
+        bundles=True,
     ),
     Family(
         "llama4_text",
@@ -282,6 +283,7 @@ FAMILIES = (
         qk_norm="head",
         experts=Experts(width="moe_intermediate_size"),
         hf_names=_ROUTED,
+        bundles=True,
     ),
     Family(
         "olmoe",
@@ -294,6 +296,7 @@ FAMILIES = (
         qk_norm="full",
         experts=Experts(normalize=False),
         hf_names=_ROUTED,
+        bundles=True,
     ),
     Family(
         "gemma2",

@@ -162,7 +162,7 @@ def compress(
                 raise RequestError("no GGUF file holds scales of inputs: give -o a directory")
             check_gguf(ckpt, target, storages)
         else:
-            check_bundled(ckpt.spec)
+            check_bundled(ckpt.spec, {name: str(storage) for name, storage in storages.items()})
             _check_bundle(storages)
             BundleWriter(target).check()
         text = None

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from pronk.checkpoint.bundle_config import experts_fit
 from pronk.checkpoint.kinds import EMBEDDING_DTYPE, KINDS, tensor_kind
 from pronk.errors import BudgetError
 from pronk.graph.pack import KV_BLOCK
@@ -75,7 +76,8 @@ def planned(spec: ModelSpec, formats: Mapping[str, str], context: int) -> Progra
     def dtype_of(name: str) -> str:
         if name == "model.embed_tokens.weight" and not spec.tie_embeddings:
             return EMBEDDING_DTYPE
-        return formats[tensor_kind(name) or ""]
+        kind = tensor_kind(name)
+        return "f32" if kind is None else formats[kind]  # routers stay as they are
 
     return compile_program(spec, dtype_of, Limits(context))
 
@@ -128,6 +130,7 @@ def candidates(
     return [
         Candidate(variant, planned(spec, variant.formats, context).memory(overhead))
         for variant in variants(sources)
+        if experts_fit(spec, variant.formats)
     ]
 
 
