@@ -126,9 +126,9 @@ NOTES = {
 they are measured on: on text of another kind they gain less. llama.cpp's files were made without an
 importance matrix, and their heads keep more bits than most of the file; Pronk's recipes named by
 one number of bits round the head too. The engines agree on float weights; on quantized ones
-llama.cpp multiplies with activations of 8 bits, Pronk with 12. This run was interrupted, and
-`int4-gptq` and `int3-head4-gptq` gone on with by a later version: of `int4-gptq`, the head and the
-first 22 layers were calibrated in float32, the others in bfloat16.""",
+llama.cpp multiplies with activations of 8 bits, Pronk with 12. Groups of 128 do not divide this
+model's rows of 576: those of 96 stand for them. `pronk qat`, which trains instead,
+is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and
