@@ -91,7 +91,9 @@ KV_CACHE = """## The KV cache in fewer bits
 was rotated first ([QuaRot](https://arxiv.org/abs/2404.00456)). Divergence is from a float32 cache.
 Both are expanded to bf16 to be attended to: where that costs more than the bytes that are not read,
 fewer bits are slower. The first layers of Qwen2.5-Coder add biases to their keys that are far
-larger than what tells keys apart: four bits do not hold both, rotated or not."""
+larger than what tells keys apart, and four bits do not hold both, rotated or not. These figures are
+older than what takes the mean of such biases from keys ([architecture.md](architecture.md)), and
+its rows are to be measured again."""
 
 STATIC = """## Static ranges of activations
 
