@@ -129,8 +129,9 @@ they are measured on: on text of another kind they gain less. llama.cpp's files 
 importance matrix, and their heads keep more bits than most of the file; Pronk's recipes named by
 one number of bits round the head too. The engines agree on float weights; on quantized ones
 llama.cpp multiplies with activations of 8 bits, Pronk with 12. Groups of 128 do not divide this
-model's rows of 576: those of 96 stand for them. `pronk qat`, which trains instead,
-is judged in [pruning.md](pruning.md).""",
+model's rows of 576: those of 96 stand for them. The run was short of time: GPTQ had 16 windows
+where it takes 64 by itself, tuning 16 steps on the same, and `auto` is missing. `pronk qat`, which
+trains instead, is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and
