@@ -121,6 +121,7 @@ def compression(result: Result) -> str:
 GOALS: tuple[tuple[str, float, dict[str, float | str]], ...] = (
     ("int8", 1.07, {"kl": 0.001, "growth": 0.002}),
     ("int4", 0.57, {"growth": 0.03, "saved": 0.4}),
+    ("int4", 0.53, {"saved": 0.5}),
     ("int3", 0.44, {"beats": "Q3_K_M"}),
     ("auto", 0.50, {"beats": "Q2_K"}),
 )
@@ -135,6 +136,7 @@ def _goals(result: Result) -> list[str]:
     lines = []
     for kind, most, goals in GOALS:
         rows = [row for row in stored if row["name"].startswith(kind)]
+        rows = [row for row in rows if row["bits"] <= 8 * most] or rows
         if not rows:
             continue
         best = min(rows, key=lambda row: float(row["kl"]["value"]))
@@ -147,13 +149,17 @@ def _goals(result: Result) -> list[str]:
         if "growth" in goals:
             limit = goals["growth"]
             found.append(_reached(f"{growth:+.2%}", f"perplexity ≤ {limit:+.1%}", growth, limit))
-        plain = named.get(f"{kind}-rtn")
+        plain = named.get(_nearest(kind, best["name"]))
         if "saved" in goals and plain is not None:
             share = kl / plain["kl"]["value"] - 1
             text = f"KL beside round-to-nearest ≤ {-goals['saved']:+.0%}"
             found.append(_reached(f"{share:+.0%}", text, share, -goals["saved"]))
-        other = named.get(str(goals.get("beats")))
-        if other is not None:
+        others = [named.get(str(goals.get("beats")))]
+        if kind == "auto":  # the best of what has one format throughout, and is no larger
+            even = [row for row in stored if not row["name"].startswith("auto")]
+            even = [row for row in even if row["bits"] <= best["bits"]]
+            others += sorted(even, key=lambda row: float(row["kl"]["value"]))[:1]
+        for other in filter(None, others):
             theirs = other["kl"]["value"]
             found.append(_reached(f"KL {kl:.3f}", f"< {other['name']}'s {theirs:.3f}", kl, theirs))
         lines += [[best["name"], *one] for one in found]
@@ -161,6 +167,13 @@ def _goals(result: Result) -> list[str]:
         return []
     return ["What was aimed at, by the recipe of each kind that diverges least:",
             markdown(["recipe", "measured", "goal", "reached"], lines)]  # fmt: skip
+
+
+def _nearest(kind: str, name: str) -> str:
+    """The row of round-to-nearest in the groups of another recipe."""
+    words = name.split()
+    at = words.index("group-size") if "group-size" in words else len(words)
+    return " ".join([f"{kind}-rtn", *words[at : at + 2]])
 
 
 def _reached(measured: str, goal: str, value: float, limit: Any) -> list[str]:

@@ -97,7 +97,9 @@ KV_CACHE = """## The KV cache in fewer bits
 was rotated first ([QuaRot](https://arxiv.org/abs/2404.00456)). Divergence is from a float32 cache.
 Both are expanded to bf16 to be attended to: where that costs more than the bytes that are not read,
 fewer bits are slower. The first layers of Qwen2.5-Coder add biases to their keys that are far
-larger than what tells keys apart: four bits do not hold both, rotated or not."""
+larger than what tells keys apart, and four bits do not hold both, rotated or not. These figures are
+older than what takes the mean of such biases from keys ([architecture.md](architecture.md)), and
+its rows are to be measured again."""
 
 STATIC = """## Static ranges of activations
 
@@ -147,9 +149,10 @@ NOTES = {
 they are measured on: on text of another kind they gain less. llama.cpp's files were made without an
 importance matrix, and their heads keep more bits than most of the file; Pronk's recipes named by
 one number of bits round the head too. The engines agree on float weights; on quantized ones
-llama.cpp multiplies with activations of 8 bits, Pronk with 12. This run was interrupted, and
-`int4-gptq` and `int3-head4-gptq` gone on with by a later version: of `int4-gptq`, the head and the
-first 22 layers were calibrated in float32, the others in bfloat16.""",
+llama.cpp multiplies with activations of 8 bits, Pronk with 12. Groups of 128 do not divide this
+model's rows of 576: those of 96 stand for them. The run was short of time: GPTQ had 16 windows
+where it takes 64 by itself, tuning 16 steps on the same, and `auto` is missing. `pronk qat`, which
+trains instead, is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and

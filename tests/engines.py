@@ -21,7 +21,7 @@ from pronk.graph.pack import block_dtype
 from pronk.graph.passes import CPU_PASSES, run_passes
 from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference
-from pronk.graph.rope import model_frequencies
+from pronk.graph.rope import computed_weight, model_frequencies
 from pronk.model import compile_checkpoint
 from pronk.spec import LayerSpec, ModelSpec
 
@@ -58,7 +58,7 @@ def reference_weights(checkpoint: Checkpoint, graph: Graph) -> dict[str, np.ndar
     """float32 weights of a graph for the NumPy interpreter."""
     weights = {}
     for name, weight in graph.weights.items():
-        computed = model_frequencies(checkpoint.spec, name, 256)
+        computed = computed_weight(checkpoint.spec, name, 256, checkpoint.read_float)
         if computed is not None:
             weights[name] = computed
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,7 @@ from pronk.evaluate.report import front, make_report
 from pronk.evaluate.report_page import page
 from pronk.evaluate.report_text import format_report, markdown, seen_from, sentence
 from pronk.evaluate.scores import Scores, score_window
-from pronk.evaluate.svg import Point, scatter, ticks
+from pronk.evaluate.svg import Point, mark, scatter, ticks
 from pronk.evaluate.tasks import BUILT_IN, load_task
 from pronk.evaluate.windows import windows
 
@@ -322,7 +323,8 @@ def test_the_page_needs_nothing_else_and_believes_nothing(report):
     assert not found.links
     assert "://" not in text
     assert not {"script", "link", "img", "iframe", "name", "cpu"} & set(found.tags)
-    assert found.tags.count("svg") == 5  # four plots, and the sensitivity of one variant
+    # Four plots, and the sensitivity of one variant; the others are marks beside names.
+    assert found.tags.count("svg") - text.count('<svg class="dot"') == 5
     assert "odd<name>" in found.text
     assert "prefers-color-scheme:dark" in text
     assert "0.mlp.up_proj" in found.text
@@ -338,11 +340,44 @@ def test_plots_keep_their_marks_inside():
     points = [Point("a", 1e6, 3.0, 0, (9e5, 2e6), (2.0, 4.0)), Point("<b>", 5e8, 90.0, 1)]
     svg = scatter(points, "x", "y", ["a", "<b>"], x_log=True, y_log=True)
     assert "<b>" not in svg
-    marks = [part.split('"') for part in svg.split("<circle ")[1:]]
-    assert all(0 < float(m[1]) < 560 and 0 < float(m[3]) < 360 for m in marks)
-    assert scatter(points[:1], "x", "y").count("<circle") == 1
+    marks = re.findall(r'class="shape" d="[^"]*" transform="translate\((\S+) (\S+)\)"', svg)
+    assert len(marks) == 2
+    assert all(0 < float(at) < 560 and 0 < float(up) < 360 for at, up in marks)
+    assert scatter(points[:1], "x", "y").count('class="shape"') == 1
+    assert len({mark(i) for i in range(32)}) == 32
     assert ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
     assert ticks(1e-4, 1.0, log=True) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
+
+
+def test_names_cross_neither_the_front_nor_each_other():
+    """Names of 6.4 pixels a letter, as they are placed."""
+    sizes = {"three": 59, "four": 76, "four, tuned": 76.5, "eight": 143, "eight, static": 144,
+             "float32": 538}  # fmt: skip
+    growth = [37, 8, 6, 0.15, 0.05, 0]
+    points = [
+        Point(name, size, lost, i, y_range=(lost - 1, lost + 1))
+        for i, ((name, size), lost) in enumerate(zip(sizes.items(), growth, strict=True))
+    ]
+    svg = scatter(points, "MB", "%", list(sizes), x_log=True)
+    at, front = svg.split('class="front" d="M')[1].split('"')[0].split("H", 1)
+    x, y = map(float, at.split())
+    lines = []
+    for step in front.split("H"):
+        across, down = map(float, step.split("V"))
+        lines += [
+            (min(x, across), y, max(x, across), y),
+            (across, min(y, down), across, max(y, down)),
+        ]
+        x, y = across, down
+    names = re.findall(r'class="name middle" x="(\S+)" y="(\S+)">([^<]+)<', svg)
+    assert len(names) == len(points)
+    boxes = [
+        (float(mid) - 3.2 * len(name), float(base) - 9, float(mid) + 3.2 * len(name), float(base))
+        for mid, base, name in names
+    ]
+    for i, a in enumerate(boxes):
+        for b in (*lines, *boxes[:i]):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (names[i], b)
 
 
 def run(*words: str) -> int:

@@ -105,14 +105,22 @@ def made(source: Path, recipe: Recipe, out: Path, **options: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name, recipe in RECIPES.items()
-        if recipe.calibrated and recipe.formats and not name.startswith("k4") and not recipe.static
-    ],
-)
+K_QUANTS = ["k4-imatrix", "k4-gptq"]
+SEARCHED = [n for n, recipe in RECIPES.items() if recipe.method == "mse" and not recipe.fold]
+CALIBRATED = [
+    name
+    for name, recipe in RECIPES.items()
+    if recipe.calibrated and recipe.formats and name not in K_QUANTS and not recipe.static
+]
+
+
+def test_every_recipe_is_told_from_the_nearest() -> None:
+    """By one of the tests below; those of no other method have nothing to be told from."""
+    told = {*CALIBRATED, *SEARCHED, *K_QUANTS, "auto"}
+    assert told == {name for name, recipe in RECIPES.items() if recipe.method != "rtn"}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
 def test_calibrated_recipes_keep_what_layers_give(name: str, untied: Path, tmp_path: Path) -> None:
     recipe = recipe_of(name)
     ours = layer_error(untied, made(untied, recipe, tmp_path / "ours"))
@@ -128,7 +136,7 @@ def test_folding_adds_to_the_method(name: str, untied: Path, tmp_path: Path) -> 
     assert ours < 0.97 * plain
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-channel", "seed", "int4-mse"])
+@pytest.mark.parametrize("name", SEARCHED)
 def test_searched_scales_lower_the_squared_error(name: str, tiny: Path, tmp_path: Path) -> None:
     recipe = recipe_of(name)
     ours = weight_error(tiny, made(tiny, recipe, tmp_path / "ours"))
@@ -472,7 +480,7 @@ def test_k_blocks_hold_the_grid(dtype: str) -> None:
     assert lost < 1.1 * float((plain.values(plain.codes(weight)) - weight).square().sum())
 
 
-@pytest.mark.parametrize("name", ["k4-imatrix", "k4-gptq"])
+@pytest.mark.parametrize("name", K_QUANTS)
 def test_k_quants_in_a_gguf_file(name: str, tmp_path: Path) -> None:
     hf = uneven(tmp_path / "hf", tie_word_embeddings=False, vocab_size=333, intermediate_size=256)
     source = checkpoints.tiny_gguf(tmp_path / "tiny.gguf", hf)

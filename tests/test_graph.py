@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from checkpoints import tiny_gguf, tiny_llama_dir
+from checkpoints import tiny_dir, tiny_gguf, tiny_llama_dir
 from engines import isas, make_runner, reference_weights, run_whole
+from safetensors.numpy import load_file, save_file
 
 from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.runner import Runner
@@ -15,7 +18,9 @@ from pronk.graph.memory import plan_layout
 from pronk.graph.pack import ACT_RANGE, GROUPED, block_dtype
 from pronk.graph.program import Limits, compile_program, stored_dtypes
 from pronk.graph.reference import Reference, fake_quantize
+from pronk.graph.rope import KEY_CENTER, computed_weight, rope_frequencies
 from pronk.model import compile_checkpoint
+from pronk.spec import RopeSpec
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 75)]
 
@@ -140,6 +145,46 @@ def test_a_rounded_cache_is_close_to_float32(tiny, isa):
         rounded = run_whole(make_runner(tiny, isa=isa, kv_dtype=kv_dtype), IDS)
         difference = np.abs(exact - rounded).max()
         assert 0 < difference < most * np.abs(exact).max(), kv_dtype
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """A model whose keys have biases as Qwen's: far larger than keys, where rope turns slowly."""
+    path = tiny_dir(tmp_path_factory.mktemp("biased"), "qwen2", rope_theta=1e6)
+    tensors = {n: np.array(t) for n, t in load_file(path / "model.safetensors").items()}
+    for name, bias in tensors.items():
+        if name.endswith("k_proj.bias"):
+            # Of halves of 8, the last pair turns by 0.02 in the 4,096 positions of the mean.
+            bias.reshape(-1, 8)[:, 7] = 150
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_large_biases_of_keys_are_kept_out_of_the_cache(biased, isa):
+    exact = run_whole(make_runner(biased, isa=isa, kv_dtype="f32"), IDS)
+    with open_checkpoint(biased) as checkpoint:
+        graph = compile_checkpoint(checkpoint, Limits(256)).graph
+        weights = reference_weights(checkpoint, graph)
+    centers = {name: 0 * w for name, w in weights.items() if name.startswith(KEY_CENTER)}
+    assert len(centers) == 2
+    plain = interpret(graph, {**weights, **centers})
+    assert np.abs(plain - interpret(graph, weights)).max() < 1e-3 * np.abs(plain).max()
+    for kv_dtype, most in {"bf16": 0.02, "int8": 0.05, "int4": 0.2}.items():
+        rounded = run_whole(make_runner(biased, isa=isa, kv_dtype=kv_dtype), IDS)
+        assert np.abs(exact - rounded).max() < most * np.abs(exact).max(), kv_dtype
+
+
+def test_the_center_of_keys_is_the_mean_of_their_rotated_bias(biased):
+    with open_checkpoint(biased) as checkpoint:
+        spec = replace(checkpoint.spec, ropes=(RopeSpec(theta=1e4, attention_factor=1.5),))
+        center = computed_weight(spec, f"{KEY_CENTER}.1", 256, checkpoint.read_float)
+        bias = checkpoint.read_float("model.layers.1.self_attn.k_proj.bias").reshape(-1)
+    angles = np.outer(np.arange(4096), rope_frequencies(spec.ropes[0], spec.head_dim))
+    a, b = np.split(bias.reshape(spec.num_kv_heads, -1), 2, axis=1)
+    cos, sin = 1.5 * np.cos(angles).mean(0), 1.5 * np.sin(angles).mean(0)
+    expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], 1)
+    np.testing.assert_allclose(center, expected.reshape(-1), rtol=1e-3, atol=1e-5)
 
 
 def test_fake_quantize_bounds_the_error():

@@ -243,15 +243,17 @@ void bind_executor(nb::module_& m) {
             "rope_store",
             [](Executor& e, Slot qkv, Slot table, int64_t heads, int64_t group, int64_t layer,
                const std::string& norm, std::pair<int64_t, int64_t> weights, float eps,
-               int64_t grain) {
+               int64_t center, int64_t grain) {
                 Op op{OpKind::rope_store};
                 op.a = at(qkv), op.b = at(table), op.heads = heads, op.layer = layer;
                 op.norm = head_norm(e, norm, weights, heads, eps), op.grain = grain;
+                const KvShape& kv = e.kv_shape();
+                if (center >= 0) op.norm.center = vector_at(e, center, kv.heads * kv.head_dim);
                 op.group = group;
                 e.add(std::move(op));
             },
             "qkv"_a, "table"_a, "heads"_a, "group"_a, "layer"_a, "norm"_a, "weights"_a, "eps"_a,
-            "grain"_a, "Without a table, where its offset is -1, nothing is turned.")
+            "center"_a, "grain"_a, "Without a table, where its offset is -1, nothing is turned.")
         .def(
             "attention",
             [](Executor& e, Slot qkv, Slot parts, int64_t heads, int64_t group, int64_t layer,

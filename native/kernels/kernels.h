@@ -132,6 +132,7 @@ struct HeadNorm {
     enum Kind : int { none, head, full, l2 } kind = none;
     const float *q = nullptr, *k = nullptr;  // weights: [dim] of a head, or of all heads
     float eps = 0;
+    const float* center = nullptr;  // [dim] of all KV heads, taken from keys that were rotated
 };
 
 // What finding the largest logits of a row needs beside them (bounded.h): a row of floats.

@@ -36,6 +36,10 @@ inline void norm_heads(float* x, const float* weight, int64_t count, float eps) 
     }
 }
 
+inline void center_key(float* key, const float* center, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) store(key + d, sub(load(key + d), load(center + d)));
+}
+
 inline void store_half(const float* k, const float* v, int64_t dim, int64_t slot, uint8_t* keys,
                        uint8_t* values) {
     uint16_t half[2 * kMaxHeadDim];
@@ -70,6 +74,9 @@ inline void rope_store(Rows qkv, Rows table, int64_t heads, const HeadNorm& norm
                 norm_heads(x, h < heads ? norm.q : norm.k, dim, norm.eps);
             if (table.data) rotate(x, table.row<float>(t), dim / 2);
             if (norm.kind == HeadNorm::l2) norm_heads(x, nullptr, dim, norm.eps);
+            // What all keys of a head have in common adds the same to every score of a query,
+            // which softmax does not see: rounded keys are nearer without it.
+            if (norm.center && h >= heads) center_key(x, norm.center + (h - heads) * dim, dim);
         }
         const int64_t position = tokens.positions[t];
         const int64_t block = kv.tables[tokens.sequences[t] * kv.max_blocks + position / kBlock];

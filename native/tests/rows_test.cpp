@@ -478,6 +478,8 @@ std::vector<double> turned(const float* row, const float* angles, int heads, int
             x[size_t(i + half)] = b * c + a * s;
         }
         if (norm.kind == HeadNorm::l2) unit(h * dim, dim, nullptr);
+        for (int i = 0; norm.center && h >= heads && i < dim; ++i)
+            x[size_t(h * dim + i)] -= norm.center[(h - heads) * dim + i];
     }
     return x;
 }
@@ -485,11 +487,12 @@ std::vector<double> turned(const float* row, const float* angles, int heads, int
 void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Random& random) {
     const int64_t count = 5, width = (heads + 2 * kv_heads) * dim;
     const Buffer before(count * width * 4), table(count * dim * 4);
-    const Buffer q(heads * dim * 4), k(kv_heads * dim * 4);
+    const Buffer q(heads * dim * 4), k(kv_heads * dim * 4), center(kv_heads * dim * 4);
     before.fill(random, 3.0f);
     table.fill(random);
     q.fill(random, 2.0f);
     k.fill(random, 2.0f);
+    center.fill(random, 2.0f);
     const int64_t block = 2 * kv_heads * kv_head_bytes(KvType::f32, dim);
     const int32_t blocks[] = {0}, sequences[count] = {}, positions[] = {0, 1, 2, 3, 4};
     for (const auto kind : {HeadNorm::none, HeadNorm::head, HeadNorm::full, HeadNorm::l2})
@@ -497,7 +500,8 @@ void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Ra
             const Buffer qkv(count * width * 4), alone(count * width * 4), pool(block);
             std::memcpy(qkv.data(), before.data(), static_cast<size_t>(qkv.size()));
             std::memcpy(alone.data(), before.data(), static_cast<size_t>(qkv.size()));
-            const HeadNorm norm{kind, q.floats(), k.floats(), 1e-3f};
+            const HeadNorm norm{kind, q.floats(), k.floats(), 1e-3f,
+                                turns ? center.floats() : nullptr};
             const KvView kv{pool.data(), block, blocks, 1, KvType::f32, kv_heads, dim};
             const auto angles = [&](int64_t t) {
                 return Rows{turns ? table.data() + t * dim * 4 : nullptr, dim * 4};
@@ -524,7 +528,7 @@ void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Ra
                             stored.floats()[(kv_heads * kBlock + t) * dim + d] ==
                                 row[(heads + kv_heads) * dim + d];
             }
-            const char* how = turns ? "turned" : "as they are";
+            const char* how = turns ? "turned, centered" : "as they are";
             check(worst < 1e-5, "%s rope_store norm %d dim %d %s: off by %g", kernels.name, kind,
                   dim, how, worst);
             check(kept, "%s rope_store norm %d dim %d %s: stores something else", kernels.name,

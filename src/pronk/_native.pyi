@@ -93,7 +93,7 @@ class Executor:
         The product that ends a head, from which the largest logits may be asked for alone.
         """
 
-    def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, norm: str, weights: tuple[int, int], eps: float, grain: int) -> None:
+    def rope_store(self, qkv: tuple[int, int], table: tuple[int, int], heads: int, group: int, layer: int, norm: str, weights: tuple[int, int], eps: float, center: int, grain: int) -> None:
         """Without a table, where its offset is -1, nothing is turned."""
 
     def attention(self, qkv: tuple[int, int], parts: tuple[int, int], heads: int, group: int, layer: int, scale: float, out: tuple[int, int], grain: int, *, softcap: float = 0.0, slopes: Sequence[float] = [], growth: float = 0.0, growth_span: int = 1) -> None: ...

@@ -133,7 +133,7 @@ def _table() -> dict[str, Recipe]:
             Recipe(f"int{bits}-gptq", "gptq", formats, f"{bits} bits, GPTQ; {_WIDER}", "g64"),
         ]
     head4 = (
-        ("embed_tokens", "int4-g32"), ("lm_head", "int4-g32"), ("", "int3-{group}"),
+        ("embed_tokens", "int4-{group}"), ("lm_head", "int4-{group}"), ("", "int3-{group}"),
     )  # fmt: skip
     about = f"3 bits, GPTQ, 4 the head; {_WIDER}"
     rows += [Recipe("int3-head4-gptq", "gptq", head4, about, "g64")]

@@ -17,7 +17,7 @@ from pronk.errors import CheckpointError
 from pronk.graph.ir import Weight
 from pronk.graph.pack import PANEL, block_dtype
 from pronk.graph.program import Program
-from pronk.graph.rope import model_frequencies
+from pronk.graph.rope import computed_weight
 
 __all__ = ["Conversion", "Loaded", "Loader", "Place", "load_weights", "places"]
 
@@ -242,7 +242,7 @@ def _stored(checkpoint: Checkpoint, place: Place) -> _Matrix | None:
 
 def _load_vector(checkpoint: Checkpoint, runner: Runner, place: Place) -> None:
     program, name = runner.program, place.weight.name
-    values = model_frequencies(program.spec, name, program.limits.context)
+    values = computed_weight(program.spec, name, program.limits.context, checkpoint.read_float)
     if values is None:
         values = checkpoint.read_float(name).reshape(-1)
     runner.executor.write(place.offset, np.ascontiguousarray(values, np.float32))

@@ -16,7 +16,7 @@ from pronk.evaluate.report_text import (
     sentence,
     sentences,
 )
-from pronk.evaluate.svg import Point, bars, scatter
+from pronk.evaluate.svg import Point, bars, mark, scatter
 from pronk.units import format_bytes
 
 __all__ = ["page"]
@@ -49,8 +49,6 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;
 th,td{padding:6px 7px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;white-space:normal}th:first-child,td:first-child{text-align:left}
 tr:last-child td{border-bottom:0}td.name{font-weight:600}
-.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px;
-background:var(--c)}
 .tag{font-size:11px;color:var(--soft);border:1px solid var(--line);border-radius:99px;
 padding:1px 7px;margin-left:8px;font-weight:400}
 td.worse{background:var(--badbg);color:var(--bad)}
@@ -59,13 +57,14 @@ td.tie{color:var(--soft)}td.self{color:var(--line);text-align:center}
 ul.says{padding-left:18px;margin:0}ul.says li{margin:3px 0}
 .worse b{color:var(--bad)}.better b{color:var(--good)}
 svg{width:100%;max-width:680px;height:auto;display:block;font-size:12px;fill:var(--ink)}
+svg.dot{display:inline-block;width:12px;height:12px;margin:0 8px -1px 0;fill:var(--c)}
 svg text{fill:var(--soft)}svg .middle{text-anchor:middle}svg .end{text-anchor:end}
 svg .name{fill:var(--ink);font-weight:600;font-size:11.5px;paint-order:stroke;stroke:var(--card);
 stroke-width:3px}svg .small{font-size:11px}
 svg .grid{stroke:var(--line);fill:none}
 svg .front{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 4;fill:none}
-svg .mark{fill:var(--c);stroke:var(--c)}svg .mark circle{stroke:var(--card);stroke-width:1.5}
-svg .mark path{stroke-width:1.5;opacity:.75}svg .mark rect{stroke:none}
+svg .mark{fill:var(--c);stroke:var(--c)}svg .mark path{stroke-width:1.5;opacity:.75}
+svg .mark .shape{stroke:var(--card);opacity:1}svg .mark rect{stroke:none}
 code{font-size:12.5px;overflow-wrap:anywhere}details{margin-top:10px}
 details summary{cursor:pointer;color:var(--soft)}
 """
@@ -125,7 +124,8 @@ def _card(title: str, inner: str) -> str:
 
 
 def _dot(i: int) -> str:
-    return f'<span class="dot" style="--c:var(--c{i % 8})"></span>'
+    shape, style = mark(i)
+    return f'<svg class="dot" viewBox="-7 -7 14 14" style="{style}">{shape}/></svg>'
 
 
 def _table(report: Row) -> str:

@@ -6,15 +6,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-__all__ = ["COLORS", "Point", "bars", "scatter", "ticks"]
+__all__ = ["COLORS", "Point", "bars", "mark", "scatter", "ticks"]
 
 COLORS = 8
-"""Colours that a page defines as ``--c0`` to ``--c7``."""
+"""Colours that a page defines as ``--c0`` to ``--c7``; behind them shapes change."""
+
+_SHAPES = (
+    "M-5.5 0A5.5 5.5 0 1 1 5.5 0A5.5 5.5 0 1 1 -5.5 0Z",
+    "M-5 -5H5V5H-5Z",
+    "M0 -6.8L6.8 0L0 6.8L-6.8 0Z",
+    "M0 -6.5L6.2 5H-6.2Z",
+)
 
 _WIDTH, _HEIGHT = 560, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 14, 46
 _LETTER = 6.4  # pixels of a letter of a label
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,12 @@ class Point:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     tip: str = ""
+
+
+def mark(number: int) -> tuple[str, str]:
+    """The path about zero and the colour of a variant by its number: 32 are told apart."""
+    shape = _SHAPES[number // COLORS % len(_SHAPES)]
+    return f'<path class="shape" d="{shape}"', f"--c:var(--c{number % COLORS})"
 
 
 def ticks(low: float, high: float, log: bool = False, most: int = 6) -> list[float]:
@@ -103,23 +119,29 @@ def scatter(
     y = _Axis(ys, _HEIGHT - _BOTTOM, _TOP, y_log)
     parts = [_frame(x, y, x_label, y_label)]
     best = [p for p in points if p.label in front]
+    lines: list[_Box] = []
     if len(best) > 1:
         # Between two points of the front nothing is reached but what the worse one gives.
         best.sort(key=lambda p: p.y, reverse=True)
         path = f"M{x(best[0].x):.1f} {y(best[0].y):.1f}"
-        for p in best[1:]:
-            path += f"H{x(p.x):.1f}V{y(p.y):.1f}"
+        for a, b in pairwise(best):
+            path += f"H{x(b.x):.1f}V{y(b.y):.1f}"
+            lines += [_line(x(a.x), y(a.y), x(b.x), y(a.y)), _line(x(b.x), y(a.y), x(b.x), y(b.y))]
         parts.append(f'<path class="front" d="{path}"/>')
     for p in points:
-        at, up, color = x(p.x), y(p.y), f"var(--c{p.color % COLORS})"
+        at, up, (shape, style) = x(p.x), y(p.y), mark(p.color)
         marks = f"<title>{escape(p.tip or p.label)}</title>"
         if p.y_range:
-            marks += f'<path d="M{at:.1f} {y(p.y_range[0]):.1f}V{y(p.y_range[1]):.1f}"/>'
+            low, high = (y(value) for value in p.y_range)
+            lines.append(_line(at, low, at, high))
+            marks += f'<path d="M{at:.1f} {low:.1f}V{high:.1f}"/>'
         if p.x_range:
-            marks += f'<path d="M{x(p.x_range[0]):.1f} {up:.1f}H{x(p.x_range[1]):.1f}"/>'
-        marks += f'<circle cx="{at:.1f}" cy="{up:.1f}" r="5.5"/>'
-        parts.append(f'<g class="mark" style="--c:{color}">{marks}</g>')
-    parts += _labels([(x(p.x), y(p.y), p.label) for p in points])
+            low, high = (x(value) for value in p.x_range)
+            lines.append(_line(low, up, high, up))
+            marks += f'<path d="M{low:.1f} {up:.1f}H{high:.1f}"/>'
+        marks += f'{shape} transform="translate({at:.1f} {up:.1f})"/>'
+        parts.append(f'<g class="mark" style="{style}">{marks}</g>')
+    parts += _labels([(x(p.x), y(p.y), p.label) for p in points], lines)
     return _svg("".join(parts), _HEIGHT, f"{y_label} against {x_label}")
 
 
@@ -143,17 +165,26 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> str:
     return "".join(parts)
 
 
-def _labels(points: Sequence[tuple[float, float, str]]) -> list[str]:
+def _line(x0: float, y0: float, x1: float, y1: float) -> _Box:
+    """What a level or upright line takes, with a little room beside it."""
+    return min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2
+
+
+def _labels(points: Sequence[tuple[float, float, str]], lines: Sequence[_Box]) -> list[str]:
     """Each name where it hides least: right, left, above or below its mark, or further off."""
-    taken = [(at - 7, up - 7, at + 7, up + 7) for at, up, _ in points]
+    taken = [*lines, *((at - 7, up - 7, at + 7, up + 7) for at, up, _ in points)]
     parts = []
     for at, up, label in points:
         wide = len(label) * _LETTER
         places = [
             (at + side * (9 + wide / 2), up + 4 + drop)
-            for drop in (0, -12, 12, -24, 24, -36, 36)
+            for drop in (0, -12, 12, -24, 24, -36, 36, -48, 48)
             for side in (1, -1)
-        ] + [(at, up - 12), (at, up + 20)]
+        ] + [
+            (at + side * (wide / 2 - 8), up + drop)
+            for drop in (-12, 20, -24, 32)
+            for side in (0, 1, -1)
+        ]
 
         def cost(place: tuple[float, float], wide: float = wide, up: float = up) -> float:
             mid, base = place

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pronk.graph.ir import Attr, Graph, Op, Ref, Value, Weight
-from pronk.graph.rope import FREQUENCIES
+from pronk.graph.rope import FREQUENCIES, KEY_CENTER
 from pronk.spec import LayerSpec, ModelSpec
 
 __all__ = ["build_decoder"]
@@ -136,7 +136,10 @@ def _attention(b: _Builder, layer: LayerSpec, i: int, at: str, x: str) -> str:
         attrs["alibi"] = spec.alibi
     if spec.query_growth and layer.rope is None:
         attrs["growth"], attrs["growth_span"] = spec.query_growth
-    a = b.op("attention", tuple(parts.values()), f"{i}.attn", widths["q"])
+    center: tuple[str, ...] = ()
+    if spec.attention_bias and not layer.qk_norm and not spec.attention_softcap:
+        center = (b.weight(f"{KEY_CENTER}.{i}", 1, widths["k"]),)
+    a = b.op("attention", tuple(parts.values()), f"{i}.attn", widths["q"], center)
     b.ops[-1] = b.ops[-1].with_attrs(**attrs)
     o = b.linear(a, f"{attn}.o_proj", hidden, widths["q"], f"{i}.o", spec.output_bias,
                  spec.residual_scale)  # fmt: skip

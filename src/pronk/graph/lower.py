@@ -119,10 +119,12 @@ class _Lowering:
 
     def _rope_store(self, op: Op, out: tuple[int, int], grain: int) -> None:
         qkv, *table = (self.slot(ref) for ref in op.inputs)
-        q, k = (self.weight(name) for name in op.weights) if op.weights else _NONE
+        weights = [self.weight(name) for name in op.weights]
+        center = weights.pop() if op.attrs.get("centered") else -1
+        q, k = weights or _NONE
         self.executor.rope_store(
             qkv, table[0] if table else _NONE, op.integer("heads"), *self.kv(op),
-            str(op.attrs.get("qk_norm", "")), (q, k), float(op.attrs.get("eps", 0)),
+            str(op.attrs.get("qk_norm", "")), (q, k), float(op.attrs.get("eps", 0)), center,
             grain)  # fmt: skip
 
     def _attend(self, op: Op, out: tuple[int, int], grain: int) -> None:

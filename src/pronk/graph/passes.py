@@ -125,7 +125,9 @@ def fuse_rope(graph: Graph) -> Graph:
         tables = [o.inputs[1] for o in way if o.kind == "rope"]
         name = f"{source.value}.rope"
         values[name] = replace(values[source.value], name=name)
-        weights = tuple(weight for norm in norms for weight in norm.weights)
+        weights = tuple(weight for norm in norms for weight in norm.weights) + op.weights
+        if op.weights:
+            attrs["centered"] = True
         ops.append(Op("rope_store", (Ref(source.value), *tables), name, weights, attrs))
         parts = f"{op.output}.parts"
         values[parts] = Value(parts, "T", heads * (dim + PART_TAIL))

@@ -192,6 +192,8 @@ class Reference:
             if norm == "l2":
                 grouped = parts[i].reshape(len(x[0]), count, -1)
                 parts[i] = _unit(grouped, op).reshape(parts[i].shape)
+        if op.attrs.get("centered"):
+            parts[1] = parts[1] - w[-1]
         v = x[0][:, ends[1] : ends[2]]
         self._store(op.integer("layer"), parts[1], v, kv_heads)
         return np.concatenate([*parts, v], 1)
@@ -228,7 +230,8 @@ class Reference:
         heads = op.integer("heads")
         dim = self.graph.values[op.output].width // heads
         kv_heads = self.graph.values[op.inputs[1].value].width // dim
-        self._store(op.integer("layer"), x[1], x[2][:, : kv_heads * dim], kv_heads)
+        k = x[1] - w[0] if w else x[1]
+        self._store(op.integer("layer"), k, x[2][:, : kv_heads * dim], kv_heads)
         return self._attend(op.with_attrs(kv_heads=kv_heads), x, w)
 
     def _store(self, layer: int, k: Array, v: Array, kv_heads: int) -> None:

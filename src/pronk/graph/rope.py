@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pronk.spec import ModelSpec, RopeSpec
+from pronk.spec import LayerSpec, ModelSpec, RopeSpec
 
-__all__ = ["FREQUENCIES", "model_frequencies", "rope_frequencies"]
+__all__ = ["FREQUENCIES", "KEY_CENTER", "computed_weight", "model_frequencies", "rope_frequencies"]
 
 FREQUENCIES = "rope.frequencies"  # weights computed from the spec, not read from the checkpoint
+KEY_CENTER = "key_center"  # weights computed from the bias of keys, by layer
+
+_CENTERED = 4096  # positions; not the context, on which what is cached would then depend
 
 Array = NDArray[np.float32]
 
@@ -55,6 +59,48 @@ def rope_frequencies(rope: RopeSpec, head_dim: int, context: int = 0) -> Array:
     elif rope.kind not in ("default", "dynamic"):
         raise ValueError(f"unknown rope kind {rope.kind!r}")
     return np.asarray(frequencies, np.float32)
+
+
+def computed_weight(
+    spec: ModelSpec, name: str, context: int, read: Callable[[str], Array]
+) -> Array | None:
+    """A weight that a graph names and no checkpoint holds; None for any other.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+    name : str
+    context : int
+        See `rope_frequencies`.
+    read : callable
+        A vector of the checkpoint by its name, float32.
+    """
+    family, _, index = name.rpartition(".")
+    if family != KEY_CENTER:
+        return model_frequencies(spec, name, context)
+    layer = spec.layers[int(index)]
+    at = int(index) if layer.weights is None else layer.weights
+    bias = read(f"model.layers.{at}.self_attn.k_proj.bias").reshape(-1)
+    return _key_center(spec, layer, bias, context)
+
+
+def _key_center(spec: ModelSpec, layer: LayerSpec, bias: Array, context: int) -> Array:
+    """What all keys of a layer have in common: the mean of their rotated bias over positions.
+
+    Taken from every key it changes no attention, since it adds the same to all scores of a query;
+    keys in fewer bits are nearer without it. Biases are largest where rope turns slowest (Qwen's
+    reach 200 beside keys of about 1), so that the mean is most of them.
+    """
+    if layer.rope is None:
+        return bias
+    rope = spec.ropes[layer.rope]
+    turn = np.exp(1j * rope_frequencies(rope, spec.head_dim, context).astype(np.float64))
+    still = turn == 1
+    turned = (1 - turn**_CENTERED) / np.where(still, 1, _CENTERED * (1 - turn))
+    mean = np.where(still, 1, turned) * rope.attention_factor
+    first, second = np.moveaxis(bias.reshape(spec.num_kv_heads, 2, -1), 1, 0)
+    center = (first + 1j * second) * mean
+    return np.stack([center.real, center.imag], 1).reshape(-1).astype(np.float32)
 
 
 def _llama3(rope: RopeSpec, frequencies: Array) -> Array:
