@@ -84,6 +84,7 @@ def main() -> None:
         "float32 activations, bf16 cache": {"exact": True},
         "12 bits, float32 cache": {"exact": False, "kv_dtype": "f32"},
         "12 bits, bf16 cache (default)": {"exact": False},
+        "8 bits, bf16 cache": {"exact": False, "activations": "int8"},
     }
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:

@@ -8,6 +8,7 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 from engines import isas, make_runner, run_whole
 
 FORMATS = ("f32", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+CASES = [(dtype, "int12") for dtype in FORMATS] + [(dtype, "int8") for dtype in FORMATS[2:]]
 RNG = np.random.default_rng(3)
 PROMPTS = [[int(i) for i in RNG.integers(0, 320, n)] for n in (70, 33, 1, 48)]
 
@@ -29,17 +30,18 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_chunks_and_threads_do_not_matter(models, dtype, isa):
-    expected = run_whole(make_runner(models[dtype], threads=1, isa=isa), PROMPTS[0])
+@pytest.mark.parametrize(("dtype", "activations"), CASES)
+def test_chunks_and_threads_do_not_matter(models, dtype, activations, isa):
+    options = {"isa": isa, "activations": activations}
+    expected = run_whole(make_runner(models[dtype], threads=1, **options), PROMPTS[0])
     for threads, chunk in ((1, 7), (2, 32), (3, 70), (2, 1)):
-        runner = make_runner(models[dtype], threads=threads, isa=isa)
+        runner = make_runner(models[dtype], threads=threads, **options)
         np.testing.assert_array_equal(run_whole(runner, PROMPTS[0], chunk), expected)
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_company_does_not_matter(models, dtype):
-    limits = {"kv_tokens": 512, "max_tokens": 40, "max_rows": 3}
+@pytest.mark.parametrize(("dtype", "activations"), CASES)
+def test_company_does_not_matter(models, dtype, activations):
+    limits = {"kv_tokens": 512, "max_tokens": 40, "max_rows": 3, "activations": activations}
     runner = make_runner(models[dtype], **limits)
     alone = [
         run_whole(

@@ -28,8 +28,8 @@ def test_sizes_are_those_of_the_native_core(dtype):
             assert pack.packed_bytes(dtype, rows, cols) == expected
             if cols % 512 == 0 and rows % 16 == 0 and dtype in pack.GROUPED:
                 assert expected == rows * row_bytes(dtype, cols)  # no larger than stored
-    for quantized in (False, True):
-        assert pack.act_row_bytes(96, quantized) == _native.act_row_bytes(96, quantized)
+    for precision in ("f32", *pack.ACT_RANGE):
+        assert pack.act_row_bytes(96, precision) == _native.act_row_bytes(96, precision)
     for name in ("PANEL", "GROUP", "KV_BLOCK", "PART_TAIL"):
         assert getattr(pack, name) == getattr(_native, name)
 

@@ -27,7 +27,7 @@ from pronk.engine.runner import ExpertReads, Recording, Runner, magnitudes
 from pronk.errors import BudgetError, PronkError, RequestError
 from pronk.graph.attention import AttentionPolicy, adapted
 from pronk.graph.experts import apply_experts
-from pronk.graph.pack import KV_BLOCK, KV_DTYPES
+from pronk.graph.pack import ACTIVATIONS, KV_BLOCK, KV_DTYPES
 from pronk.graph.program import (
     Limits,
     Program,
@@ -561,6 +561,7 @@ def load(
     context: int | None = None,
     *,
     kv_dtype: str = "bf16",
+    activations: str = "int12",
     attention: str | AttentionPolicy | None = None,
     rope_scaling: str | None = None,
     packed_cache: bool = True,
@@ -587,6 +588,9 @@ def load(
         Element type of the KV cache. ``"int8"`` halves it, and ``"int4"``, whose rows are rotated
         before they are rounded, nearly halves it again; the logits get less exact (``pronk eval
         --kv int8`` says by how much). ``"int4_plain"`` leaves the rotation out, to compare.
+    activations : {"int12", "int8"}
+        What meets quantized weights. ``"int8"`` is faster where a prompt, or many requests, are
+        computed, and less exact (``pronk eval --activations int8`` says by how much).
     attention : str or AttentionPolicy, optional
         Full attention on some layers alone: ``"window=512,global-every=4,sinks=4"`` gives all but
         every fourth a window of 512 positions and 4 attention sinks. Long contexts take less
@@ -633,6 +637,10 @@ def load(
     threads = choose_threads(threads)
     if kv_dtype not in KV_DTYPES:
         raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, not {kv_dtype!r}")
+    if activations not in ACTIVATIONS:
+        raise RequestError(
+            f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
+        )
     if kv_tokens is not None and not KV_BLOCK <= kv_tokens <= 2**31:
         raise RequestError(f"kv_tokens must be in [{KV_BLOCK}, 2**31], not {kv_tokens}")
     if not 1 <= max_sequences <= 4096:
@@ -653,6 +661,7 @@ def load(
         limits = Limits(
             context,
             kv_dtype=kv_dtype,
+            activations=activations,
             kv_tokens=kv_tokens,
             max_sequences=max_sequences,
             expert_memory=expert_memory,
@@ -669,7 +678,9 @@ def load(
             trim()
             overhead = max(resident_memory(), budget.overhead)
             # Up to the context it was fitted to, the budget has been measured.
-            fitted = limits == Limits(min(context, budget.context), kv_dtype=kv_dtype)
+            fitted = limits == Limits(
+                min(context, budget.context), kv_dtype=kv_dtype, activations=activations
+            )
             if not fitted and regions + overhead > budget.memory:
                 raise BudgetError(
                     f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but a "

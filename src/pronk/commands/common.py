@@ -71,9 +71,14 @@ def add_kv(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """``--threads``, ``--kv``, ``--sparse-mlp``, ``--no-packed-cache`` and `add_attention`'s."""
+    """Threads, and what a model is run with: cache, activations, attention, packed weights."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads (default: all cores)")
     add_kv(parser)
+    parser.add_argument(
+        "--activations", choices=("int12", "int8"), default="int12",
+        help="what meets quantized weights: int8 is faster on prompts and in batches, and loses "
+        "some precision, which eval measures",
+    )  # fmt: skip
     add_attention(parser)
     parser.add_argument(
         "--sparse-mlp", metavar="HOW",
@@ -193,7 +198,7 @@ def open_model(
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
-        kv_dtype=args.kv, packed_cache=args.packed_cache,
+        kv_dtype=args.kv, activations=args.activations, packed_cache=args.packed_cache,
         kv_tokens=getattr(args, "kv_tokens", None),
         max_sequences=getattr(args, "max_sequences", 16),
         target_tpot=getattr(args, "target_tpot", None),

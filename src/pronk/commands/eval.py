@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         result["sparse"] = activity(model.activity()).to_dict()
         model.watch(False)
     if args.reference:
-        as_made = {"kv": "bf16", "attention": None, "dynamic_experts": "", "sparse_mlp": None}
+        as_made = {"kv": "bf16", "activations": "int12", "attention": None, "dynamic_experts": "",
+                   "sparse_mlp": None}  # fmt: skip
         exact = argparse.Namespace(**{**vars(args), **as_made})
         reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:
