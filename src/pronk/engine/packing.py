@@ -297,8 +297,13 @@ def identity(checkpoint: Checkpoint, runner: Runner) -> str:
     """Names a model and all that decides the bits of its KV cache."""
     content = packed_cache.content_hash(checkpoint.files)
     program = runner.program
-    rest = [_program(checkpoint, runner), repr(program.spec), program.limits.kv_dtype,
-            program.limits.activations, __version__]
+    rest = [
+        _program(checkpoint, runner),
+        repr(program.spec),
+        program.limits.kv_dtype,
+        program.limits.activations,
+        __version__,
+    ]
     digest = blake2b(json.dumps([content, *rest]).encode(), digest_size=16)
     return digest.hexdigest()
 
