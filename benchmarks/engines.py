@@ -29,11 +29,13 @@ class Pronk:
     """The public interface, as a program would use it."""
 
     variants = ("default",)
+    activations = "int12"
 
     def __init__(self, path: str, threads: int, context: int) -> None:
         from pronk import load
 
-        self.model = load(path, threads=threads, context=context, speculate=False)
+        self.model = load(path, threads=threads, context=context, speculate=False,
+                          activations=self.activations)  # fmt: skip
         self.about = {"isa": self.model.isa, "memory": self.model.memory.to_dict()}
 
     def start(self, prompt: Tokens, count: int, session: str | None = None) -> Any:
@@ -66,6 +68,12 @@ class Pronk:
                 for pieces in group:
                     next(pieces)
         return len(prompts) * count / (now() - start)
+
+
+class PronkInt8(Pronk):
+    """With activations of 8 bits, which is what llama.cpp multiplies with."""
+
+    activations = "int8"
 
 
 class LlamaCpp:
@@ -229,6 +237,7 @@ class OpenVino:
 
 ENGINES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "pronk": (Pronk, ("pronk",)),
+    "pronk_int8": (PronkInt8, ("pronk",)),
     "llama_cpp": (LlamaCpp, ("llama_cpp",)),
     "openvino": (OpenVino, ("openvino", "openvino_genai")),
 }

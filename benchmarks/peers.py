@@ -170,6 +170,7 @@ class Comparison:
         self.end = time.monotonic() + 60 * args.minutes
         self.pythons = {
             "pronk": sys.executable,
+            "pronk_int8": sys.executable,
             "llama_cpp": args.llama_python,
             "llama_cpp_q4_0": args.llama_python,
             "openvino": args.openvino_python,
@@ -310,7 +311,7 @@ class Comparison:
     def starts(self) -> dict[str, Any]:
         """Fresh processes: seconds to the first step, and peak memory after some work."""
         rounds: list[dict[str, Any]] = []
-        names = [n for n in self.open(0) if n != "llama_cpp_q4_0"]
+        names = [n for n in self.open(0) if n not in ("llama_cpp_q4_0", "pronk_int8")]
         for number in range(self.args.rounds + 1):
             if rounds and time.monotonic() > self.end:
                 break

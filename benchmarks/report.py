@@ -39,7 +39,8 @@ The same GGUF, the same number of threads, each engine in a process of its own, 
 turns. Prompts are random tokens, new in every round of a prefill. llama.cpp runs with and without
 flash attention, OpenVINO with its own precision and with float32: the faster in each row counts.
 The column "Q4_0" is llama.cpp on the file requantized to the format it is fastest in, and so on a
-worse model. A ratio is Pronk's rate over the peer's, the median over rounds;
+worse model. Rows with "int8" are Pronk with `--activations int8`: llama.cpp multiplies with 8 bits
+too, and Pronk with 12 unless told; what that loses is below. A ratio is Pronk's rate over the peer's, the median over rounds;
 in the last two rows less is better and the ratio is turned round. The limit is the roofline's
 (below); "planned" is the weights, the cache and 70 MB.
 
@@ -88,8 +89,9 @@ run in turns. NEON is tested for correctness under an emulator, and not measured
 
 ACTIVATIONS = """## The precision of activations and of the cache
 
-Against the same weights dequantized, with float32 activations and a float32 cache. `a12` is what
-meets quantized weights: integers of 12 bits, with a scale for each group of 32."""
+Against the same weights dequantized, with float32 activations and a float32 cache. What meets
+quantized weights are integers of 12 bits with a scale for each group of 32, or, with
+`--activations int8`, of 8: half the products."""
 
 KV_CACHE = """## The KV cache in fewer bits
 

@@ -15,6 +15,7 @@ SLOW = 0.8
 
 NAMES = {
     "pronk": "Pronk",
+    "pronk_int8": "Pronk, int8 activations",
     "llama_cpp": "llama.cpp",
     "llama_cpp_q4_0": "llama.cpp, Q4_0",
     "openvino": "OpenVINO",
@@ -35,8 +36,8 @@ def good_rounds(task: Result, best: dict[str, float]) -> list[Result]:
     return [r for r in rounds if share(r["probes"], best) >= SLOW] or rounds
 
 
-def summary(task: Result, limits: dict[str, float]) -> Result:
-    """Medians, spreads, ratios of Pronk to each peer, and fractions of the limits.
+def summary(task: Result, limits: dict[str, float], mine: str = "pronk") -> Result:
+    """Medians, spreads, ratios of ours to each peer, and fractions of the limits.
 
     The spread is half the distance of the extremes, relative to the median.
     """
@@ -46,10 +47,10 @@ def summary(task: Result, limits: dict[str, float]) -> Result:
         values = [r[name] for r in rounds]
         medians[name] = statistics.median(values)
         spreads[name] = (max(values) - min(values)) / 2 / medians[name]
-        if name != "pronk":
-            ratios[name] = statistics.median(r["pronk"] / r[name] for r in rounds)
+        if not name.startswith("pronk"):
+            ratios[name] = statistics.median(r[mine] / r[name] for r in rounds)
     kinds = [k for k in limits if k.startswith(task["limit"])]
-    fractions = {k: medians["pronk"] * task["cost"] / limits[k] for k in kinds}
+    fractions = {k: medians[mine] * task["cost"] / limits[k] for k in kinds}
     return {"medians": medians, "spreads": spreads, "ratios": ratios, "fractions": fractions,
             "rounds": len(rounds), "repeated": len(task["rounds"]) - len(rounds)}  # fmt: skip
 
@@ -58,21 +59,26 @@ def peers(result: Result) -> str:
     """The tables of a `peers.py` result."""
     used = [n for n in NAMES if any(n in r["values"] for t in result["tasks"].values()
                                     for r in t["rounds"])]  # fmt: skip
-    others = [n for n in used if n != "pronk"]
+    others = [n for n in used if not n.startswith("pronk")]
     parts = []
     for model in dict.fromkeys(t["model"] for t in result["tasks"].values()):
         tasks = [t for t in result["tasks"].values() if t["model"] == model]
         here = [n for n in others if any(n in r["values"] for t in tasks for r in t["rounds"])]
         head = ["tokens/s", "Pronk", *(NAMES[n] for n in here), *(f"÷ {NAMES[n]}" for n in here),
                 "of the limit", "spread"]  # fmt: skip
-        rows = [_row(task, summary(task, result["limits"]), here) for task in tasks]
+        rows = [
+            _row(task, summary(task, result["limits"], mine), mine, here)
+            for task in tasks
+            for mine in ("pronk", "pronk_int8")
+            if mine in task["rounds"][0]["values"]
+        ]
         if model == result["starts"]["model"]:
             rows += _starts(result["starts"], here)
         parts.append(f"{model}\n\n{markdown(head, rows)}")
     return "\n\n".join([*parts, *_notes(result)])
 
 
-def _row(task: Result, found: Result, others: Sequence[str]) -> list[str]:
+def _row(task: Result, found: Result, mine: str, others: Sequence[str]) -> list[str]:
     goals = task["goals"]
     medians, ratios = found["medians"], found["ratios"]
     fractions = [
@@ -81,8 +87,8 @@ def _row(task: Result, found: Result, others: Sequence[str]) -> list[str]:
         for kind, value in found["fractions"].items()
     ]
     return [
-        task["title"],
-        f"{medians['pronk']:,.0f}",
+        task["title"] + ("" if mine == "pronk" else ", int8"),
+        f"{medians[mine]:,.0f}",
         *(f"{medians[n]:,.0f}" if n in medians else "-" for n in others),
         *(against(ratios[n], goals.get(n), "{:.2f}") if n in ratios else "-" for n in others),
         ", ".join(fractions),
