@@ -40,9 +40,9 @@ turns. Prompts are random tokens, new in every round of a prefill. llama.cpp run
 flash attention, OpenVINO with its own precision and with float32: the faster in each row counts.
 The column "Q4_0" is llama.cpp on the file requantized to the format it is fastest in, and so on a
 worse model. Rows with "int8" are Pronk with `--activations int8`: llama.cpp multiplies with 8 bits
-too, and Pronk with 12 unless told; what that loses is below. A ratio is Pronk's rate over the peer's, the median over rounds;
-in the last two rows less is better and the ratio is turned round. The limit is the roofline's
-(below); "planned" is the weights, the cache and 70 MB.
+too, and Pronk with 12 unless told; what that loses is below. A ratio is Pronk's rate over the
+peer's, the median over rounds; in the last two rows less is better and the ratio is turned round.
+The limit is the roofline's (below); "planned" is the weights, the cache and 70 MB.
 
 llama-cpp-python compiles on installation. GCC 12 miscompiles its tile kernels (they crash in the
 first prefill), so where the CPU has AMX it was built with
