@@ -229,6 +229,7 @@ def test_a_step_keeps_to_its_target(tiny):
     ("options", "match"),
     [
         ({"kv_tokens": 0}, "kv_tokens must be"),
+        ({"activations": "int4"}, "activations must be one of int8, int12"),
         ({"max_sequences": 0}, "max_sequences must be"),
         ({"target_tpot": 0.0}, "target_tpot must be"),
     ],

@@ -263,6 +263,9 @@ def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
     assert 1e-9 < int8["kl"] < 1e-2
     int4 = json.loads(pronk("eval", tiny, "--reference", tiny, "--kv", "int4", *arguments).stdout)
     assert int8["kl"] < int4["kl"] < 1e-1
+    rounded = ("eval", tiny_q4, "--reference", tiny_q4, *arguments)  # the reference keeps 12 bits
+    assert json.loads(pronk(*rounded).stdout)["kl"] < 1e-6
+    assert 1e-6 < json.loads(pronk(*rounded, "--activations", "int8").stdout)["kl"] < 1e-2
     other = json.loads(pronk("eval", tiny_q4, "--reference", tiny, *arguments).stdout)
     assert other["kl"] > same["kl"]
     assert other["tokens"] == same["tokens"] == 499
