@@ -484,7 +484,8 @@ def test_a_child_that_fails_is_one_sentence(tiny):
     from pronk.errors import PronkError
 
     asked = {"model": str(tiny), "threads": 1, "context": 100_000, "tokens": 4, "kv": "bf16",
-             "packed_cache": False, "attention": None, "rope_scaling": None}  # fmt: skip
+             "activations": "int12", "packed_cache": False, "attention": None,
+             "rope_scaling": None}  # fmt: skip
     with pytest.raises(PronkError, match="failed: the context must be in"):
         run_json("pronk.commands.depth", [json.dumps(asked)])
 
