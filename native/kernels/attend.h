@@ -103,13 +103,17 @@ inline void pack_query(const float* q, float scale, int64_t dim, float* packed) 
     for (int64_t d = 0; d < dim; d += 16) store(packed + d, mul(load(q + d), set(scale * kLog2e)));
 }
 
-// Scores of the 32 positions of a block against R queries.
+// Scores of the 32 positions of a block against R queries. A block is far from the next, which no
+// hardware foresees: `next` is asked for meanwhile.
 template <bool bf16, int R>
-inline void score_block(const uint8_t* keys, const float* q, int64_t dim, float* scores) {
+inline void score_block(const uint8_t* keys, const uint8_t* next, const float* q, int64_t dim,
+                        float* scores) {
+    constexpr int64_t kPair = 2 * kBlock * (bf16 ? 2 : 4);  // bytes of two elements of all keys
     F lo[R], hi[R];
     for (int r = 0; r < R; ++r) lo[r] = hi[r] = set(0.0f);
     for (int64_t d = 0; d < dim; d += 2) {
         F a, b, c, e;
+        if constexpr (bf16) prefetch(next + d / 2 * kPair, kPair);
         load_keys<bf16>(keys, d, 0, a, b);
         load_keys<bf16>(keys, d, 16, c, e);
 #pragma GCC unroll 4
@@ -134,9 +138,11 @@ inline void weigh(const Past& past, int64_t n, int64_t d, const float* weights, 
         for (int i = 0; i < V; ++i) sum[r][i] = set(0.0f);
     for (int64_t start = 0; start < n; start += kBlock, weights += kBlock) {
         const uint8_t* values = past.at(start, true);
+        const uint8_t* next = past.at(start + kBlock < n ? start + kBlock : start, true);
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         for (int64_t j = 0; j < count; j += 2) {
             F a[V], b[V];
+            if constexpr (bf16) prefetch(next + (j * dim + 2 * d) * 2, V * 64);
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) load_values<bf16>(values, j, d + 16 * i, dim, a[i], b[i]);
 #pragma GCC unroll 4
@@ -160,8 +166,11 @@ inline void weigh(const Past& past, int64_t n, int64_t d, const float* weights, 
 
 template <bool bf16, int R>
 inline void score_rows(const Past& past, int64_t n, const float* q, float* scores) {
-    for (int64_t start = 0; start < n; start += kBlock)
-        score_block<bf16, R>(past.at(start, false), q, past.kv.head_dim, scores + start);
+    for (int64_t start = 0; start < n; start += kBlock) {
+        const bool more = start + kBlock < n;  // behind the last keys come the first values
+        score_block<bf16, R>(past.at(start, false), past.at(more ? start + kBlock : 0, !more), q,
+                             past.kv.head_dim, scores + start);
+    }
 }
 
 template <bool bf16, int R>
