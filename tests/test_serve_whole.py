@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -152,6 +153,7 @@ def test_company_changes_no_answer(server, client, stubs, channel, tiny):
     before = engine.stats().preemptions
     ways = (whole, streamed, over_grpc)
     with ThreadPoolExecutor(3 * len(asked)) as pool:
+        engine.call(lambda _: time.sleep(1))  # they all come in before the first step
         futures = [[pool.submit(way, *one) for one in asked] for way in ways]
         for way, found in zip(ways, futures, strict=True):
             assert [future.result(60) for future in found] == alone, way.__name__
