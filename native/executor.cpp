@@ -92,11 +92,14 @@ void Executor::check(const Ref& ref, int64_t rows, int64_t row_bytes, const char
         throw std::invalid_argument(std::string(what) + " lies outside the arena");
 }
 
-uint8_t* Executor::kv_block(int64_t group, int64_t block) {
+KvRows Executor::kv_block(int64_t group, int64_t block) {
     require(group >= 0 && group < static_cast<int64_t>(pools_.size()), "no such KV group");
     const KvGroup& own = kv_shape_.groups[static_cast<size_t>(group)];
     require(block >= 0 && block < own.num_blocks, "no such KV block");
-    return kv_.data() + pools_[static_cast<size_t>(group)] + block * own.block_bytes;
+    const int64_t size = kv_head_bytes(kv_shape_.type, kv_shape_.head_dim);
+    require(size > 0, "heads have no dimensions");
+    return {kv_.data() + pools_[static_cast<size_t>(group)] + block * size, own.block_bytes / size,
+            size, own.num_blocks * size};
 }
 
 const uint8_t* Executor::weight(int64_t offset, int64_t bytes) const {
@@ -488,8 +491,9 @@ void Executor::watch(bool on) {
 
 KvView Executor::view(const Op& op, const Step& step) const {
     const auto group = static_cast<size_t>(op.group);
-    return {kv_.data() + pools_[group] + op.layer,
-            kv_shape_.groups[group].block_bytes,
+    const int64_t blocks = kv_shape_.groups[group].num_blocks;
+    return {kv_.data() + pools_[group] + blocks * op.layer,
+            blocks * kv_head_bytes(kv_shape_.type, kv_shape_.head_dim),
             step.tables + op.group * step.group_tables,
             limits_.max_blocks,
             kv_shape_.type,

@@ -116,6 +116,12 @@ struct KvShape {
     std::vector<KvGroup> groups;
 };
 
+// A row of bytes in each of some planes.
+struct KvRows {
+    uint8_t* data;
+    int64_t count, bytes, stride;
+};
+
 class Executor {
   public:
     Executor(int threads, const std::string& isa, int64_t weight_bytes, int64_t arena_bytes,
@@ -127,8 +133,8 @@ class Executor {
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
     const KvShape& kv_shape() const { return kv_shape_; }
-    // The bytes of a block of a group's pool; checked. No step may run meanwhile.
-    uint8_t* kv_block(int64_t group, int64_t block);
+    // The bytes of a block of a group's pool, as kv.h has them; checked. No step may run meanwhile.
+    KvRows kv_block(int64_t group, int64_t block);
 
     // Makes the KV pool and the arena resident; until then they are where they were used.
     void populate();

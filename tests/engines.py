@@ -29,7 +29,7 @@ from pronk.spec import LayerSpec, ModelSpec
 def isas() -> list[str]:
     """The vector instruction sets that this build has and this machine runs."""
     found = []
-    for name in ("generic", "avx2", "avx512", "amx", "neon"):
+    for name in ("generic", "avx2", "avx512", "avx512_bf16", "amx", "neon"):
         try:
             found.append(_native.isa(name))
         except ValueError:

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-ISAS = ("amx", "avx512", "avx2", "neon", "generic")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "generic")
 
 
 def build(directory: Path, *options: str, target: str = "native_tests") -> Path:

@@ -21,7 +21,7 @@ using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
 using Vector = nb::ndarray<nb::numpy, const float, nb::ndim<1>, nb::device::cpu>;
-using Block = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>, nb::device::cpu>;
+using Block = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>, nb::device::cpu>;
 using Counts = nb::ndarray<nb::numpy, uint64_t, nb::ndim<2>, nb::device::cpu>;
 // Bytes of a block, blocks, window, sinks, chunked.
 using Group = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
@@ -387,11 +387,13 @@ void bind_executor(nb::module_& m) {
             "kv_block",
             [](nb::handle_t<Executor> self, int64_t group, int64_t block) {
                 Executor& e = *nb::inst_ptr<Executor>(self);
-                uint8_t* bytes = e.kv_block(group, block);
-                const auto size = e.kv_shape().groups[static_cast<size_t>(group)].block_bytes;
-                return Block(bytes, {static_cast<size_t>(size)}, self);
+                const KvRows planes = e.kv_block(group, block);
+                return Block(planes.data,
+                             {static_cast<size_t>(planes.count), static_cast<size_t>(planes.bytes)},
+                             self, {planes.stride, 1});
             },
             "group"_a, "block"_a,
-            "The bytes of a KV block; to be read and written between steps only.");
+            "The bytes of a KV block, a row of each plane; to be read and written between steps "
+            "only.");
     bind_experts(executor);
 }

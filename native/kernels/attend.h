@@ -5,6 +5,9 @@
 // that is all there is to it. Where a window ends within it for one of them, the blocks that any of
 // them sees are taken together, and what a query does not see of them weighs nothing for it: the
 // same sums in the same order, and zeros.
+//
+// Keys and values are read in pairs (kv.h). Where the CPU multiplies pairs of bf16, a cache of bf16
+// meets queries that are rounded as its keys are, and weights as its values are.
 #pragma once
 #include <bit>
 #include <cstring>
@@ -78,8 +81,8 @@ struct Sums {
     float* values;  // [queries][dim]
 };
 
-// Turns n > 0 scores of a row into weights against the largest, and the rest into zeros.
-inline void soften(float* row, int n, int padded, float& top, float& total) {
+// The largest of n > 0 scores of a row.
+inline float top_of(const float* row, int n) {
     F most[2] = {set(kLowest), set(kLowest)};
     int i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -87,9 +90,15 @@ inline void soften(float* row, int n, int padded, float& top, float& total) {
         most[1] = max(load(row + i + 16), most[1]);
     }
     for (; i < n; i += 16) most[0] = max(keep_first(load(row + i), n - i, kLowest), most[0]);
-    top = hmax(max(most[0], most[1]));
+    return hmax(max(most[0], most[1]));
+}
+
+// Turns n > 0 scores of a row into weights against the largest, and the rest into zeros.
+inline void soften(float* row, int n, int padded, float& top, float& total) {
+    top = top_of(row, n);
     F sum = set(0.0f);
-    for (i = 0; i < n; i += 16) {
+    int i = 0;
+    for (; i < n; i += 16) {
         const F p = keep_first(exp2<5>(sub(load(row + i), set(top))), n - i, 0.0f);
         sum = add(sum, p);
         store(row + i, p);
@@ -106,23 +115,23 @@ inline void pack_query(const float* q, float scale, int64_t dim, float* packed) 
 // Scores of the 32 positions of a block against R queries. A block is far from the next, which no
 // hardware foresees: `next` is asked for meanwhile.
 template <bool bf16, int R>
-inline void score_block(const uint8_t* keys, const uint8_t* next, const float* q, int64_t dim,
-                        float* scores) {
+inline void score_block(const uint8_t* keys, const uint8_t* next, const Factor<bf16>* q,
+                        int64_t dim, float* scores) {
     constexpr int64_t kPair = 2 * kBlock * (bf16 ? 2 : 4);  // bytes of two elements of all keys
-    F lo[R], hi[R];
+    F lo[R], hi[R];  // unrolled, here and below: else GCC keeps such arrays in memory
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) lo[r] = hi[r] = set(0.0f);
     for (int64_t d = 0; d < dim; d += 2) {
-        F a, b, c, e;
         if constexpr (bf16) prefetch(next + d / 2 * kPair, kPair);
-        load_keys<bf16>(keys, d, 0, a, b);
-        load_keys<bf16>(keys, d, 16, c, e);
+        const auto a = load_keys<bf16>(keys, d, 0), b = load_keys<bf16>(keys, d, 16);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const F q0 = set(q[r * dim + d]), q1 = set(q[r * dim + d + 1]);
-            lo[r] = fma(b, q1, fma(a, q0, lo[r]));
-            hi[r] = fma(e, q1, fma(c, q0, hi[r]));
+            const auto both = set_pair(q + r * dim + d);
+            lo[r] = dot2(lo[r], a, both);
+            hi[r] = dot2(hi[r], b, both);
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         store(scores + r * kScoreStride, lo[r]);
         store(scores + r * kScoreStride + 16, hi[r]);
@@ -131,41 +140,43 @@ inline void score_block(const uint8_t* keys, const uint8_t* next, const float* q
 
 // sums[r] = weights[r] @ values over n positions from block `blocks[0]` on, V vectors from d on.
 template <bool bf16, int R, int V>
-inline void weigh(const Past& past, int64_t n, int64_t d, const float* weights, float* sums) {
+inline void weigh(const Past& past, int64_t n, int64_t d, const float* rows, float* sums) {
+    constexpr int64_t kStride = kScoreStride * sizeof(float) / sizeof(Factor<bf16>);
+    const auto* weights = reinterpret_cast<const Factor<bf16>*>(rows);
     const int64_t dim = past.kv.head_dim;
     F sum[R][V];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int i = 0; i < V; ++i) sum[r][i] = set(0.0f);
     for (int64_t start = 0; start < n; start += kBlock, weights += kBlock) {
         const uint8_t* values = past.at(start, true);
         const uint8_t* next = past.at(start + kBlock < n ? start + kBlock : start, true);
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         for (int64_t j = 0; j < count; j += 2) {
-            F a[V], b[V];
+            decltype(load_values<bf16>(values, j, d, dim)) x[V];
             if constexpr (bf16) prefetch(next + (j * dim + 2 * d) * 2, V * 64);
 #pragma GCC unroll 4
-            for (int i = 0; i < V; ++i) load_values<bf16>(values, j, d + 16 * i, dim, a[i], b[i]);
+            for (int i = 0; i < V; ++i) x[i] = load_values<bf16>(values, j, d + 16 * i, dim);
+            if (j + 1 == count)  // what lies past the end may be anything
+#pragma GCC unroll 4
+                for (int i = 0; i < V; ++i) x[i] = first_of(x[i]);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
-                const F w = set(weights[r * kScoreStride + j]);
+                const auto both = set_pair(weights + r * kStride + j);
 #pragma GCC unroll 4
-                for (int i = 0; i < V; ++i) sum[r][i] = fma(w, a[i], sum[r][i]);
-            }
-            if (j + 1 == count) break;  // what lies past the end may be anything
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                const F w = set(weights[r * kScoreStride + j + 1]);
-#pragma GCC unroll 4
-                for (int i = 0; i < V; ++i) sum[r][i] = fma(w, b[i], sum[r][i]);
+                for (int i = 0; i < V; ++i) sum[r][i] = dot2(sum[r][i], x[i], both);
             }
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int i = 0; i < V; ++i) store(sums + r * dim + d + 16 * i, sum[r][i]);
 }
 
 template <bool bf16, int R>
-inline void score_rows(const Past& past, int64_t n, const float* q, float* scores) {
+inline void score_rows(const Past& past, int64_t n, const Factor<bf16>* q, float* scores) {
     for (int64_t start = 0; start < n; start += kBlock) {
         const bool more = start + kBlock < n;  // behind the last keys come the first values
         score_block<bf16, R>(past.at(start, false), past.at(more ? start + kBlock : 0, !more), q,
@@ -253,6 +264,60 @@ inline void soften_shaped(float* row, int padded, float& top, float& total) {
     total = hsum(sum);
 }
 
+template <bool bf16>
+constexpr auto kSoften = soften;
+template <bool bf16>
+constexpr auto kSoftenShaped = soften_shaped;
+
+#if defined(PRONK_BF16)
+// A query of bf16, for products of pairs.
+inline void pack_query(const float* q, float scale, int64_t dim, uint16_t* packed) {
+    for (int64_t d = 0; d < dim; d += 16)
+        store_bf16(packed + d, mul(load(q + d), set(scale * kLog2e)));
+}
+
+// As soften(), with the weights rounded to bf16, row by row over the scores they come from; the
+// total is that of the rounded weights. Zeros fill whole blocks.
+inline void soften_bf16(float* row, int n, int padded, float& top, float& total) {
+    const F t = set(top = top_of(row, n));
+    uint16_t* out = reinterpret_cast<uint16_t*>(row);
+    F sum = set(0.0f);
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const F a = exp2<3>(sub(load(row + i), t)), b = exp2<3>(sub(load(row + i + 16), t));
+        sum = add_pairs(sum, store_bf16(out + i, a, b));
+    }
+    if (const int rest = n - i; rest) {
+        const F a = exp2<3>(sub(load(row + i), t)), b = exp2<3>(sub(load(row + i + 16), t));
+        const F kept = keep_first(b, rest > 16 ? rest - 16 : 0, 0.0f);
+        sum = add_pairs(sum, store_bf16(out + i, keep_first(a, rest, 0.0f), kept));
+        i += 32;
+    }
+    for (; i < padded; i += 32) store_bf16(out + i, set(0.0f), set(0.0f));
+    total = hsum(sum);
+}
+
+// As soften_shaped(), with the weights rounded as soften_bf16() does.
+inline void soften_shaped_bf16(float* row, int padded, float& top, float& total) {
+    F most = set(kLowest);
+    for (int i = 0; i < padded; i += 16) most = max(load(row + i), most);
+    top = hmax(most);
+    const F t = set(top);
+    uint16_t* out = reinterpret_cast<uint16_t*>(row);
+    F sum = set(0.0f);
+    for (int i = 0; i < padded; i += 32) {
+        const F a = weight_of<3>(load(row + i), t), b = weight_of<3>(load(row + i + 16), t);
+        sum = add_pairs(sum, store_bf16(out + i, a, b));
+    }
+    total = hsum(sum);
+}
+
+template <>
+constexpr auto kSoften<true> = soften_bf16;
+template <>
+constexpr auto kSoftenShaped<true> = soften_shaped_bf16;
+#endif
+
 // Kernels by the number of queries.
 template <bool bf16>
 constexpr decltype(&score_rows<bf16, 1>) kScore[] = {score_rows<bf16, 1>, score_rows<bf16, 2>,
@@ -263,8 +328,8 @@ constexpr decltype(&weigh_rows<bf16, 1>) kWeigh[] = {weigh_rows<bf16, 1>, weigh_
 
 // Positions [from, from + kChunk), which `past` is, for every query of the tile.
 template <bool bf16>
-void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from, Scores& scores,
-               Sums sums) {
+void sum_chunk(const Tile& tile, const Factor<bf16>* q, const Past& past, int64_t from,
+               Scores& scores, Sums sums) {
     const int64_t dim = past.kv.head_dim;
     for (int r = 0; r < tile.count; r += 4) {
         const int rows = tile.count - r < 4 ? tile.count - r : 4;
@@ -275,8 +340,8 @@ void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from,
         for (int i = r; i < r + rows; ++i) {
             const int64_t own = tile.length[i] - from;
             if (own > 0)
-                soften(scores.row[i], static_cast<int>(own < n ? own : n), n, sums.top[i],
-                       sums.total[i]);
+                kSoften<bf16>(scores.row[i], static_cast<int>(own < n ? own : n), n, sums.top[i],
+                              sums.total[i]);
             else
                 std::memset(scores.row[i], 0, sizeof scores.row[i]);
         }
@@ -286,7 +351,7 @@ void sum_chunk(const Tile& tile, const float* q, const Past& past, int64_t from,
 
 // The same where scores are shaped, or where not every query sees all of it.
 template <bool bf16>
-void sum_shaped(const Shape& shape, const Tile& tile, const float* q, const Past& past,
+void sum_shaped(const Shape& shape, const Tile& tile, const Factor<bf16>* q, const Past& past,
                 int64_t from, Scores& scores, Sums sums) {
     const int64_t dim = past.kv.head_dim;
     for (int r = 0; r < tile.count; r += 4) {
@@ -297,7 +362,7 @@ void sum_shaped(const Shape& shape, const Tile& tile, const float* q, const Past
         for (int i = r; i < end; ++i) {
             if (tile.seen(i, from).any()) {
                 shape_scores(shape, tile, i, picked, from, scores.row[i]);
-                soften_shaped(scores.row[i], picked.padded(), sums.top[i], sums.total[i]);
+                kSoftenShaped<bf16>(scores.row[i], picked.padded(), sums.top[i], sums.total[i]);
             } else {
                 std::memset(scores.row[i], 0, sizeof scores.row[i]);
             }

@@ -27,53 +27,6 @@ inline void split_query(const float* q, float scale, int64_t dim, int64_t plane,
     }
 }
 
-// As soften(), with the weights rounded to bf16, row by row over the scores they come from; the
-// total is that of the rounded weights.
-inline void soften_bf16(float* row, int n, int padded, float& top, float& total) {
-    F most[2] = {set(kLowest), set(kLowest)};
-    int i = 0;
-    for (; i + 32 <= n; i += 32) {
-        most[0] = max(load(row + i), most[0]);
-        most[1] = max(load(row + i + 16), most[1]);
-    }
-    const int rest = n - i, more = rest > 16 ? rest - 16 : 0;
-    if (rest) {
-        most[0] = max(keep_first(load(row + i), rest, kLowest), most[0]);
-        most[1] = max(keep_first(load(row + i + 16), more, kLowest), most[1]);
-    }
-    top = hmax(max(most[0], most[1]));
-    const F t = set(top);
-    uint16_t* out = reinterpret_cast<uint16_t*>(row);
-    F sum = set(0.0f);
-    for (i = 0; i + 32 <= n; i += 32) {
-        const F a = exp2<3>(sub(load(row + i), t)), b = exp2<3>(sub(load(row + i + 16), t));
-        sum = add_pairs(sum, store_bf16(out + i, a, b));
-    }
-    if (rest) {
-        const F a = exp2<3>(sub(load(row + i), t)), b = exp2<3>(sub(load(row + i + 16), t));
-        sum = add_pairs(sum,
-                        store_bf16(out + i, keep_first(a, rest, 0.0f), keep_first(b, more, 0.0f)));
-        i += 32;
-    }
-    for (; i < padded; i += 32) store_bf16(out + i, set(0.0f), set(0.0f));
-    total = hsum(sum);
-}
-
-// As soften_shaped(), with the weights rounded as soften_bf16() does.
-inline void soften_shaped_bf16(float* row, int padded, float& top, float& total) {
-    F most = set(kLowest);
-    for (int i = 0; i < padded; i += 16) most = max(load(row + i), most);
-    top = hmax(most);
-    const F t = set(top);
-    uint16_t* out = reinterpret_cast<uint16_t*>(row);
-    F sum = set(0.0f);
-    for (int i = 0; i < padded; i += 32) {
-        const F a = weight_of<3>(load(row + i), t), b = weight_of<3>(load(row + i + 16), t);
-        sum = add_pairs(sum, store_bf16(out + i, a, b));
-    }
-    total = hsum(sum);
-}
-
 // Scores of `count` blocks (1 or 2) against the tile's queries.
 template <int count>
 inline void score_blocks(const uint8_t* k0, const uint8_t* k1, const uint16_t* q, int64_t plane,

@@ -99,7 +99,10 @@ class Queries {
             return split_query(q, scale, kv_.head_dim, kQueries * kv_.head_dim,
                                reinterpret_cast<uint16_t*>(packed) + r * kv_.head_dim);
 #endif
-        pack_query(q, scale, kv_.head_dim, packed + r * kv_.head_dim);
+        if (kv_.type == KvType::f32)
+            return pack_query(q, scale, kv_.head_dim, packed + r * kv_.head_dim);
+        pack_query(q, scale, kv_.head_dim,
+                   reinterpret_cast<Factor<true>*>(packed) + r * kv_.head_dim);
     }
 
     // Writes each query's attention to its `out`.
@@ -182,12 +185,19 @@ class Queries {
             return sum_shaped_amx(shape_, tile_[i], q, past, from, first, scores_, sums);
         }
 #endif
-        const bool bf16 = past.kv.type == KvType::bf16;
+        if (past.kv.type == KvType::bf16)
+            sum_vectors<true>(i, past, from, sums);
+        else
+            sum_vectors<false>(i, past, from, sums);
+    }
+
+    template <bool bf16>
+    void sum_vectors(int i, const Past& past, int64_t from, Sums sums) {
+        const auto q = reinterpret_cast<const Factor<bf16>*>(q_ + i * kQueries * kv_.head_dim);
         if (shape_.plain(tile_[i], from))
-            return (bf16 ? sum_chunk<true> : sum_chunk<false>)(tile_[i], q_ + at * dim, past, from,
-                                                               scores_, sums);
-        (bf16 ? sum_shaped<true> : sum_shaped<false>)(shape_, tile_[i], q_ + at * dim, past, from,
-                                                      scores_, sums);
+            sum_chunk<bf16>(tile_[i], q, past, from, scores_, sums);
+        else
+            sum_shaped<bf16>(shape_, tile_[i], q, past, from, scores_, sums);
     }
 
     // Adds the sums of the chunk from `from` on, of which some of the tile's queries may see

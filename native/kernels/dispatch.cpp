@@ -26,11 +26,9 @@ namespace {
 bool has_tiles() {
 #if defined(__linux__)
     constexpr unsigned amx = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
-    constexpr unsigned avx512_bf16 = 1u << 5;
-    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    constexpr long request = 0x1023, tile_data = 18;          // ARCH_REQ_XCOMP_PERM
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx) != amx) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & avx512_bf16)) return false;
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
 #else
     return false;
@@ -42,8 +40,10 @@ bool cpu_has(const char* name) {
 #if defined(__x86_64__)
     if (!std::strcmp(name, "amx")) {
         static const bool tiles = has_tiles();
-        return tiles && cpu_has("avx512");
+        return tiles && cpu_has("avx512_bf16");
     }
+    if (!std::strcmp(name, "avx512_bf16"))
+        return __builtin_cpu_supports("avx512bf16") && cpu_has("avx512");
     if (!std::strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -66,6 +66,9 @@ const Kernels& select_kernels(const char* name) {
     static const Getter getters[] = {
 #if defined(PRONK_HAVE_AMX)
         kernels_amx,
+#endif
+#if defined(PRONK_HAVE_AVX512_BF16)
+        kernels_avx512_bf16,
 #endif
 #if defined(PRONK_HAVE_AVX512)
         kernels_avx512,

@@ -56,8 +56,8 @@ static inline int64_t kv_head_bytes(KvType type, int64_t dim) {
 }
 
 struct KvView {
-    uint8_t* base;          // this layer's part of block 0
-    int64_t block_stride;   // bytes between blocks
+    uint8_t* base;          // this layer's first plane: kv.h tells how they lie
+    int64_t plane;          // bytes of one
     const int32_t* tables;  // [sequences, max_blocks]
     int64_t max_blocks;
     KvType type;
@@ -224,6 +224,7 @@ struct Kernels {
 const Kernels* kernels_generic();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
 const Kernels* kernels_neon();
 

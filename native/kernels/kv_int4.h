@@ -121,7 +121,8 @@ inline void expand_nibbles(const uint8_t* q, F s0, F s1, uint16_t* low, uint16_t
 }
 
 // The keys and the values of a head in a block, from int4 to bf16.
-inline void expand_int4(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out) {
+inline void expand_int4(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out,
+                        uint16_t* values_out) {
     const int64_t group = kv_group(dim), quants = kBlock * dim / 2;
     const uint8_t* q = keys;
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(keys + quants);
@@ -134,6 +135,7 @@ inline void expand_int4(const uint8_t* keys, const uint8_t* values, int64_t dim,
                                out + 2 * kBlock + i);
     }
     q = values;
+    out = values_out;
     scales = reinterpret_cast<const uint16_t*>(values + quants);
     for (int64_t j = 0; j < kBlock; j += 2)
         for (int64_t d = 0; d < dim; d += group) {

@@ -30,7 +30,7 @@ inline void store_int8(const float* k, const float* v, int64_t dim, int64_t slot
     std::memcpy(values + scales, &value_scale, 4);
 }
 
-#if !defined(PRONK_AMX)
+#if !defined(PRONK_BF16)
 inline void store_bf16(uint16_t* p, F a, F b) {
     float x[32];
     store(x, a);
@@ -40,7 +40,8 @@ inline void store_bf16(uint16_t* p, F a, F b) {
 #endif
 
 // The keys and the values of a head in a block, from int8 to bf16.
-inline void expand_int8(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out) {
+inline void expand_int8(const uint8_t* keys, const uint8_t* values, int64_t dim, uint16_t* out,
+                        uint16_t* values_out) {
     const float* scale = reinterpret_cast<const float*>(keys + kBlock * dim);
     const int8_t* q = reinterpret_cast<const int8_t*>(keys);
     float twice[2 * kBlock];  // of pairs, which are elements of one position
@@ -52,6 +53,7 @@ inline void expand_int8(const uint8_t* keys, const uint8_t* values, int64_t dim,
                        mul(load_i8(q + 16 * i + 16), s[i + 1]));
     scale = reinterpret_cast<const float*>(values + kBlock * dim);
     q = reinterpret_cast<const int8_t*>(values);
+    out = values_out;
     for (int64_t j = 0; j < kBlock; j += 2, q += 2 * dim, out += 2 * dim) {
         float pair[16];  // pairs are elements of two positions
         for (int i = 0; i < 16; ++i) pair[i] = scale[j + i % 2];

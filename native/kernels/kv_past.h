@@ -15,7 +15,7 @@ inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uin
     static constexpr int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     static_assert(sizeof order / 4 == kChunkBlocks);
     const auto expand = kv.type == KvType::int8 ? expand_int8 : expand_int4;
-    const int64_t dim = kv.head_dim, half = kv_head_bytes(KvType::bf16, dim);
+    const int64_t dim = kv.head_dim, size = kBlock * dim, plane = kChunk * dim;
     for (; wanted; wanted &= wanted - 1) {
         const int i = std::countr_zero(wanted), next = std::countr_zero(wanted & (wanted - 1));
         if (next < kChunkBlocks) {
@@ -23,10 +23,10 @@ inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uin
             prefetch(kv_head(kv, blocks[next], head, true), kv.head_bytes());
         }
         expand(kv_head(kv, blocks[i], head, false), kv_head(kv, blocks[i], head, true), dim,
-               memory + i * half);
+               memory + i * size, memory + plane + i * size);
     }
     return {
-        {reinterpret_cast<uint8_t*>(memory), 2 * half, nullptr, 0, KvType::bf16, 1, kv.head_dim},
+        {reinterpret_cast<uint8_t*>(memory), 2 * plane, nullptr, 0, KvType::bf16, 1, kv.head_dim},
         order,
         0};
 }

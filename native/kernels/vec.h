@@ -2,6 +2,10 @@
 #pragma once
 #if defined(PRONK_BUILD_AMX)
 #define PRONK_AMX
+#define PRONK_BF16
+#include "vec_avx512.h"
+#elif defined(PRONK_BUILD_AVX512_BF16)
+#define PRONK_BF16
 #include "vec_avx512.h"
 #elif defined(PRONK_BUILD_AVX512)
 #include "vec_avx512.h"

@@ -1,4 +1,5 @@
-// 16-lane vectors on AVX-512 with VNNI; an AMX build has the same, and tiles besides.
+// 16-lane vectors on AVX-512 with VNNI; another build multiplies pairs of bf16 besides, and one
+// with AMX has tiles too.
 #pragma once
 #include <immintrin.h>
 
@@ -8,6 +9,10 @@
 #define PRONK_NS amx
 #define PRONK_KERNELS kernels_amx
 #define PRONK_ISA_NAME "amx"
+#elif defined(PRONK_BF16)
+#define PRONK_NS avx512_bf16
+#define PRONK_KERNELS kernels_avx512_bf16
+#define PRONK_ISA_NAME "avx512_bf16"
 #else
 #define PRONK_NS avx512
 #define PRONK_KERNELS kernels_avx512
@@ -133,17 +138,33 @@ inline B merge(B w, B bits) {
 using N = I;  // sums of nibble products over one group
 inline N zero_n() { return set_i(0); }
 inline I total(N acc) { return acc; }
-#if defined(PRONK_AMX)
-// 32 floats to bf16 (nearest, ties to even), stored and returned.
-inline __m512bh store_bf16(uint16_t* p, F a, F b) {
-    const __m512bh h = _mm512_cvtne2ps_pbh(b.v, a.v);
-    _mm512_storeu_si512(p, (__m512i)h);
+#if defined(PRONK_BF16)
+struct P {
+    __m512bh v;
+};  // 16 pairs of bf16
+inline P load_pair(const uint16_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+// One pair in all lanes.
+inline P set_pair(const uint16_t* p) {
+    int32_t x;
+    __builtin_memcpy(&x, p, 4);
+    return {(__m512bh)_mm512_set1_epi32(x)};
+}
+inline P first_of(P x) {
+    return {(__m512bh)_mm512_and_si512((__m512i)x.v, _mm512_set1_epi32(0xffff))};
+}
+// acc[lane] += x[2 lane] * y[2 lane] + x[2 lane + 1] * y[2 lane + 1]; denormals count as zeros.
+inline F dot2(F acc, P x, P y) { return {_mm512_dpbf16_ps(acc.v, x.v, y.v)}; }
+// Floats to bf16 (nearest, ties to even), stored; 32 are returned too.
+inline void store_bf16(uint16_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+inline P store_bf16(uint16_t* p, F a, F b) {
+    const P h{_mm512_cvtne2ps_pbh(b.v, a.v)};
+    _mm512_storeu_si512(p, (__m512i)h.v);
     return h;
 }
 // acc[lane] += x[2 lane] + x[2 lane + 1]
-inline F add_pairs(F acc, __m512bh x) {
-    return {_mm512_dpbf16_ps(acc.v, x, (__m512bh)_mm512_set1_epi16(0x3f80))};
-}
+inline F add_pairs(F acc, P x) { return dot2(acc, x, {(__m512bh)_mm512_set1_epi16(0x3f80)}); }
 #endif
 
 }  // namespace pronk::PRONK_NS

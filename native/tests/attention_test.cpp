@@ -20,7 +20,7 @@ class Setup {
         : c_(c),
           width_((c.heads + 2 * c.kv_heads) * c.dim),
           layer_(2 * c.kv_heads * kv_head_bytes(c.kv, c.dim)),
-          pool(kPool * 2 * layer_),
+          pool(2 * kPool * layer_),
           tables(2 * kBlocks, -1) {
         int32_t free = 0;
         for (int s = 0; s < 2; ++s)
@@ -34,8 +34,13 @@ class Setup {
     int64_t tokens() const { return static_cast<int64_t>(positions.size()); }
     int64_t width() const { return width_; }
     KvView view() const {  // the second of two layers
-        return {pool.data() + layer_, 2 * layer_, tables.data(), kBlocks, c_.kv,
-                c_.kv_heads,          c_.dim};
+        return {pool.data() + kPool * layer_,
+                kPool * kv_head_bytes(c_.kv, c_.dim),
+                tables.data(),
+                kBlocks,
+                c_.kv,
+                c_.kv_heads,
+                c_.dim};
     }
     int64_t block(int64_t token) const {
         return tables[size_t(sequences[size_t(token)] * kBlocks +
@@ -83,13 +88,15 @@ std::vector<double> kept_rows(const Case& c, const Setup& setup, const Buffer& q
     return all;
 }
 
-// Error of one head of one token, as a share of what float scores allow; `rounding` bounds the
-// relative error of a weight against their total.
-double attention_error(const Case& c, const Setup& setup, const Buffer& qkv,
+// Error of one head of one token, as a share of what float scores allow, and the rounding of
+// weights where there is any.
+double attention_error(const Kernels& kernels, const Case& c, const Setup& setup, const Buffer& qkv,
                        const std::vector<double>& kept, int64_t t, int h, const float* got,
-                       float softmax_scale, double rounding) {
+                       float softmax_scale) {
+    const double rounding = rounds_weights(kernels, c.kv) ? std::ldexp(1, -8) : 0;
     const int64_t kv = h / (c.heads / c.kv_heads);
-    const float* q = qkv.floats() + t * setup.width() + h * c.dim;
+    const auto q =
+        taken(kernels, c.kv, c.dim, softmax_scale, qkv.floats() + t * setup.width() + h * c.dim);
     std::vector<double> scores, sum(static_cast<size_t>(c.dim)), size(static_cast<size_t>(c.dim));
     double top = -INFINITY, total = 0, largest = 0;
     const int64_t start = t - setup.positions[size_t(t)];
@@ -97,8 +104,8 @@ double attention_error(const Case& c, const Setup& setup, const Buffer& qkv,
         const double* k = kept.data() + (s * 2 * c.kv_heads + kv) * c.dim;
         double dot = 0, magnitude = 0;
         for (int d = 0; d < c.dim; ++d) {
-            dot += q[d] * k[d];
-            magnitude += std::fabs(q[d] * k[d]);
+            dot += q[size_t(d)] * k[d];
+            magnitude += std::fabs(q[size_t(d)] * k[d]);
         }
         scores.push_back(dot * double(softmax_scale));
         top = std::max(top, scores.back());
@@ -152,10 +159,9 @@ void test_case(const Kernels& kernels, const Case& c, int first_length, int seco
                                      qkv.floats() + t * setup.width(), table.floats() + t * c.dim) /
                           std::max(1.0f, c.scale));
         for (int h = 0; h < c.heads; ++h)
-            worst = std::max(
-                worst, attention_error(
-                           c, setup, qkv, kept, t, h, out.floats() + (t * c.heads + h) * c.dim,
-                           scale, rounds_weights(kernels, c.kv, c.dim) ? std::ldexp(1, -8) : 0));
+            worst =
+                std::max(worst, attention_error(kernels, c, setup, qkv, kept, t, h,
+                                                out.floats() + (t * c.heads + h) * c.dim, scale));
     }
     const char* kv = kv_names[static_cast<int>(c.kv)];
     check(rotation <= 1, "%s rope_store dim %d %s", kernels.name, c.dim, kv);

@@ -10,9 +10,10 @@ inline const char* const kv_names[] = {"f32", "bf16", "int8", "int4", "int4 not 
 constexpr KvType kv_types[] = {KvType::f32, KvType::bf16, KvType::int8, KvType::int4,
                                KvType::int4_plain};
 
-// Whether a kernel rounds the softmax to bf16 before it weighs values: AMX tiles do.
-inline bool rounds_weights(const Kernels& kernels, KvType kv, int dim) {
-    return !std::strcmp(kernels.name, "amx") && kv != KvType::f32 && dim % 32 == 0;
+// Whether a kernel rounds the softmax to bf16 before it weighs values of bf16.
+inline bool rounds_weights(const Kernels& kernels, KvType kv) {
+    const bool amx = !std::strcmp(kernels.name, "amx");
+    return (amx || !std::strcmp(kernels.name, "avx512_bf16")) && kv != KvType::f32;
 }
 
 // The Hadamard transform of each n elements, n the largest power of two in their number.
@@ -27,11 +28,25 @@ inline void rotate(std::vector<double>& row) {
     }
 }
 
+// A query as a kernel takes it: AMX tiles take two planes of bf16, the vectors of what multiplies
+// bf16 one, turned as the keys are.
+inline std::vector<double> taken(const Kernels& kernels, KvType kv, int dim, float softmax_scale,
+                                 const float* q) {
+    std::vector<double> row(q, q + dim);
+    const bool tiles = !std::strcmp(kernels.name, "amx") && dim % 32 == 0;
+    if (tiles || !rounds_weights(kernels, kv)) return row;
+    if (kv == KvType::int4) rotate(row);
+    const float scale = softmax_scale * 1.44269504088896341f;
+    for (double& x : row) x = double(to_bfloat(float(x) * scale)) / double(scale);
+    if (kv == KvType::int4) rotate(row);
+    return row;
+}
+
 // What an int4 cache holds of a row, which is as near to it as a step allows.
 inline std::vector<double> kept_int4(const KvView& kv, int64_t block, int64_t position,
                                      int64_t head, const float* row) {
     const int64_t dim = kv.head_dim, slot = position % kBlock, group = dim % 32 ? 16 : 32;
-    const uint8_t* at = kv.base + block * kv.block_stride + head * kv.head_bytes();
+    const uint8_t* at = kv.base + head * kv.plane + block * kv.head_bytes();
     std::vector<double> exact(row, row + dim), found;
     if (kv.type == KvType::int4) rotate(exact);
     for (int64_t d = 0; d < dim; ++d) {

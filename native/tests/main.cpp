@@ -32,7 +32,7 @@ void test_isa(const Kernels& kernels) {
 
 int main() {
     const char* wanted = std::getenv("PRONK_ISA");
-    for (const char* name : {"amx", "avx512", "avx2", "neon", "generic"}) {
+    for (const char* name : {"amx", "avx512_bf16", "avx512", "avx2", "neon", "generic"}) {
         if (wanted && *wanted && std::strcmp(wanted, name)) continue;
         try {
             test_isa(select_kernels(name));

@@ -493,7 +493,7 @@ void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Ra
     q.fill(random, 2.0f);
     k.fill(random, 2.0f);
     center.fill(random, 2.0f);
-    const int64_t block = 2 * kv_heads * kv_head_bytes(KvType::f32, dim);
+    const int64_t plane = kv_head_bytes(KvType::f32, dim), block = 2 * kv_heads * plane;
     const int32_t blocks[] = {0}, sequences[count] = {}, positions[] = {0, 1, 2, 3, 4};
     for (const auto kind : {HeadNorm::none, HeadNorm::head, HeadNorm::full, HeadNorm::l2})
         for (const bool turns : {true, false}) {
@@ -502,7 +502,7 @@ void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Ra
             std::memcpy(alone.data(), before.data(), static_cast<size_t>(qkv.size()));
             const HeadNorm norm{kind, q.floats(), k.floats(), 1e-3f,
                                 turns ? center.floats() : nullptr};
-            const KvView kv{pool.data(), block, blocks, 1, KvType::f32, kv_heads, dim};
+            const KvView kv{pool.data(), plane, blocks, 1, KvType::f32, kv_heads, dim};
             const auto angles = [&](int64_t t) {
                 return Rows{turns ? table.data() + t * dim * 4 : nullptr, dim * 4};
             };
@@ -510,7 +510,7 @@ void test_head_norm(const Kernels& kernels, int heads, int kv_heads, int dim, Ra
                 kernels.rope_store({alone.data() + t * width * 4, width * 4}, angles(t), heads,
                                    norm, kv, {nullptr, positions + t, sequences}, 0, 1);
             const Buffer stored(block);
-            const KvView other{stored.data(), block, blocks, 1, KvType::f32, kv_heads, dim};
+            const KvView other{stored.data(), plane, blocks, 1, KvType::f32, kv_heads, dim};
             kernels.rope_store({qkv.data(), width * 4}, angles(0), heads, norm, other,
                                {nullptr, positions, sequences}, 0, count);
             double worst = 0;

@@ -36,10 +36,9 @@ class Sequence {
           kv_(kv),
           length_(length),
           width_((shape.heads + 2 * shape.kv_heads) * shape.dim),
-          stride_(2 * shape.kv_heads * kv_head_bytes(kv, shape.dim)),
           blocks_((length + kBlock - 1) / kBlock),
           qkv_(length * width_ * 4),
-          pool_((blocks_ + 3) * stride_),
+          pool_((blocks_ + 3) * 2 * shape.kv_heads * kv_head_bytes(kv, shape.dim)),
           sequences_(static_cast<size_t>(length)) {
         Random random(static_cast<uint64_t>(length * 1000 + shape.dim));
         qkv_.fill(random);
@@ -91,7 +90,8 @@ class Sequence {
 
   private:
     KvView view(const Buffer& pool, const std::vector<int32_t>& table) const {
-        return {pool.data(), stride_, table.data(), blocks_, kv_, shape_.kv_heads, shape_.dim};
+        const int64_t plane = (blocks_ + 3) * kv_head_bytes(kv_, shape_.dim);
+        return {pool.data(), plane, table.data(), blocks_, kv_, shape_.kv_heads, shape_.dim};
     }
     Tokens tokens(int64_t from) const {
         return {nullptr, positions_.data() + from, sequences_.data()};
@@ -113,8 +113,9 @@ class Sequence {
         std::vector<int32_t> table(table_.size(), -100000000);
         for (const int64_t b : seen) {
             const int64_t at = table[size_t(b)] = table_[size_t(b)];
-            std::memcpy(pool.data() + at * stride_, pool_.data() + at * stride_,
-                        static_cast<size_t>(stride_));
+            const int64_t size = kv_head_bytes(kv_, shape_.dim);
+            for (int64_t i = at * size; i < pool_.size(); i += (blocks_ + 3) * size)
+                std::memcpy(pool.data() + i, pool_.data() + i, static_cast<size_t>(size));
         }
         fn(view(pool, table));
     }
@@ -162,9 +163,10 @@ class Sequence {
     // As a share of what float scores allow.
     double error(int64_t t, int h, const How& how, const float* got) const {
         const int64_t kv = h / (shape_.heads / shape_.kv_heads);
-        const float* q = qkv_.floats() + t * width_ + h * shape_.dim;
         const double factor =
             1 + double(how.growth) * std::log1p(double((t + 1) / how.growth_span));
+        const auto q = taken(kernels_, kv_, shape_.dim, scale() * float(factor),
+                             qkv_.floats() + t * width_ + h * shape_.dim);
         std::vector<double> sum(static_cast<size_t>(shape_.dim)), size(sum);
         std::vector<std::pair<int64_t, double>> scores;
         double top = -INFINITY, total = 0, largest = double(how.softcap);
@@ -173,7 +175,7 @@ class Sequence {
             const double* k = row(p, kv);
             double score = 0, magnitude = 0, bias = 0;
             for (int d = 0; d < shape_.dim; ++d) {
-                const double product = q[d] * k[d];
+                const double product = q[size_t(d)] * k[d];
                 score += product;
                 magnitude += std::fabs(product);
             }
@@ -194,7 +196,7 @@ class Sequence {
                 size[size_t(d)] += weight * std::fabs(v[d]);
             }
         }
-        const double rounding = rounds_weights(kernels_, kv_, shape_.dim) ? std::ldexp(1, -8) : 0;
+        const double rounding = rounds_weights(kernels_, kv_) ? std::ldexp(1, -8) : 0;
         double worst = 0;
         for (int d = 0; d < shape_.dim; ++d) {
             const double off = std::fabs(got[d] - sum[size_t(d)] / total);
@@ -207,7 +209,7 @@ class Sequence {
     const Kernels& kernels_;
     Shape shape_;
     KvType kv_;
-    int64_t length_, width_, stride_, blocks_;
+    int64_t length_, width_, blocks_;
     Buffer qkv_, pool_;
     std::vector<int32_t> table_, positions_, sequences_;
     std::vector<float> slopes_;

@@ -145,8 +145,10 @@ class Executor:
     def vector(self, offset: int, count: int) -> Annotated[NDArray[numpy.float32], dict(shape=(None,), device='cpu', writable=False)]:
         """A float vector among the weights, read-only."""
 
-    def kv_block(self, group: int, block: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None,), device='cpu')]:
-        """The bytes of a KV block; to be read and written between steps only."""
+    def kv_block(self, group: int, block: int) -> Annotated[NDArray[numpy.uint8], dict(shape=(None, None), device='cpu')]:
+        """
+        The bytes of a KV block, a row of each plane; to be read and written between steps only.
+        """
 
     def route(self, logits: tuple[int, int], sizes: tuple[int, int], softmax: bool, normalize: bool, threshold: float, least: int, set: int, out: tuple[int, int], plan: tuple[int, int], grain: int) -> None: ...
 

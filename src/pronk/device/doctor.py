@@ -22,6 +22,7 @@ __all__ = ["KERNELS", "Disk", "Finding", "Plan", "Report", "examine", "plan", "w
 
 KERNELS = {
     "amx": "int8 in tiles (AMX), vectors of AVX-512 with VNNI",
+    "avx512_bf16": "int8 dot products of AVX-512 VNNI, and of bf16 pairs",
     "avx512": "int8 dot products of AVX-512 VNNI",
     "avx2": "AVX2, int8 multiplied in 16 bits",
     "neon": "int8 dot products of NEON",

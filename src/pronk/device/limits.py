@@ -17,7 +17,7 @@ from pronk.device.files import text
 
 __all__ = ["ISAS", "MachineLimits", "available_isas", "known_limits", "measure_limits"]
 
-ISAS = ("amx", "avx512", "avx2", "neon", "generic")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "generic")
 """Every instruction set that kernels are built for, best first."""
 
 _KEPT = 32  # machines and settings in a file of limits
@@ -34,8 +34,8 @@ class MachineLimits:
         Bytes per second of reading memory.
     int8_peaks : dict of str to float
         int8 multiply and add operations per second by instruction set: that of the kernels in
-        use, that of the best vectors (``avx512`` is VNNI) and, where the CPU has them, of AMX's
-        tiles.
+        use, that of the best vectors (``avx512`` and ``avx512_bf16`` are VNNI) and, where the CPU
+        has them, of AMX's tiles.
     isa : str
         The instruction set of the kernels in use.
     threads : int

@@ -43,7 +43,7 @@ class BlockPool:
                 self._free.pop()
             self._holders[block] = 1
             taken.append(block)
-        return taken
+        return sorted(taken)  # neighbours are read as one stream
 
     def give_back(self, blocks: list[int]) -> None:
         """Hold these blocks no longer."""

@@ -63,9 +63,13 @@ def write_session(
     total = zlib.crc32(contents.encode())
     header: dict[str, Any] = {}
     at = 0
+
+    def bytes_of(group: int, place: int) -> bytes:
+        return runner.executor.kv_block(group, holding.blocks[group][place]).tobytes()
+
     for i, (places, pool) in enumerate(zip(held, runner.program.kv_pools, strict=True)):
         for place in places:
-            total = zlib.crc32(runner.executor.kv_block(i, holding.blocks[i][place]).data, total)
+            total = zlib.crc32(bytes_of(i, place), total)
         stop = at + len(places) * pool.block_bytes
         shape = [len(places), pool.block_bytes]
         header[f"kv.{i}"] = {"dtype": "U8", "shape": shape, "data_offsets": [at, stop]}
@@ -78,7 +82,7 @@ def write_session(
             file.write(_LENGTH.pack(len(raw)) + raw)
             for i, places in enumerate(held):
                 for place in places:
-                    file.write(runner.executor.kv_block(i, holding.blocks[i][place]).data)
+                    file.write(bytes_of(i, place))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -132,10 +136,11 @@ def read_session(
                 for place, block in zip(places, manager.pool.take(len(places)), strict=True):
                     blocks[place] = block
                 for place in places:
-                    bytes_of = runner.executor.kv_block(i, blocks[place])
-                    bytes_of[:] = read_exact(fd, at, len(bytes_of), path)
-                    total = zlib.crc32(bytes_of.data, total)
-                    at += len(bytes_of)
+                    planes = runner.executor.kv_block(i, blocks[place])
+                    raw = read_exact(fd, at, planes.size, path)
+                    planes[:] = raw.reshape(planes.shape)
+                    total = zlib.crc32(raw.data, total)
+                    at += planes.size
             if total != expected:
                 raise CheckpointError(f"the session {path} is damaged: its sum is wrong")
         except BaseException:
