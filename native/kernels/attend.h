@@ -112,8 +112,13 @@ inline void pack_query(const float* q, float scale, int64_t dim, float* packed) 
     for (int64_t d = 0; d < dim; d += 16) store(packed + d, mul(load(q + d), set(scale * kLog2e)));
 }
 
-// Scores of the 32 positions of a block against R queries. A block is far from the next, which no
-// hardware foresees: `next` is asked for meanwhile.
+// What to ask for while a block is read: the one read next, unless it lies right behind this one.
+// That one the hardware foresees, twice as fast where nobody asks.
+inline const uint8_t* ahead(const uint8_t* block, const uint8_t* next, int64_t bytes) {
+    return next == block + bytes ? nullptr : next;
+}
+
+// Scores of the 32 positions of a block against R queries.
 template <bool bf16, int R>
 inline void score_block(const uint8_t* keys, const uint8_t* next, const Factor<bf16>* q,
                         int64_t dim, float* scores) {
@@ -122,7 +127,7 @@ inline void score_block(const uint8_t* keys, const uint8_t* next, const Factor<b
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) lo[r] = hi[r] = set(0.0f);
     for (int64_t d = 0; d < dim; d += 2) {
-        if constexpr (bf16) prefetch(next + d / 2 * kPair, kPair);
+        if (bf16 && next) prefetch(next + d / 2 * kPair, kPair);
         const auto a = load_keys<bf16>(keys, d, 0), b = load_keys<bf16>(keys, d, 16);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -151,11 +156,13 @@ inline void weigh(const Past& past, int64_t n, int64_t d, const float* rows, flo
         for (int i = 0; i < V; ++i) sum[r][i] = set(0.0f);
     for (int64_t start = 0; start < n; start += kBlock, weights += kBlock) {
         const uint8_t* values = past.at(start, true);
-        const uint8_t* next = past.at(start + kBlock < n ? start + kBlock : start, true);
+        const uint8_t* next =
+            start + kBlock < n ? ahead(values, past.at(start + kBlock, true), past.kv.head_bytes())
+                               : nullptr;
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         for (int64_t j = 0; j < count; j += 2) {
             decltype(load_values<bf16>(values, j, d, dim)) x[V];
-            if constexpr (bf16) prefetch(next + (j * dim + 2 * d) * 2, V * 64);
+            if (bf16 && next) prefetch(next + (j * dim + 2 * d) * 2, V * 64);
 #pragma GCC unroll 4
             for (int i = 0; i < V; ++i) x[i] = load_values<bf16>(values, j, d + 16 * i, dim);
             if (j + 1 == count)  // what lies past the end may be anything
@@ -179,8 +186,10 @@ template <bool bf16, int R>
 inline void score_rows(const Past& past, int64_t n, const Factor<bf16>* q, float* scores) {
     for (int64_t start = 0; start < n; start += kBlock) {
         const bool more = start + kBlock < n;  // behind the last keys come the first values
-        score_block<bf16, R>(past.at(start, false), past.at(more ? start + kBlock : 0, !more), q,
-                             past.kv.head_dim, scores + start);
+        const uint8_t* keys = past.at(start, false);
+        const uint8_t* next = past.at(more ? start + kBlock : 0, !more);
+        score_block<bf16, R>(keys, ahead(keys, next, past.kv.head_bytes()), q, past.kv.head_dim,
+                             scores + start);
     }
 }
 
