@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from checkpoints import tiny_llama_dir
 
 from pronk.checkpoint.sources import resolve
 from pronk.errors import SourceError
@@ -40,6 +41,12 @@ def registered(name: str) -> Path:
         if "cannot be downloaded" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of Hugging Face's form, to be read alone."""
+    return tiny_llama_dir(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="session")
