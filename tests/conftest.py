@@ -52,7 +52,6 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     """The modules that protoc writes for gRPC clients, by the names of the files."""
-    pytest.importorskip("grpc_tools")
     from pronk.serve.grpc import generate as generated
 
     out = tmp_path_factory.mktemp("stubs")

@@ -292,7 +292,6 @@ def test_eval_past_the_context_with_and_without_a_scaling(tiny):
 
 
 def test_eval_of_long_contexts(tiny, tmp_path):
-    pytest.importorskip("matplotlib")
     drawn = tmp_path / "long.svg"
     command = ("eval", tiny, "--long", "--max-tokens", 400, "--needles", 1, "--attention", POLICY,
                "--threads", 1)  # fmt: skip
@@ -321,7 +320,6 @@ def test_eval_of_long_contexts(tiny, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "html"])
 def test_plots(tmp_path, suffix):
-    pytest.importorskip("matplotlib")
     rows = [
         {"start": 0, "stop": 8, "perplexity": 9.0, "nll": math.log(9), "tokens": 7},
         {"start": 8, "stop": 16, "perplexity": 5.0, "nll": math.log(5), "tokens": 8},

@@ -100,7 +100,7 @@ PRE = {
     "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001 (full-width marks are meant)
     "refact": None,
     "gpt-2": None,
     "olmo": None,

@@ -9,7 +9,7 @@ from pronk.checkpoint.tokenizer import Tokenizer
 
 TEXTS = [
     "def f(x):\n    return x**2 + 10_000  # it's WE'RE can't\n",
-    "你好，世界！今天天气很好。日本語 かな 한국어",  # noqa: RUF001
+    "你好，世界！今天天气很好。日本語 かな 한국어",  # noqa: RUF001 (full-width marks are meant)
     "🙂👩‍👩‍👧 emoji é ñ ü ½ ² ٣",
     "a   b \t\n\n  c \r\n   trailing   ",
     "12345 3.14 0x1F",
