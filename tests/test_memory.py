@@ -12,7 +12,11 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 from pronk import _native, load
 from pronk.checkpoint.base import row_bytes
 from pronk.checkpoint.blocks import BLOCK_SIZES
+from pronk.checkpoint.bundle import write_bundle
+from pronk.checkpoint.kinds import KINDS
 from pronk.checkpoint.open import open_checkpoint
+from pronk.compress.quantize import RoundToNearest
+from pronk.errors import BudgetError
 from pronk.graph import pack
 from pronk.graph.program import Limits
 from pronk.model import compile_checkpoint
@@ -93,3 +97,18 @@ def test_a_bundle_refuses_a_context_that_breaks_its_budget(tmp_path):
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "was fitted to" in refused.stderr
+
+
+@pytest.mark.parametrize("more", [{"kv_dtype": "f32"}, {"kv_tokens": 4096}, {"context": 4096}])
+def test_a_bundle_refuses_what_takes_more_than_was_fitted(tmp_path, more):
+    source = tiny_llama_dir(tmp_path / "hf", head_dim=64, max_position_embeddings=8192)
+    # The plan of any load is over the budget: what was measured at the context is believed.
+    meta = {"budget": {"memory": 1_000_000, "context": 2048}, "plan": {"overhead": 900_000}}
+    bundle = tmp_path / "fitted"
+    with open_checkpoint(source) as checkpoint:
+        write_bundle(checkpoint, dict.fromkeys(KINDS, "q8_0"), bundle,
+                     quantize=RoundToNearest(), meta=meta)  # fmt: skip
+    for same in ({}, {"context": 1024}, {"kv_dtype": "int8"}, {"activations": "int8"}):
+        load(bundle, threads=1, **same).close()
+    with pytest.raises(BudgetError, match="was fitted to"):
+        load(bundle, threads=1, **more)

@@ -179,10 +179,11 @@ def load(
             tokenizer.result()
             trim()
             overhead = max(resident_memory(), budget.overhead)
-            # Up to the context it was fitted to, the budget has been measured.
-            fitted = limits == Limits(
-                min(context, budget.context), kv_dtype=kv_dtype, activations=activations
-            )
+            # What takes no more than what was fitted has been measured (activations of another
+            # kind move the arena by a few rows).
+            longest = min(budget.context, checkpoint.spec.context_length)
+            measured = compile_checkpoint(checkpoint, Limits(longest, activations=activations))
+            fitted = regions <= measured.memory(0).total
             if not fitted and regions + overhead > budget.memory:
                 raise BudgetError(
                     f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but a "
