@@ -12,6 +12,12 @@ namespace pronk {
 
 namespace {
 
+// Bytes of what each thread expands a rounded cache to.
+int64_t thread_bytes(const KvShape& kv) {
+    require(kv.head_dim >= 0 && kv.head_dim <= kMaxHeadDim, "a head is too large");
+    return kv_expanded(kv.type) ? past_bytes(kv.head_dim) : 0;
+}
+
 // Bytes of the KV pools, of shapes whose products and sum cannot overflow.
 int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     const auto within = [](int64_t x, int64_t least, int64_t most) {
@@ -36,6 +42,17 @@ int64_t pool_bytes(const Limits& limits, const KvShape& kv) {
     return total;
 }
 
+// One thread's share of `pasts`, while it is in a step.
+struct LentPast {
+    LentPast(const Region& pasts, int64_t seat, int64_t seats) {
+        uint8_t* const share = pasts.data() + pasts.size() / seats * seat;
+        lend_past_memory(pasts.size() ? reinterpret_cast<uint16_t*>(share) : nullptr);
+    }
+    ~LentPast() { lend_past_memory(nullptr); }
+    LentPast(const LentPast&) = delete;
+    LentPast& operator=(const LentPast&) = delete;
+};
+
 }  // namespace
 
 Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, int64_t arena_bytes,
@@ -46,6 +63,7 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
       weights_(weight_bytes),
       arena_(arena_bytes),
       kv_(pool_bytes(limits, kv)),
+      pasts_(threads * thread_bytes(kv)),
       team_(threads) {
     int64_t at = 0;
     for (const KvGroup& group : kv_shape_.groups) {
@@ -56,12 +74,16 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
 }
 
 void Executor::populate() {
-    const int64_t arena = arena_.pieces(), count = arena + kv_.pieces();
+    const Region* const regions[] = {&arena_, &kv_, &pasts_};
     std::atomic<int64_t> next{0};
     std::atomic<bool> full{false};
     team_.run([&] {
-        for (int64_t i; (i = next.fetch_add(1)) < count;)
-            if (!(i < arena ? arena_.populate(i) : kv_.populate(i - arena))) full = true;
+        int64_t i = next.fetch_add(1), before = 0;
+        for (const Region* region : regions) {
+            for (; i < before + region->pieces(); i = next.fetch_add(1))
+                if (!region->populate(i - before)) full = true;
+            before += region->pieces();
+        }
     });
     if (full) throw std::bad_alloc();
 }
@@ -224,7 +246,9 @@ void Executor::walk(const Step& step) {
         }
         resume_ = i;
     };
+    std::atomic<int64_t> seat{0};
     const std::function<void()> task = [&] {
+        const LentPast lent(pasts_, seat.fetch_add(1, std::memory_order_relaxed), team_.size());
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
         Clock::time_point then, worked;
         const auto spend = [&](size_t at, Clock::time_point now) {

@@ -126,9 +126,10 @@ void Executor::add(Op op) {
         case OpKind::attention_parts:
         case OpKind::attention:
             require(op.heads > 0 && op.heads <= kMaxSide && kv_heads > 0 &&
-                        op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 && dim <= 256 &&
-                        op.group >= 0 && op.group < static_cast<int64_t>(pools_.size()) &&
-                        op.layer >= 0 && op.layer % 64 == 0 &&
+                        op.heads % kv_heads == 0 && dim > 0 && dim % 16 == 0 &&
+                        dim <= kMaxHeadDim && op.group >= 0 &&
+                        op.group < static_cast<int64_t>(pools_.size()) && op.layer >= 0 &&
+                        op.layer % 64 == 0 &&
                         op.layer <= kv_shape_.groups[static_cast<size_t>(op.group)].block_bytes -
                                         2 * kv_heads * kv_head_bytes(kv_shape_.type, dim),
                     "attention shape does not fit its KV block");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
@@ -60,12 +61,34 @@ def test_the_executor_allocates_the_plan(tmp_path):
 def test_a_rounded_cache_takes_what_is_planned(tmp_path, kv_dtype, head_dim, row):
     path = tiny_llama_dir(tmp_path / "hf", head_dim=head_dim)
     with load(path, context=256, kv_dtype=kv_dtype) as model:
-        assert model._open().executor.kv_bytes == model.memory.kv
+        executor, program = model._open().executor, model.program
+        assert executor.kv_bytes == model.memory.kv
+        assert executor.past_bytes == executor.threads * program.past_bytes > 0
         held = model.memory.kv
     planned = measured("inspect", path, "--context", 256, "--kv", kv_dtype)["memory"]["kv"]
     whole = measured("inspect", path, "--context", 256)["memory"]["kv"]
     assert planned == held
     assert held / whole == row / (head_dim * 2)
+
+
+def test_a_step_takes_no_memory_that_was_not_there(tmp_path):
+    path = tiny_llama_dir(tmp_path / "hf", head_dim=256, max_position_embeddings=1024)
+    code = """
+        import sys
+        from pronk import SamplingParams, load
+        from pronk.device.memory import resident_memory
+        with load(sys.argv[1], threads=8, kv_dtype=sys.argv[2], packed_cache=False) as model:
+            before = resident_memory()
+            list(model.generate([5] * 700, SamplingParams(max_tokens=2)))
+            print(resident_memory() - before)
+    """
+
+    def grown(kv_dtype):
+        command = [sys.executable, "-c", textwrap.dedent(code), str(path), kv_dtype]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    # What Python takes for the first request, but not what 8 threads expand a past to (4 MB).
+    assert max(grown("int8"), grown("int4")) < 3_000_000
 
 
 def test_packed_weights_are_no_larger_than_the_file(smollm2):

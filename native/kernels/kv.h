@@ -11,7 +11,6 @@
 
 namespace pronk::PRONK_NS {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kChunkBlocks = kChunk / kBlock;
 
 // Within a layer's part of a block.

@@ -178,12 +178,13 @@ def load(
             # measured has them.
             tokenizer.result()
             trim()
-            overhead = max(resident_memory(), budget.overhead)
+            pasts = threads * program.past_bytes
+            overhead = max(resident_memory(), budget.overhead) + pasts
             # What takes no more than what was fitted has been measured (activations of another
             # kind move the arena by a few rows).
             longest = min(budget.context, checkpoint.spec.context_length)
             measured = compile_checkpoint(checkpoint, Limits(longest, activations=activations))
-            fitted = regions <= measured.memory(0).total
+            fitted = regions + pasts <= measured.memory(0).total
             if not fitted and regions + overhead > budget.memory:
                 raise BudgetError(
                     f"{checkpoint.path} was fitted to {format_bytes(budget.memory)}, but a "
