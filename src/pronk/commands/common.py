@@ -208,7 +208,7 @@ def open_model(
 
     path = resolve(name)  # a download is not part of the load time
     attention = choose(path, args)
-    sparse = choose_sparse(path, args)
+    sparse = choose_sparse(path, args, attention)
     start = time.perf_counter()
     model = load(
         path, args.threads, context,
