@@ -269,6 +269,10 @@ def test_eval_and_its_reference(tiny, tiny_q4, tmp_path):
     rounded = ("eval", tiny_q4, "--reference", tiny_q4, *arguments)  # the reference keeps 12 bits
     assert json.loads(pronk(*rounded).stdout)["kl"] < 1e-6
     assert 1e-6 < json.loads(pronk(*rounded, "--activations", "int8").stdout)["kl"] < 1e-2
+    yarn = ("eval", tiny, "--reference", tiny, "--rope-scaling", "yarn:2", *arguments)
+    assert 1e-6 < json.loads(pronk(*yarn).stdout)["kl"] < 1
+    longer = (*yarn, "--window", 600)  # than the context that the reference was made for
+    assert 1e-6 < json.loads(pronk(*longer).stdout)["kl"] < 1
     other = json.loads(pronk("eval", tiny_q4, "--reference", tiny, *arguments).stdout)
     assert other["kl"] > same["kl"]
     assert other["tokens"] == same["tokens"] == 499
