@@ -1,3 +1,4 @@
+// Where threads expand what they attend to of a rounded KV cache (kernels.h).
 #include <memory>
 
 #include "kernels.h"

@@ -71,7 +71,7 @@ def _remembered(file: Path) -> tuple[float, ...] | None:
 
     try:
         return tuple(map(float, kept(file)["thresholds"])) or None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
 
 
