@@ -34,7 +34,7 @@ WINDOW = 500
 def make_runner(checkpoint: Checkpoint, exact: bool, **limits: object) -> Runner:
     """A loaded runner; an exact one has every matrix in float32."""
     stored = stored_dtypes({n: (t.dtype, t.cols) for n, t in checkpoint.tensors.items()})
-    options = Limits(**{"context": 1024, **limits})  # type: ignore[arg-type]
+    options = Limits(**{"context": 1024, **limits})
     program = compile_program(checkpoint.spec, (lambda _: "f32") if exact else stored, options)
     runner = Runner(program, len(os.sched_getaffinity(0)))
     load_weights(checkpoint, runner)

@@ -200,7 +200,7 @@ class OpenVino:
         """Times of the start, of each token of a single prompt, and of the end."""
         api, stamps = self.api, []
 
-        class Clock(api.StreamerBase):  # type: ignore[misc, name-defined]
+        class Clock(api.StreamerBase):
             def write(self, token: Any) -> Any:
                 stamps.extend([now()] * (len(token) if isinstance(token, list) else 1))
                 return api.StreamingStatus.RUNNING

@@ -95,7 +95,7 @@ class Mixture:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as self)
         runner = fill(Bench(threads, ""), self.program(SPEC, None))
         self.sums = write_packed(runner, self.file.fileno())
         os.fsync(self.file.fileno())  # pages that are not on disk cannot be dropped

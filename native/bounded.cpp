@@ -4,17 +4,13 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <stdexcept>
 
 #include "executor.h"
+#include "require.h"
 
 namespace pronk {
 
 namespace {
-
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
 
 // The `size` largest of what is added, or as many as there were.
 template <class T>

@@ -132,6 +132,7 @@ class Executor {
     int64_t weight_bytes() const { return weights_.size(); }
     int64_t arena_bytes() const { return arena_.size(); }
     int64_t kv_bytes() const { return kv_.size(); }
+    int64_t past_bytes() const { return pasts_.size(); }
     const KvShape& kv_shape() const { return kv_shape_; }
     // The bytes of a block of a group's pool, as kv.h has them; checked. No step may run meanwhile.
     KvRows kv_block(int64_t group, int64_t block);
@@ -241,8 +242,8 @@ class Executor {
     const Kernels& kernels_;
     Limits limits_;
     KvShape kv_shape_;
-    std::vector<int64_t> pools_;  // where each group's pool begins
-    Region weights_, arena_, kv_;
+    std::vector<int64_t> pools_;           // where each group's pool begins
+    Region weights_, arena_, kv_, pasts_;  // pasts: of each thread (past_memory)
     std::vector<Op> ops_;
     std::vector<int64_t> chunks_;  // a token's past in parts of so many, by group; 0: in one go
     std::vector<Times> times_;     // one an op, or empty

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "executor.h"
+#include "require.h"
 
 namespace pronk {
 
@@ -54,10 +55,6 @@ void copy_row(Rows from, int64_t t, Rows to, int64_t row, int64_t cols, Precisio
 }
 
 namespace {
-
-void require(bool ok, const char* what) {
-    if (!ok) throw std::invalid_argument(what);
-}
 
 int64_t panels_of(const Op& op) {  // of one expert
     int64_t panels = 0;

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from checkpoints import tiny_llama_dir
 
 from pronk.checkpoint.sources import resolve
 from pronk.errors import SourceError
@@ -43,9 +44,14 @@ def registered(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of Hugging Face's form, to be read alone."""
+    return tiny_llama_dir(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="session")
 def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
     """The modules that protoc writes for gRPC clients, by the names of the files."""
-    pytest.importorskip("grpc_tools")
     from pronk.serve.grpc import generate as generated
 
     out = tmp_path_factory.mktemp("stubs")

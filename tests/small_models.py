@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
+import torch
 from checkpoints import mixed_lines
 
 from pronk.checkpoint.open import open_checkpoint
@@ -11,9 +11,6 @@ from pronk.cli import main
 from pronk.compress import smaller, training
 from pronk.compress.layerwise import cut_windows
 from pronk.compress.torch_model import to_transformers
-
-torch = pytest.importorskip("torch")
-
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(0, 320, 20_000)]
 

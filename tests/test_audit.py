@@ -190,7 +190,6 @@ def test_the_command(file, capsys):
 
 
 def test_a_server_that_is_killed_leaves_a_log_that_holds(tmp_path):
-    pytest.importorskip("fastapi")
     from checkpoints import tiny_llama_dir
     from servers import process
 

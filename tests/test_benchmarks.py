@@ -208,7 +208,6 @@ def test_long_contexts_are_measured_shown_and_drawn(tmp_path, monkeypatch):
     # Written over itself it stays, and without results it ends after the words.
     assert report.with_end(page, results, {"long_context"}) == page
     assert report.with_end(page, {}, set()) == "# Words\n\nmore\n"
-    pytest.importorskip("matplotlib")
     assert out.with_suffix(".svg").exists()
     for name in ("one.svg", "two.svg"):
         output.draw(result, tmp_path / name)
@@ -321,7 +320,6 @@ def test_variants_are_compared_beside_a_float_twin(tmp_path, monkeypatch):
     assert f"| {said} " in line
     assert "| other* " in table
     assert "(-0.10%); with its values dequantized" in table
-    pytest.importorskip("matplotlib")
     output.draw(result, tmp_path / "one.svg")
     assert b"same" in (tmp_path / "one.svg").read_bytes()
 
@@ -333,7 +331,6 @@ def test_pruning_is_measured_shown_and_drawn(tmp_path, monkeypatch):
     import report
     from checkpoints import mixed_lines
 
-    pytest.importorskip("matplotlib")
     model, text = tiny_llama_dir(tmp_path / "tiny", num_hidden_layers=4), tmp_path / "text"
     text.write_text("\n".join(mixed_lines(300)), encoding="utf-8")
     out, work = tmp_path / "pruning.json", tmp_path / "work"

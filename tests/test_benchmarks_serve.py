@@ -16,7 +16,6 @@ def _scripts(monkeypatch):
 
 
 def test_a_load_is_summed_up():
-    pytest.importorskip("httpx")
     import clients
     import tables
 
@@ -54,7 +53,6 @@ def test_a_load_is_summed_up():
 
 
 def test_an_overload_is_told():
-    pytest.importorskip("httpx")
     import overload
     import tables
     from clients import Seen, summary
@@ -86,7 +84,6 @@ def soaked():
 
 
 def test_a_soak_tells_what_must_not_be(soaked, tmp_path):
-    pytest.importorskip("openai")
     import output
     import soak
     import tables
@@ -108,13 +105,11 @@ def test_a_soak_tells_what_must_not_be(soaked, tmp_path):
     ):
         (fault,) = soak.faults({**soaked, **changes})
         assert said in fault
-    pytest.importorskip("matplotlib")
     output.draw(soaked, tmp_path / "soak.svg")
     assert "KV blocks" in (tmp_path / "soak.svg").read_text()
 
 
 def test_sleep_is_no_time(monkeypatch):
-    pytest.importorskip("openai")
     import soak
 
     monkeypatch.setattr(soak, "TICK", 0.01)
@@ -145,7 +140,6 @@ def test_sleep_is_no_time(monkeypatch):
 
 
 def test_the_server_s_notes_are_no_faults():
-    pytest.importorskip("openai")
     import soak
 
     assert not soak._is_fault("pronk: it: 98.0 MB, loaded in 0.3 s")

@@ -152,7 +152,8 @@ TOOLS = [
 def test_renders_what_transformers_renders(
     name: str, messages: list[dict[str, str]], prompt: bool, tools: Any
 ):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers.utils import chat_template_utils as utils
+
     (expected,), _ = utils.render_jinja_template(
         [messages],
         tools=tools,
@@ -237,8 +238,8 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_render_as_with_transformers(name: str):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
     from jinja2.exceptions import TemplateError
+    from transformers.utils import chat_template_utils as utils
 
     rendered = 0
     for which, (messages, options) in CONVERSATIONS.items():
@@ -265,7 +266,8 @@ def test_families_render_as_with_transformers(name: str):
 
 
 def test_the_real_templates_render_as_with_transformers(smollm2: Path):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    from transformers.utils import chat_template_utils as utils
+
     with open_checkpoint(smollm2) as checkpoint:
         template = checkpoint.load_tokenizer().chat_template
     assert template is not None
@@ -412,7 +414,6 @@ def test_hostile_templates_are_refused_in_time(name: str):
 
 def test_hostile_templates_stay_within_memory():
     """All that multiply data, in one process that may grow by little more than the budget."""
-    pytest.importorskip("resource")
     script = """
         import resource, sys
         from pronk.errors import RequestError

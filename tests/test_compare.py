@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import tiny_llama_dir
+from checkpoints import tiny_gguf, tiny_llama_dir
 from markov import IDS, Letters, Markov, write
 from test_parity import dequantized_twin
 
@@ -414,6 +414,35 @@ def test_the_verb_compares_and_keeps(tiny, tmp_path, capsys):
     assert run(*words, "--reference", "second", "--tasks", "none", "--rounds", "0", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["reference"], len(shown["variants"])) == ("second", 2)
+
+
+def test_another_way_to_run_is_another_result(tmp_path, capsys, monkeypatch):
+    hf = tiny_llama_dir(tmp_path / "hf")
+    models = [str(tiny_gguf(tmp_path / f"{dtype}.gguf", hf, dtype)) for dtype in ("q8_0", "q4_1")]
+    thresholds = tmp_path / "some.json"
+    asked = []
+
+    def bench(module, words):
+        asked.append(words)
+        return dict.fromkeys(("ttft", "prefill", "decode", "load_time", "peak_memory"), 1.0)
+
+    monkeypatch.setattr("pronk.device.child.run_json", bench)
+    found = []
+    for options, least in (
+        ([], 0), (["--activations", "int8"], 0), (["--sparse-mlp", str(thresholds)], 0.01),
+        (["--sparse-mlp", str(thresholds)], 0.02),
+    ):  # fmt: skip
+        thresholds.write_text(json.dumps({"thresholds": [least]}))
+        words = (*models, "--max-tokens", "100", "--window", "64", "--tasks", "none", "--rounds",
+                 "1", "--report", str(tmp_path / "report"), "--json")  # fmt: skip
+        assert run(*words, *options) == 0
+        shown = json.loads(capsys.readouterr().out)
+        found.append(shown["variants"][1]["perplexity"]["value"])
+        assert len(asked) == 2, "speed was not measured anew"
+        for words in (asked.pop(), asked.pop()):
+            assert all(option in words for option in options), words
+            assert "--no-packed-cache" in words
+    assert len(set(found)) == len(found), found
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-pytest.importorskip("fastapi")
-
 from checkpoints import tiny_llama_dir
 from servers import running
 

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import tiny_dir
 from small_models import (
     IDS,
@@ -33,8 +34,6 @@ from pronk.compress import shape as shapes
 from pronk.compress.layerwise import cut_windows
 from pronk.compress.torch_model import to_transformers
 from pronk.errors import PronkError
-
-torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

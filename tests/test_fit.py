@@ -142,10 +142,10 @@ def test_a_failing_measurement_leaves_nothing(source: Path, tmp_path: Path) -> N
         raise KeyboardInterrupt
 
     bench = Bench()
-    bench.bench = fail  # type: ignore[method-assign]
+    bench.bench = fail
     with pytest.raises(KeyboardInterrupt):
         run(source, totals(source)[-1], tmp_path / "out", bench)
-    bench.bench = lambda path, context, threads: {}  # type: ignore[method-assign]
+    bench.bench = lambda path, context, threads: {}
     with pytest.raises(PronkError, match="peak_memory"):
         run(source, totals(source)[-1], tmp_path / "out", bench)
     assert names(tmp_path) == []
@@ -157,7 +157,7 @@ def test_requests_that_cannot_be_met(source: Path, tmp_path: Path) -> None:
             fit(source, 10**9, context, tmp_path / "out")
     # Without a context it is the model's own, here shorter than the default.
     bench = Bench()
-    bench.bench = lambda path, context, threads: {"peak_memory": context}  # type: ignore[method-assign]
+    bench.bench = lambda path, context, threads: {"peak_memory": context}
     report = fit(source, 10**9, None, tmp_path / "any", tools=bench.tools())
     assert report.context == report.measurements["bench"]["peak_memory"] == 512
     assert report.chosen.plan.arena > 0
@@ -207,7 +207,6 @@ def test_children_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_footprint_of_a_fresh_process(source: Path) -> None:
-    pytest.importorskip("pronk.model", reason="the run path is not built")
     first, second = footprint.measure(source), footprint.measure(source)
     assert 15 << 20 < first < 150 << 20
     assert abs(first - second) < 0.05 * first
@@ -216,9 +215,6 @@ def test_footprint_of_a_fresh_process(source: Path) -> None:
 
 
 def test_fit_from_end_to_end(source: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pronk._native", reason="the native core is not built")
-    pytest.importorskip("pronk.commands.fit", reason="the verb is not built")
-    pytest.importorskip("pronk.model", reason="the run path is not built")
     done = subprocess.run(
         [*FIT, str(source), "--memory", "200MB", "-o", str(tmp_path / "out"), "--json"],
         capture_output=True,

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import openai
 import pytest
+from checkpoints import tiny_llama_dir
+from servers import running
 
-pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
-
-from checkpoints import tiny_llama_dir  # noqa: E402
-from servers import running  # noqa: E402
-
-from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
+from pronk.serve.config import ServeConfig, ServeLimits
 
 ASK = [{"role": "user", "content": "once upon a time"}]
 SCHEMA = {

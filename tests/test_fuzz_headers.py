@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,9 +151,9 @@ def test_many_empty_things_take_no_more_than_their_bytes(tmp_path: Path, count: 
         path.write_bytes(body)
         check(path, len(body))
 
-    head: Callable[[bytes], bytes] = lambda value: (  # noqa: E731
-        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + value
-    )
+    def head(value: bytes) -> bytes:
+        return struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + value
+
     run(head(struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)))  # empty strings
     run(head(struct.pack("<IIQ", 9, 9, count) + bytes(12 * count)))  # empty arrays
 

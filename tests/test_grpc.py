@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import time
 
+import grpc
 import httpx
 import pytest
+from checkpoints import tiny_llama_dir
+from servers import running
 
-pytest.importorskip("fastapi")
-grpc = pytest.importorskip("grpc")
-pytest.importorskip("grpc_tools")
-
-from checkpoints import tiny_llama_dir  # noqa: E402
-from servers import running  # noqa: E402
-
-from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
-from pronk.serve.grpc import generation_pb2 as pb  # noqa: E402
-from pronk.serve.grpc import open_inference_pb2 as oip  # noqa: E402
+from pronk.serve.config import ServeConfig, ServeLimits
+from pronk.serve.grpc import generation_pb2 as pb
+from pronk.serve.grpc import open_inference_pb2 as oip
 
 TEXT = "once upon a time"
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("re2")
-pytest.importorskip("phonenumbers")
-
 from pronk.errors import RequestError
 from pronk.serve.guard.config import read_guard
 from pronk.serve.guard.injection import DEFAULT_THRESHOLD, score, signs

@@ -6,17 +6,10 @@ import json
 import re
 import threading
 
-import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("re2")
-pytest.importorskip("phonenumbers")
-pytest.importorskip("grpc")
-pytest.importorskip("openai")
-
 import grpc
 import httpx
 import openai
+import pytest
 from checkpoints import tiny_llama_dir
 from servers import process, running
 

@@ -6,10 +6,6 @@ import re
 from itertools import pairwise
 
 import pytest
-
-pytest.importorskip("re2")
-pytest.importorskip("phonenumbers")
-
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import CORPUS, tiny_llama_dir
 
-pytest.importorskip("lm_eval", reason="needs the extra 'tasks'")
-
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:

@@ -37,7 +37,7 @@ def serve() -> Iterator[Callable[[HANDLER], str]]:
             def do_GET(self) -> None:
                 answer(self)
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_GET  # noqa: N815 (the library's name)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -82,7 +82,6 @@ CHECKPOINT = {
 @pytest.fixture
 def s3(serve: Callable[[HANDLER], str], monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The objects of a local bucket ``bkt``, which boto3 is pointed at."""
-    pytest.importorskip("boto3")
     objects: dict[str, bytes] = {}
 
     def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -174,7 +173,6 @@ for name in sys.argv[1:]:
 
 def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Path):
     """The hub's real client, in a process of its own: it reads HF_ENDPOINT when imported."""
-    pytest.importorskip("huggingface_hub")
     files = {**CHECKPOINT, "x.gguf": BODY * 2}
     commit = "0" * 40
     asked = []

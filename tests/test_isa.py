@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-_native = pytest.importorskip("pronk._native")
+from pronk import _native
 
 
 def chosen(isa: str) -> str:

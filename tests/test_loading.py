@@ -82,7 +82,10 @@ def test_the_last_bytes_wait(tiny, tmp_path, monkeypatch):
     with open_checkpoint(path) as checkpoint:
         runner = Runner(compile_checkpoint(checkpoint, Limits(64)), 2)
         count = len(runner.program.graph.weights) - 1  # without the rotary frequencies
-        wait = lambda: events.append("waited")  # noqa: E731
+
+        def wait():
+            events.append("waited")
+
         load_weights(checkpoint, runner, before_last=wait)
         load_weights(checkpoint, runner, last=1, before_last=wait)
         load_weights(checkpoint, runner, last=1 << 40, before_last=wait)

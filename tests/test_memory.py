@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from checkpoints import tiny_gguf, tiny_llama_dir
@@ -12,7 +13,11 @@ from checkpoints import tiny_gguf, tiny_llama_dir
 from pronk import _native, load
 from pronk.checkpoint.base import row_bytes
 from pronk.checkpoint.blocks import BLOCK_SIZES
+from pronk.checkpoint.bundle import write_bundle
+from pronk.checkpoint.kinds import KINDS
 from pronk.checkpoint.open import open_checkpoint
+from pronk.compress.quantize import RoundToNearest
+from pronk.errors import BudgetError
 from pronk.graph import pack
 from pronk.graph.program import Limits
 from pronk.model import compile_checkpoint
@@ -56,12 +61,34 @@ def test_the_executor_allocates_the_plan(tmp_path):
 def test_a_rounded_cache_takes_what_is_planned(tmp_path, kv_dtype, head_dim, row):
     path = tiny_llama_dir(tmp_path / "hf", head_dim=head_dim)
     with load(path, context=256, kv_dtype=kv_dtype) as model:
-        assert model._open().executor.kv_bytes == model.memory.kv
+        executor, program = model._open().executor, model.program
+        assert executor.kv_bytes == model.memory.kv
+        assert executor.past_bytes == executor.threads * program.past_bytes > 0
         held = model.memory.kv
     planned = measured("inspect", path, "--context", 256, "--kv", kv_dtype)["memory"]["kv"]
     whole = measured("inspect", path, "--context", 256)["memory"]["kv"]
     assert planned == held
     assert held / whole == row / (head_dim * 2)
+
+
+def test_a_step_takes_no_memory_that_was_not_there(tmp_path):
+    path = tiny_llama_dir(tmp_path / "hf", head_dim=256, max_position_embeddings=1024)
+    code = """
+        import sys
+        from pronk import SamplingParams, load
+        from pronk.device.memory import resident_memory
+        with load(sys.argv[1], threads=8, kv_dtype=sys.argv[2], packed_cache=False) as model:
+            before = resident_memory()
+            list(model.generate([5] * 700, SamplingParams(max_tokens=2)))
+            print(resident_memory() - before)
+    """
+
+    def grown(kv_dtype):
+        command = [sys.executable, "-c", textwrap.dedent(code), str(path), kv_dtype]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    # What Python takes for the first request, but not what 8 threads expand a past to (4 MB).
+    assert max(grown("int8"), grown("int4")) < 3_000_000
 
 
 def test_packed_weights_are_no_larger_than_the_file(smollm2):
@@ -93,3 +120,18 @@ def test_a_bundle_refuses_a_context_that_breaks_its_budget(tmp_path):
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "was fitted to" in refused.stderr
+
+
+@pytest.mark.parametrize("more", [{"kv_dtype": "f32"}, {"kv_tokens": 4096}, {"context": 4096}])
+def test_a_bundle_refuses_what_takes_more_than_was_fitted(tmp_path, more):
+    source = tiny_llama_dir(tmp_path / "hf", head_dim=64, max_position_embeddings=8192)
+    # The plan of any load is over the budget: what was measured at the context is believed.
+    meta = {"budget": {"memory": 1_000_000, "context": 2048}, "plan": {"overhead": 900_000}}
+    bundle = tmp_path / "fitted"
+    with open_checkpoint(source) as checkpoint:
+        write_bundle(checkpoint, dict.fromkeys(KINDS, "q8_0"), bundle,
+                     quantize=RoundToNearest(), meta=meta)  # fmt: skip
+    for same in ({}, {"context": 1024}, {"kv_dtype": "int8"}, {"activations": "int8"}):
+        load(bundle, threads=1, **same).close()
+    with pytest.raises(BudgetError, match="was fitted to"):
+        load(bundle, threads=1, **more)

@@ -6,12 +6,10 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("fastapi")
-
 from checkpoints import tiny_llama_dir
 from servers import running
 
@@ -31,7 +29,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium import webdriver
+
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("chromium and chromedriver are not installed")
@@ -72,8 +71,8 @@ def picture(browser, name: str) -> None:
 
 
 def test_a_conversation(server, browser):
-    find = lambda selector: browser.find_element("css selector", selector)  # noqa: E731
-    every = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+    find = partial(browser.find_element, "css selector")
+    every = partial(browser.find_elements, "css selector")
     browser.get(server.url)
     until(browser, lambda: [o.text for o in every("#model option")] == ["tiny", "other"])
 
@@ -127,7 +126,7 @@ def test_a_conversation(server, browser):
 
 
 def test_a_fast_answer_is_drawn_once_a_frame(server, browser):
-    every = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+    every = partial(browser.find_elements, "css selector")
     browser.get(server.url)
     until(browser, lambda: every("#model option"))
     browser.execute_script("""
@@ -157,7 +156,7 @@ def test_a_fast_answer_is_drawn_once_a_frame(server, browser):
 
 
 def test_the_dashboard(server, browser):
-    every = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+    every = partial(browser.find_elements, "css selector")
     browser.get(f"{server.url}/dashboard")
     body = {"model": "tiny", "prompt": "once", "n": 4, "max_tokens": 200, "ignore_eos": True}
     with server.client() as http:

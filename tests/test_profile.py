@@ -115,7 +115,6 @@ def test_the_table_names_every_op(phases):
 
 @pytest.mark.parametrize("suffix", ["svg", "png", "html"])
 def test_plots(phases, tmp_path, suffix):
-    pytest.importorskip("matplotlib")
     path = tmp_path / f"profile.{suffix}"
     plot(path, "tiny", {phase.name: phase.to_dict(1e9, 1e12) for phase in phases})
     start = {"svg": b"<?xml", "png": b"\x89PNG", "html": b"<!doctype html>"}[suffix]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import pytest
+import torch
 from checkpoints import tiny_dir
 from small_models import WINDOWS, logits, off, quiet, twin
 
@@ -13,8 +14,6 @@ from pronk.compress import shape as shapes
 from pronk.compress import smaller, sparse, structured
 from pronk.compress.layerwise import Stream
 from pronk.errors import RequestError
-
-torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def test_rows_are_the_stored_weights(tmp_path: Path, dtype: str, shard: str | No
 
 def test_config_layouts_old_and_new(hf_dir: Path) -> None:
     rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope["original_max_position_embeddings"] = 256  # type: ignore[assignment]
+    rope["original_max_position_embeddings"] = 256
     new = {**rope, "rope_type": "llama3", "rope_theta": 5e5}
     with open_checkpoint(change(hf_dir, rope_parameters=new)) as checkpoint:
         first = checkpoint.spec.ropes[0]

@@ -7,6 +7,7 @@ import json
 import sys
 
 import pytest
+import torch
 from checkpoints import tiny_dir, tiny_gguf
 from small_models import IDS, TEXT, logits, off, recipe, refused, twin, weights_of, write_text
 
@@ -16,8 +17,6 @@ from pronk.cli import main
 from pronk.compress import smaller
 from pronk.compress.torch_model import RECORD_FILE, ModelWriter
 from pronk.errors import PronkError
-
-torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")

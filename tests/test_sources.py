@@ -61,7 +61,7 @@ def register(monkeypatch: pytest.MonkeyPatch, *parts: Part, **changes: object) -
         "parts": parts,
         **changes,
     }
-    monkeypatch.setitem(registry.REGISTRY, "toy", Registered(**fields))  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.REGISTRY, "toy", Registered(**fields))
 
 
 def assert_nothing_kept(home: Path) -> None:

@@ -17,7 +17,8 @@ from test_rowwise import SPEC, random_weights
 from pronk.engine.runner import Runner
 from pronk.errors import RequestError
 from pronk.evaluate.sparsity import activity
-from pronk.graph.passes import CPU_PASSES, skip_inactive
+from pronk.graph.pack import ACTIVATIONS
+from pronk.graph.passes import cpu_passes, skip_inactive
 from pronk.graph.program import Limits, compile_program
 from pronk.graph.sparse import apply_sparse
 from pronk.spec import LayerSpec
@@ -26,13 +27,14 @@ from pronk.spec import LayerSpec
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1e9])
 @pytest.mark.parametrize("mlp", ["gated", "plain"])
-def test_skipping_changes_no_bit(mlp, threshold, isa):
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_skipping_changes_no_bit(activations, mlp, threshold, isa):
     layer = LayerSpec(mlp=mlp, mlp_threshold=threshold)
     spec = replace(SPEC, activation="relu", layers=(layer,) * 2)
     found = []
     for skip, chunk in ((False, 32), (True, 32), (True, 1)):
-        passes = tuple(p for p in CPU_PASSES if skip or p is not skip_inactive)
-        program = compile_program(spec, lambda _: "q8_0", Limits(256, max_tokens=32), passes)
+        passes = [p for p in cpu_passes(activations) if skip or p is not skip_inactive]
+        program = compile_program(spec, lambda _: "q8_0", Limits(256, max_tokens=32), tuple(passes))
         runner = Runner(program, 2, isa)
         random_weights(runner, "q8_0")
         runner.watch()
@@ -82,6 +84,18 @@ def test_thresholds_are_calibrated_once(tmp_path, home):
     assert layers[0]["skipped"] < 0.1 and layers[1]["skipped"] == 1
     budget = json.loads(pronk(*asked, "kl=0.000001").stdout)
     assert budget["sparse"]["skipped"] < found["sparse"]["skipped"]
+    # What nobody can use is measured again.
+    for damaged in ('{"thresholds": ["x", "y"]}', '{"thresholds": 1}', "[]", "{"):
+        kept.write_text(damaged)
+        assert json.loads(pronk(*asked, "keep=0.5").stdout) == found
+
+
+def test_thresholds_of_a_model_whose_layers_are_chosen_first(tmp_path, home):
+    model = tiny_llama_dir(tmp_path / "hf", num_hidden_layers=2, max_position_embeddings=128)
+    asked = ("eval", model, "--max-tokens", 100, "--window", 64, "--json")
+    policy = ("--attention", "window=32,global=auto:1", "--sparse-mlp", "keep=0.5")
+    found = json.loads(pronk(*asked, *policy).stdout)["sparse"]
+    assert found["skipped"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_bench_shows_both_speeds(tmp_path, home):

@@ -113,8 +113,8 @@ def test_a_bundle_holds_the_scales_and_runs_without_them(
 
 
 def test_transformers_multiplies_with_the_static_inputs(bundles: dict[str, Path]) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("compressed_tensors")
+    import transformers
+
     model = transformers.AutoModelForCausalLM.from_pretrained(bundles["entropy"]).eval()
     seen: dict[str, Any] = {}
     for name, module in model.named_modules():

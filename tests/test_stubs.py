@@ -4,11 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("nanobind")
-_native = pytest.importorskip("pronk._native")
-
 
 def test_stub_is_current(tmp_path: Path) -> None:
     fresh = tmp_path / "_native.pyi"

@@ -1,10 +1,8 @@
-"""Tokenizers: exact ids, exact bytes, and what save() writes loads in transformers."""
+"""Tokenizers: exact ids, exact bytes, special tokens, and files that are refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -17,57 +15,11 @@ from checkpoints import (
     mixed_lines,
     tiny_dir,
     tiny_gguf,
-    tiny_llama_dir,
 )
+from tokenizer_checks import TEXTS, check_round_trip, check_saved, load
 
-from pronk.checkpoint.gguf_header import read_header
-from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
-from pronk.checkpoint.tokenizer_gguf import from_gguf
-from pronk.device.memory import resident_memory
 from pronk.errors import CheckpointError, RequestError
-
-TEXTS = [
-    "def f(x):\n    return x**2 + 10_000  # it's WE'RE can't\n",
-    "你好，世界！今天天气很好。日本語 かな 한국어",  # noqa: RUF001
-    "🙂👩‍👩‍👧 emoji é ñ ü ½ ² ٣",
-    "a   b \t\n\n  c \r\n   trailing   ",
-    "12345 3.14 0x1F",
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "",
-    " ",
-]
-
-
-def load(path: Path) -> Tokenizer:
-    with open_checkpoint(path) as checkpoint:
-        return checkpoint.load_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama_dir(tmp_path_factory.mktemp("hf"))
-
-
-def check_round_trip(tokenizer: Tokenizer) -> None:
-    for text in TEXTS:
-        ids = tokenizer.encode(text, add_special=False)
-        assert tokenizer.decode(ids, skip_special=False) == text
-        plain = b"".join(tokenizer.token_bytes(id) for id in ids)
-        assert plain.decode() == tokenizer.decode(ids)
-
-
-def check_saved(tokenizer: Tokenizer, directory: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer.save(directory)
-    assert not list(directory.glob(".*.tmp"))
-    loaded = AutoTokenizer.from_pretrained(directory)
-    for text in TEXTS:
-        assert loaded(text).input_ids == tokenizer.encode(text)
-    assert loaded.eos_token_id in tokenizer.eos_ids
-    assert loaded.bos_token_id == tokenizer.bos_id
-    assert loaded.chat_template == tokenizer.chat_template
 
 
 def test_directory_and_gguf_agree(tmp_path: Path, hf_dir: Path) -> None:
@@ -148,7 +100,7 @@ PRE = {
     "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001 (full-width marks are meant)
     "refact": None,
     "gpt-2": None,
     "olmo": None,
@@ -336,162 +288,6 @@ def test_templates_beside_the_config(tmp_path: Path, hf_dir: Path) -> None:
     assert load(tmp_path).eos_token == "<|im_end|>"
     (tmp_path / "chat_template.jinja").write_text("two")
     assert load(tmp_path).chat_template == "two"
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_ids_are_sentencepieces(tmp_path: Path, hf_dir: Path, prefix: bool) -> None:
-    import sentencepiece
-
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS * 3))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
-        model_prefix=str(tmp_path / "sp"),
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        minloglevel=2,
-    )
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
-    ids = range(model.vocab_size())
-    kinds = [
-        2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
-        for i in ids
-    ]
-    path = tiny_gguf(
-        tmp_path / "m.gguf",
-        hf_dir,
-        tokenizer__ggml__model="llama",
-        tokenizer__ggml__tokens=[model.id_to_piece(i) for i in ids],
-        tokenizer__ggml__scores=[float(model.get_score(i)) for i in ids],
-        tokenizer__ggml__token_type=kinds,
-        tokenizer__ggml__merges=None,
-        tokenizer__ggml__add_bos_token=None,
-        tokenizer__ggml__add_space_prefix=prefix,
-    )
-    tokenizer = load(path)
-    for text in [*CORPUS, *TEXTS]:
-        if not text or "<|" in text:
-            continue
-        got = tokenizer.encode(text)
-        assert got == [1, *model.encode(text)], text
-        assert tokenizer.decode(got) == text
-        streamed = b"".join(tokenizer.token_bytes(id) for id in got).decode()
-        assert streamed == (" " + text if prefix else text)
-    assert tokenizer.encode("a<s>b")[1:].count(1) == 1
-    check_saved(tokenizer, tmp_path / "saved")
-
-
-def small_pieces(tmp_path: Path, hf_dir: Path, arch: str, **fields: Any) -> Tokenizer:
-    """The tokenizer of a GGUF file with a few pieces of SentencePiece's kind."""
-    words = [("<unk>", 2), ("<s>", 3), ("<|end|>", 3), ("\u2581", 1), ("a", 1), ("\u2581a", 1)]
-    tokens = [word for word, _ in words] + [f"<0x{byte:02X}>" for byte in range(256)]
-    header = {
-        "model": "llama",
-        "tokens": tokens,
-        "scores": [-float(id) for id in range(len(tokens))],
-        "token_type": [kind for _, kind in words] + [6] * 256,
-        "merges": None,
-        "add_bos_token": None,
-        "unknown_token_id": 0,
-        **fields,
-    }
-    path = tiny_gguf(tmp_path / "m.gguf", hf_dir)
-    changed = {f"tokenizer__ggml__{key}": value for key, value in header.items()}
-    path = tiny_gguf(tmp_path / "m.gguf", hf_dir, **changed)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        head = read_header(fd, path)
-        head.metadata["general.architecture"] = arch
-        return from_gguf(head, 320)
-    finally:
-        os.close(fd)
-
-
-def test_phi3s_marks_take_the_white_space_behind_them(tmp_path: Path, hf_dir: Path) -> None:
-    phi3 = small_pieces(tmp_path, hf_dir, "phi3")
-    assert phi3.encode("a<|end|>\n \u00a0a") == [1, 5, 2, 5]
-    assert phi3.encode("<s> a", add_special=False) == [1, 3, 5]
-    assert phi3.eos_ids == {2}
-    other = small_pieces(tmp_path, hf_dir, "llama")
-    assert other.encode("a<|end|>\na") == [1, 5, 2, 3, 6 + 10, 4]
-    assert other.encode("a<|end|>\na", parse_special=False)[2:-2] == [
-        6 + byte for byte in b"<|end|>"
-    ]
-    check_saved(phi3, tmp_path / "saved")
-
-
-def test_bytes_that_are_no_character(tmp_path: Path, hf_dir: Path) -> None:
-    from tokenizers import Tokenizer as Library
-
-    tokenizer = small_pieces(tmp_path, hf_dir, "llama")
-    tokenizer.save(tmp_path / "saved")
-    library = Library.from_file(str(tmp_path / "saved" / "tokenizer.json"))
-    for raw in (b"\xe4\xbd\xa0", b"\xe4\xbd", b"\xe4\xbda", b"\xff\xfe"):
-        ids = [5, *(6 + byte for byte in raw), 4]
-        assert tokenizer.decode(ids) == library.decode(ids)
-        assert b"".join(tokenizer.token_bytes(id) for id in ids) == b" a" + raw + b"a"
-    assert tokenizer.decode([1, 5, 2], skip_special=False) == "<s> a<|end|>"
-
-
-def test_broken_pieces_are_refused(tmp_path: Path, hf_dir: Path) -> None:
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"scores": [0.0] * 3}, "without a score"),
-        ({"scores": [float("nan")] * 262}, "no number"),
-        ({"tokens": ["a"] * 262}, "holds the token 'a' twice"),
-        ({"tokens": ["a" * 3000, *map(str, range(261))], "token_type": [1] * 262}, "3000 bytes"),
-    ]
-    for fields, words in bad:
-        with pytest.raises(CheckpointError, match=words) as caught:
-            small_pieces(tmp_path, hf_dir, "llama", **fields)
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_the_real_gemma_tokenizer(tmp_path: Path, gemma: Path) -> None:
-    from sentencepieces import processor
-    from transformers import AddedToken, GemmaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    fd = os.open(gemma, os.O_RDONLY)
-    header = read_header(fd, gemma)
-    before, start = resident_memory(), time.perf_counter()
-    tokenizer = from_gguf(header, 262144)
-    assert time.perf_counter() - start < 1  # 27 ms
-    assert resident_memory() - before < 24e6  # 8 MB
-    tokens = header.strings("tokenizer.ggml.tokens") or []
-    scores, kinds = (
-        header.numbers(f"tokenizer.ggml.{k}").tolist() for k in ("scores", "token_type")
-    )
-    os.close(fd)
-    # llama.cpp's converter writes these with spaces, and the unknown piece as a control one.
-    pieces = [t.replace(" ", "\u2581") if k == 4 else t for t, k in zip(tokens, kinds, strict=True)]
-    model = processor(pieces, scores, [2 if id == 3 else k for id, k in enumerate(kinds)], False)
-    # It also writes a score of -1000 for pieces that had the best.
-    best = [0.0 if kind == 4 else s for s, kind in zip(scores, kinds, strict=True)]
-    vocab = {piece: id for id, piece in enumerate(pieces)}
-    merges = generate_merges(vocab, list(zip(pieces, best, strict=True)))
-    reference = GemmaTokenizer(vocab, merges)
-    marked = [(p, kind) for p, kind in zip(pieces, kinds, strict=True) if kind in (3, 4)]
-    reference.add_tokens([AddedToken(p, special=k == 3, normalized=False) for p, k in marked])
-    # The character that stands for a space is the one that cannot be told from it.
-    lines = [line for line in mixed_lines(5001) if "\u2581" not in line]
-    assert len(lines) == 5000
-    for text in [*lines, *(" " * n + "x" + "\n" * n for n in range(70))]:
-        ids = tokenizer.encode(text)
-        assert ids == [2, *model.encode(text)] == [2, *reference(text).input_ids], text
-        assert tokenizer.decode(ids) == text
-        assert b"".join(tokenizer.token_bytes(id) for id in ids).decode() == text
-    turns = "<start_of_turn>user\n  hi<end_of_turn>\n"
-    assert tokenizer.encode(turns) == [2, 105, 2364, 107, 138, 2202, 106, 107]
-    assert tokenizer.encode(turns)[1:] == reference(turns).input_ids
-    assert tokenizer.encode(turns, parse_special=False)[1:] == model.encode(turns)
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
-    assert (tokenizer.vocab_size, tokenizer.bos_id) == (262144, 2)
-    assert tokenizer.eos_ids == {1, 106}  # the end of a turn, too
-    check_saved(tokenizer, tmp_path / "saved")
 
 
 @pytest.mark.slow

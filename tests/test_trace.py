@@ -7,25 +7,21 @@ import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 import httpx
 import pytest
-
-pytest.importorskip("fastapi")
-pytest.importorskip("opentelemetry.sdk")
-grpc = pytest.importorskip("grpc")
-
-from checkpoints import tiny_llama_dir  # noqa: E402
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (  # noqa: E402
+from checkpoints import tiny_llama_dir
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
-from servers import process, running  # noqa: E402
+from servers import process, running
 
-from pronk import RequestError  # noqa: E402
-from pronk.serve.config import ServeConfig  # noqa: E402
-from pronk.serve.grpc import generation_pb2 as pb  # noqa: E402
-from pronk.serve.log import JsonFormatter  # noqa: E402
-from pronk.serve.trace import ENDPOINT_VARIABLES, open_tracer  # noqa: E402
+from pronk import RequestError
+from pronk.serve.config import ServeConfig
+from pronk.serve.grpc import generation_pb2 as pb
+from pronk.serve.log import JsonFormatter
+from pronk.serve.trace import ENDPOINT_VARIABLES, open_tracer
 
 SECRET = "the quick brown fox"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

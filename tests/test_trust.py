@@ -11,9 +11,6 @@ import time
 
 import httpx
 import pytest
-
-pytest.importorskip("fastapi")
-
 from checkpoints import tiny_llama_dir
 from servers import process, running
 

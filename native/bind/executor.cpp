@@ -114,6 +114,7 @@ void bind_executor(nb::module_& m) {
         .def_prop_ro("weight_bytes", &Executor::weight_bytes)
         .def_prop_ro("arena_bytes", &Executor::arena_bytes)
         .def_prop_ro("kv_bytes", &Executor::kv_bytes)
+        .def_prop_ro("past_bytes", &Executor::past_bytes)
         .def_prop_ro("op_count", &Executor::op_count)
         .def("profile", &Executor::profile, "on"_a,
              "Keeps times of ops from now on, from zero; or no longer.")

@@ -55,6 +55,14 @@ static inline int64_t kv_head_bytes(KvType type, int64_t dim) {
     return kBlock * dim * (type == KvType::bf16 ? 2 : 4);
 }
 
+// A chunk of a past whose blocks were expanded: keys and values of one head, in bf16.
+constexpr int kMaxHeadDim = 256;
+static inline int64_t past_bytes(int64_t dim) { return 2 * kChunk * dim * 2; }
+// Where this thread has its own: what an executor lent it for a step, so that it is planned for and
+// there before a token waits; else memory of the thread's, for kernels that are called alone.
+void lend_past_memory(uint16_t* memory);
+uint16_t* past_memory();
+
 struct KvView {
     uint8_t* base;          // this layer's first plane: kv.h tells how they lie
     int64_t plane;          // bytes of one

@@ -15,7 +15,6 @@
 
 namespace pronk::PRONK_NS {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kChunkBlocks = kChunk / kBlock;
 
 inline uint8_t* kv_head(const KvView& kv, int64_t block, int64_t head, bool value) {

@@ -8,10 +8,10 @@
 namespace pronk::PRONK_NS {
 
 // A chunk of a past to read, of which the blocks with a bit in `wanted` are. Those of int8 and
-// int4 become bf16 in this thread's own memory, until it expands others.
+// int4 become bf16 in this thread's memory, until it expands others.
 inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted) {
     if (!kv_expanded(kv.type)) return {kv, blocks, head};
-    alignas(64) static thread_local uint16_t memory[2 * kChunk * kMaxHeadDim];
+    uint16_t* const memory = past_memory();
     static constexpr int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     static_assert(sizeof order / 4 == kChunkBlocks);
     const auto expand = kv.type == KvType::int8 ? expand_int8 : expand_int4;

@@ -55,6 +55,9 @@ class Executor:
     def kv_bytes(self) -> int: ...
 
     @property
+    def past_bytes(self) -> int: ...
+
+    @property
     def op_count(self) -> int: ...
 
     def profile(self, on: bool) -> None:

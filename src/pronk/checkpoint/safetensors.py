@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -418,12 +418,12 @@ def _entry(fd: int, path: Path, name: str, entry: object, start: int, size: int)
         raise CheckpointError(
             f"{path} has tensor {short!r} of type {str(dtype)[:40]}, which Pronk cannot read"
         )
-    if not _whole(shape, size) or not 1 <= len(shape) <= 4:  # type: ignore[arg-type]
+    if not _whole(shape, size) or not 1 <= len(shape) <= 4:
         raise CheckpointError(f"{path} gives tensor {short!r} a shape that the file cannot hold")
-    if not _whole(span, size) or len(span) != 2:  # type: ignore[arg-type]
+    if not _whole(span, size) or len(span) != 2:
         raise CheckpointError(f"{path} places tensor {short!r} outside the file")
-    begin, end = span  # type: ignore[misc]
-    nbytes = math.prod(shape) * _SIZES[dtype]  # type: ignore[arg-type]
+    begin, end = span
+    nbytes = math.prod(shape) * _SIZES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(
             f"{path} gives tensor {short!r} {end - begin} bytes where its shape takes {nbytes}"
@@ -433,9 +433,9 @@ def _entry(fd: int, path: Path, name: str, entry: object, start: int, size: int)
             f"{path} is truncated or damaged: tensor {short!r} ends at byte {start + end}, but "
             f"the file ends at byte {size}"
         )
-    return _Stored(fd, path, dtype, tuple(shape), start + begin, nbytes)  # type: ignore[arg-type]
+    return _Stored(fd, path, dtype, tuple(shape), start + begin, nbytes)
 
 
-def _whole(value: object, limit: int) -> bool:
+def _whole(value: object, limit: int) -> TypeGuard[list[int]]:
     """Whether `value` is a list of whole numbers from 0 to `limit`."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= limit for n in value)

@@ -20,7 +20,7 @@ _GPT4O = [
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ]
-_BLOOM = [r" ?[^(\s|.,!?…。，、।۔،)]+"]  # noqa: RUF001
+_BLOOM = [r" ?[^(\s|.,!?…。，、।۔،)]+"]  # noqa: RUF001 (full-width marks are meant)
 _PLAIN = [_GPT2]
 _DIGITS = [r"\p{N}", _GPT2]
 _DEFAULT = [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]

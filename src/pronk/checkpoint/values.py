@@ -21,12 +21,11 @@ def integer(path: Path, field: str, value: object, low: int, high: int) -> int:
 
 def number(path: Path, field: str, value: object, low: float, high: float) -> float:
     """A finite number of an untrusted header, above `low` and at most `high`."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not low < value <= high:  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
         raise CheckpointError(
             f"{path} gives {field} as {short(value)}, not a number above {low:g} and up to {high:g}"
         )
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def flag(path: Path, field: str, value: object) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "note",
     "open_model",
     "print_json",
+    "runtime_words",
     "sampling",
 ]
 
@@ -108,6 +109,19 @@ def add_expert_memory(parser: argparse.ArgumentParser) -> None:
         help="memory for a mixture's experts: the hot ones are kept there, the others are read "
         "from disk when they are chosen (default: all are in memory)",
     )  # fmt: skip
+
+
+def runtime_words(args: argparse.Namespace) -> list[str]:
+    """What `add_runtime` and `add_experts` declare, as words for another command."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_runtime(parser)
+    add_experts(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if value != action.default:
+            words += [action.option_strings[0], *([] if action.nargs == 0 else [str(value)])]
+    return words
 
 
 def add_speculation(parser: argparse.ArgumentParser, default: bool) -> None:
@@ -194,7 +208,7 @@ def open_model(
 
     path = resolve(name)  # a download is not part of the load time
     attention = choose(path, args)
-    sparse = choose_sparse(path, args)
+    sparse = choose_sparse(path, args, attention)
     start = time.perf_counter()
     model = load(
         path, args.threads, context,

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
         answers = ask_all(variants, tasks, load, kept, engine, progress.stage)
         rounds = take_turns(
             variants, args.rounds, lambda v: _bench(v, args), kept,
-            {**engine, **_machine(), "sizes": _BENCH, "threads": args.threads}, progress.stage,
+            {**engine, **_machine(), "sizes": _BENCH, "words": common.runtime_words(args)},
+            progress.stage,
         )  # fmt: skip
     report = make_report(
         variants, reference, reading, scores, tasks, answers, rounds,
@@ -270,7 +271,7 @@ def _groups(
 
     def size(variant: Variant) -> int:
         with open_checkpoint(Path(variant.path)) as checkpoint:
-            limits = Limits(args.window, kv_dtype=args.kv)
+            limits = Limits(args.window, kv_dtype=args.kv, activations=args.activations)
             return compile_checkpoint(checkpoint, limits).memory(0).total
 
     groups: list[list[Variant]] = [[]]
@@ -289,13 +290,8 @@ def _groups(
 def _bench(variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
     from pronk.device.child import run_json
 
-    options = ["--kv", args.kv, "--no-depth", "--json", *_BENCH]
-    for name in ("threads", "attention", "rope_scaling"):
-        if getattr(args, name) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    if args.dynamic_experts:
-        options += ["--dynamic-experts", args.dynamic_experts]
-    return run_json("pronk", ["bench", variant.path, *options])
+    words = [*common.runtime_words(args), "--no-depth", "--json", *_BENCH]
+    return run_json("pronk", ["bench", variant.path, *words])
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:
@@ -310,10 +306,20 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
         "native": hashlib.sha256(native).hexdigest()[:16],
         "isa": _native.isa(os.environ.get("PRONK_ISA", "")),
         "kv": args.kv,
+        "activations": args.activations,
         "attention": args.attention,
         "rope_scaling": args.rope_scaling,
         "experts": args.dynamic_experts,
+        "sparse_mlp": args.sparse_mlp,
+        "thresholds": _thresholds(args),
     }
+
+
+def _thresholds(args: argparse.Namespace) -> list[float]:
+    """Those of a file, which may hold others another time."""
+    from pronk.graph.sparse import parse_sparse
+
+    return list(parse_sparse(args.sparse_mlp).thresholds) if args.sparse_mlp else []
 
 
 def _machine() -> dict[str, Any]:

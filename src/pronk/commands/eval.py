@@ -75,8 +75,10 @@ def run(args: argparse.Namespace) -> None:
         result["sparse"] = activity(model.activity()).to_dict()
         model.watch(False)
     if args.reference:
-        as_made = {"kv": "bf16", "activations": "int12", "attention": None, "dynamic_experts": "",
-                   "sparse_mlp": None}  # fmt: skip
+        as_made = {
+            "kv": "bf16", "activations": "int12", "attention": None, "dynamic_experts": "",
+            "sparse_mlp": None, "rope_scaling": long.unscaled(args.rope_scaling),
+        }  # fmt: skip
         exact = argparse.Namespace(**{**vars(args), **as_made})
         reference, _ = common.open_model(args.reference, exact, args.window)
         with Progress("divergence") as progress:

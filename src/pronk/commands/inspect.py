@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from pronk.device.footprint import measure
     from pronk.graph.attention import adapted
     from pronk.graph.program import Limits, choose_context
-    from pronk.model import compile_checkpoint
+    from pronk.model import choose_threads, compile_checkpoint
 
     path = resolve(args.model)
     attention = choose(path, args)
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
         program = compile_checkpoint(checkpoint, limits, spec)
         tensors = list(checkpoint.tensors.values())
         kind = checkpoint.format
-    memory = program.memory(measure(path))
+    # Threads are not known here: as many as there are cores.
+    memory = program.memory(measure(path) + choose_threads(None) * program.past_bytes)
     stored = sum(t.nbytes for t in tensors)
     parameters = sum(t.rows * t.cols for t in tensors)
     runtime = Counter(w.dtype for w in program.graph.weights.values())

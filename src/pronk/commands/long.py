@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pronk.evaluate.needle import Trial
     from pronk.model import Model
 
-__all__ = ["configure", "run"]
+__all__ = ["configure", "run", "unscaled"]
 
 _LONGEST = 8192  # tokens of a run unless the user says otherwise
 _RUNS = 4  # contexts of text that are read unless the user says otherwise
@@ -67,10 +67,7 @@ def run(args: argparse.Namespace) -> None:
         raise RequestError(f"the context must be at least 2 tokens, not {context}")
     bucket = min(default_bucket(context), context) if args.bucket is None else args.bucket
     work = _Work(args, str(path), corpus, context, bucket)
-    plain = None
-    if args.rope_scaling:  # past its context, as it is
-        plain = f"none:{args.rope_scaling.partition(':')[2]}"
-    variants = [work.measure("as it is", None, plain)]
+    variants = [work.measure("as it is", None, unscaled(args.rope_scaling))]
     changes = [text for text in (args.attention, args.rope_scaling) if text]
     if changes:
         variants.append(work.measure(", ".join(changes), args.attention, args.rope_scaling))
@@ -88,6 +85,11 @@ def run(args: argparse.Namespace) -> None:
         common.print_json(result)
     else:
         print(*format_long(result), sep="\n")
+
+
+def unscaled(rope_scaling: str | None) -> str | None:
+    """What runs a model as it was made, as far past its context as ``--rope-scaling`` goes."""
+    return f"none:{rope_scaling.partition(':')[2]}" if rope_scaling else None
 
 
 class _Work:

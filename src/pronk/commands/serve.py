@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
     from pronk.serve.trace import open_tracer
 
     if config.grpc_port is not None:
-        import pronk.serve.grpc.server  # noqa: F401
+        import pronk.serve.grpc.server  # noqa: F401 (loaded, not used)
     configure_log(args.log_format)
     tell = _teller(args.log_format)
     with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pronk.graph.attention import AttentionPolicy
     from pronk.graph.sparse import SparseMlp
     from pronk.model import Model
 
@@ -17,7 +18,9 @@ _ROWS = 512  # positions compared, as far as ...
 _LOGITS = 128 << 20  # ... their logits take no more bytes
 
 
-def choose_sparse(path: Path, args: argparse.Namespace) -> SparseMlp | None:
+def choose_sparse(
+    path: Path, args: argparse.Namespace, attention: AttentionPolicy | None
+) -> SparseMlp | None:
     """What ``--sparse-mlp`` asks for, with its thresholds: calibrated where it leaves them open.
 
     Parameters
@@ -26,6 +29,8 @@ def choose_sparse(path: Path, args: argparse.Namespace) -> SparseMlp | None:
         The checkpoint.
     args : Namespace
         What `common.add_runtime` declares.
+    attention : AttentionPolicy or None
+        What ``--attention`` came to (see `pronk.commands.choice.choose`).
 
     Raises
     ------
@@ -38,7 +43,7 @@ def choose_sparse(path: Path, args: argparse.Namespace) -> SparseMlp | None:
     from pronk.checkpoint.open import open_checkpoint
     from pronk.checkpoint.packed_cache import content_hash
     from pronk.commands import common
-    from pronk.commands.kept import file_of, keep, kept
+    from pronk.commands.kept import file_of, keep
     from pronk.evaluate.corpus import default_corpus
     from pronk.graph.sparse import SparseMlp, has_mlp, parse_sparse
 
@@ -49,18 +54,30 @@ def choose_sparse(path: Path, args: argparse.Namespace) -> SparseMlp | None:
             return policy
         key = [content_hash(checkpoint.files), default_corpus().name, policy.kl, policy.keep]
     file = file_of("sparse", [*key, args.attention, args.rope_scaling])
-    data = kept(file)
-    if not isinstance(data, dict) or "thresholds" not in data:
-        data = _calibrate(path, args, policy)
+    thresholds = _remembered(file)
+    if thresholds is None:
+        data = _calibrate(path, args, policy, attention)
         keep(file, data)
+        thresholds = tuple(data["thresholds"])
         common.note(
             f"pronk: {data['skipped']:.1%} of the MLPs' activations are zero, KL {data['kl']:.4f} "
             f"nats a token on {data['text']}; thresholds are in {file}"
         )
-    return SparseMlp(tuple(map(float, data["thresholds"])))
+    return SparseMlp(thresholds)
 
 
-def _calibrate(path: Path, args: argparse.Namespace, policy: SparseMlp) -> dict[str, Any]:
+def _remembered(file: Path) -> tuple[float, ...] | None:
+    from pronk.commands.kept import kept
+
+    try:
+        return tuple(map(float, kept(file)["thresholds"])) or None
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+
+
+def _calibrate(
+    path: Path, args: argparse.Namespace, policy: SparseMlp, attention: AttentionPolicy | None
+) -> dict[str, Any]:
     from pronk.commands.progress import Progress
     from pronk.evaluate.corpus import default_corpus, encode
     from pronk.evaluate.sparsity import calibrate
@@ -69,7 +86,7 @@ def _calibrate(path: Path, args: argparse.Namespace, policy: SparseMlp) -> dict[
     corpus = default_corpus()
     with (
         load(
-            path, getattr(args, "threads", None), attention=args.attention,
+            path, getattr(args, "threads", None), attention=attention,
             rope_scaling=args.rope_scaling, speculate=False,
         ) as model,
         Progress("calibrating MLPs") as progress,

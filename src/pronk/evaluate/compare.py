@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +139,7 @@ def score_all(
     found: dict[str, list[Scores]] = {}
     for variant in (variant for group in groups for variant in group):
         arrays = kept.arrays("text", _text_facts(variant, reference, reading, engine))
-        found[variant.name] = [Scores(**arrays)] if _sound(arrays, ends) else []  # type: ignore[arg-type]
+        found[variant.name] = [Scores(**arrays)] if _sound(arrays, ends) else []
     done = {name: sum(map(len, found[name])) for name in names}
     total = len(names) * len(plan)
     scored = sum(end <= count for count in done.values() for end in ends)
@@ -199,7 +199,9 @@ def _text_facts(
     }
 
 
-def _sound(arrays: Mapping[str, NDArray[Any]] | None, ends: Sequence[int]) -> bool:
+def _sound(
+    arrays: Mapping[str, NDArray[Any]] | None, ends: Sequence[int]
+) -> TypeGuard[Mapping[str, NDArray[Any]]]:
     """Whether kept scores are of whole windows."""
     if arrays is None or sorted(arrays) != sorted(_FIELDS):
         return False

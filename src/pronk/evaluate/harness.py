@@ -34,7 +34,7 @@ _MOST_TOKENS = 256  # of an answer, where the task does not say
 
 
 @register_model("pronk")
-class PronkLM(LM):  # type: ignore[misc]
+class PronkLM(LM):  # type: ignore[misc]  # lm_eval has no types
     """A model that Pronk runs.
 
     Parameters

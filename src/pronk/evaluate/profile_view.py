@@ -75,7 +75,7 @@ def check_plot(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise RequestError(f"the folder of the plot, {path.absolute().parent}, is not there")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401 (whether it is there)
     except ImportError:
         raise RequestError(_NO_MATPLOTLIB) from None
 

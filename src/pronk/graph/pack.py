@@ -16,12 +16,14 @@ __all__ = [
     "act_row_bytes",
     "kv_block_bytes",
     "packed_bytes",
+    "past_bytes",
     "runtime_dtype",
 ]
 
 PANEL = 16  # rows interleaved into one panel
 GROUP = 32  # elements that share a scale
 KV_BLOCK = 32  # positions per KV block
+_KV_CHUNK = 512  # positions that attention sums up at a time
 PART_TAIL = 16  # floats after the values of a part of attention
 ALIGN = 64  # bytes
 ACT_ROWS = 16  # rows of quantized activations come in blocks of so many
@@ -73,6 +75,11 @@ def packed_bytes(dtype: str, rows: int, cols: int) -> int:
 def block_dtype(dtype: str) -> str:
     """The format of the checkpoint's blocks that a packed format holds."""
     return PLANES.get(dtype, dtype)
+
+
+def past_bytes(head_dim: int, kv_dtype: str) -> int:
+    """Bytes that each thread needs to expand a chunk of a rounded KV cache to bf16."""
+    return 0 if kv_dtype in _ELEMENT else 2 * _KV_CHUNK * head_dim * 2
 
 
 def bound_plan_floats(rows: int, cols: int) -> int:

@@ -10,7 +10,7 @@ from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
 from pronk.graph.kv import KvGroup, KvPool, blocks_of, kv_groups
 from pronk.graph.memory import Layout, plan_layout
-from pronk.graph.pack import GROUP, GROUPED, kv_block_bytes, runtime_dtype
+from pronk.graph.pack import GROUP, GROUPED, kv_block_bytes, past_bytes, runtime_dtype
 from pronk.graph.passes import Pass, cpu_passes, run_passes
 from pronk.spec import Budget, MemoryPlan, ModelSpec
 
@@ -104,6 +104,11 @@ class Program:
     def kv_bytes(self) -> int:
         """Bytes of the KV pools."""
         return sum(pool.nbytes for pool in self.kv_pools)
+
+    @property
+    def past_bytes(self) -> int:
+        """Bytes that each thread needs beside: a part of the overhead."""
+        return past_bytes(self.spec.head_dim, self.limits.kv_dtype)
 
     def memory(self, overhead: int) -> MemoryPlan:
         """The plan, given the bytes that the process takes before weights."""
