@@ -24,10 +24,12 @@ class Answer(ABC):
     ----------
     deltas : async generator of Delta
         What `generate` yields; read once.
+    count : int
+        Of the texts.
     """
 
-    def __init__(self, deltas: AsyncGenerator[Delta]) -> None:
-        self._deltas = deltas
+    def __init__(self, deltas: AsyncGenerator[Delta], count: int) -> None:
+        self._deltas, self._left = deltas, count
 
     @abstractmethod
     async def whole(self) -> dict[str, Any]:
@@ -45,8 +47,13 @@ class Answer(ABC):
         """What a stream that has begun tells of an error, and ends with."""
         return data(error_body(error))
 
-    async def stream(self) -> AsyncGenerator[bytes]:
+    async def stream(self) -> AsyncGenerator[tuple[bytes, bool]]:
         """The answer in pieces, the first once the engine has begun.
+
+        Yields
+        ------
+        bytes, bool
+            What to send at once, and whether more follows.
 
         Raises
         ------
@@ -57,16 +64,17 @@ class Answer(ABC):
         try:
             async with aclosing(self._deltas):
                 async for delta in self._deltas:
-                    for piece in self.pieces(delta):
+                    told = [*self.pieces(delta)]
+                    self._left -= delta.finish_reason is not None
+                    if not self._left:
+                        told += self.ending()
+                    if told:
                         begun = True
-                        yield piece
+                        yield b"".join(told), self._left > 0
         except ApiError as error:
             if not begun:
                 raise
-            yield self.failure(error)
-            return
-        for piece in self.ending():
-            yield piece
+            yield self.failure(error), False
 
 
 async def send(answer: Answer, request: Request, stream: bool | None) -> Response:
@@ -75,7 +83,7 @@ async def send(answer: Answer, request: Request, stream: bool | None) -> Respons
         return JSONResponse(await until_gone(request.receive, answer.whole()))
     source = answer.stream()
 
-    async def first() -> bytes:
+    async def first() -> tuple[bytes, bool]:
         return await anext(source)
 
     # Taken before the response begins, so that what is refused has a status of its own.

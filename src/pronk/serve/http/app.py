@@ -186,11 +186,12 @@ async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:
     """Run a few tokens through each model, so that the first request finds memory touched."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for model in models:
-        arrivals, event = Arrivals(), None
+        arrivals, reason = Arrivals(), None
         try:
             model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
-            while event is None or event.finish_reason is None:
-                _, event = await arrivals.get()
+            while reason is None:
+                _, event = (await arrivals.take())[-1]
+                reason = event.finish_reason
             if event.error is not None:
                 raise event.error
         except PronkError as error:

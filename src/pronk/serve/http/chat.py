@@ -19,7 +19,7 @@ from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.prepare import Turn, chat_logprobs, prepare
 from pronk.serve.http.replies import ChatReply
 from pronk.serve.http.schema import ChatRequest
-from pronk.serve.http.sse import DONE, data, until_gone
+from pronk.serve.http.sse import DONE, Chunks, data, until_gone
 from pronk.serve.tools import ArgumentText, CallStart, Found
 
 __all__ = ["router"]
@@ -95,12 +95,13 @@ class _Answer(Answer):
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        super().__init__(deltas)
+        super().__init__(deltas, body.count)
         self._model, self._body, self._tally = model, body, tally
         self._head = head
         self._chunk = {**head, "object": "chat.completion.chunk"}
         if body.with_usage:
             self._chunk["usage"] = None
+        self._chunks = Chunks(self._chunk)
         self._choices = [_Choice() for _ in range(body.count)]
         self._parsers = [turn.parser() for _ in range(body.count)]
 
@@ -163,7 +164,7 @@ class _Answer(Answer):
                 "logprobs": logprobs if at == 0 else None,
                 "finish_reason": choice.reason if last and delta.finish_reason else None,
             }
-            out.append(data({**self._chunk, "choices": [entry]}))
+            out.append(self._chunks.of([entry]))
         return out
 
     def ending(self) -> list[bytes]:

@@ -16,7 +16,7 @@ from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.prepare import completion_logprobs, form_of
 from pronk.serve.http.replies import CompletionReply
 from pronk.serve.http.schema import CompletionRequest
-from pronk.serve.http.sse import DONE, data, until_gone
+from pronk.serve.http.sse import DONE, Chunks, data, until_gone
 
 __all__ = ["router"]
 
@@ -81,10 +81,11 @@ class _Texts(Answer):
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        super().__init__(deltas)
+        super().__init__(deltas, len(echoes))
         self._model, self._body, self._tally = model, body, tally
         self._head = head
         self._chunk = {**head, "usage": None} if body.with_usage else head
+        self._chunks = Chunks(self._chunk)
         self._echoes = echoes
         self._offsets = [0] * len(echoes)
 
@@ -110,7 +111,7 @@ class _Texts(Answer):
 
     def pieces(self, delta: Delta) -> list[bytes]:
         """A delta as a chunk."""
-        return [data({**self._chunk, "choices": [self._choice(delta)]})]
+        return [self._chunks.of([self._choice(delta)])]
 
     def ending(self) -> list[bytes]:
         """What it took, if asked for, and the mark of the end."""

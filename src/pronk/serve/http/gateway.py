@@ -90,6 +90,7 @@ class Gateway:
         request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["record"] = request_id, {}
+        state["send"] = send  # for the pieces of a stream, which nothing on the way looks at
         origin = headers.get("origin")
         allowed = origin if origin in self.config.origins else None
         start, began, status, begun = time.perf_counter(), time.time_ns(), 0, False

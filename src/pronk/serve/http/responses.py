@@ -180,7 +180,7 @@ class _Answer(Answer):
     def __init__(
         self, body: ResponseRequest, deltas: AsyncGenerator[Delta], tally: Tally, number: str
     ) -> None:
-        super().__init__(deltas)
+        super().__init__(deltas, 1)
         self._body, self._tally = body, tally
         self._item = f"msg_{number}"
         self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}
