@@ -20,7 +20,7 @@ from pronk.serve.errors import ApiError
 from pronk.serve.generate import Delta, Job, Tally, generate
 from pronk.serve.guard.watch import Watch
 from pronk.serve.hosted import Arrivals, Mailbox
-from pronk.serve.http.answer import Answer
+from pronk.serve.http.answer import Answer, Chunked
 from pronk.serve.http.sse import Chunks, data
 from pronk.serve.line import Line
 from pronk.serve.metrics import Metrics
@@ -160,6 +160,36 @@ def test_what_came_before_an_error_is_told_first():
     first, found, error = run([[(0, token(1))], [(0, token(2)), (0, broken)]])[0]
     assert (first.text, found.text) == ("<1>", "<2>")
     assert isinstance(error, ApiError) and error.status == 500
+
+
+class Few(Chunked):
+    """An answer whose choices are its texts."""
+
+    async def whole(self):
+        return {}
+
+    def pieces(self, delta: Delta):
+        return [self.chunk([{"text": delta.text}])]
+
+
+@pytest.mark.parametrize(
+    ("usage", "told"), [(None, ["none"] * 2), ("last", [None, None, 7]), ("each", [7, 7, 7])]
+)
+def test_which_chunks_tell_the_usage(usage, told):
+    async def source():
+        yield Delta(0, "a")
+        yield Delta(0, "b", [], "stop")
+
+    async def all_of_it() -> bytes:
+        answer = Few(source(), 1, {"id": "x"}, Tally(completion=7), usage)
+        return b"".join([piece async for piece, _ in answer.stream()])
+
+    *chunks, end, rest = asyncio.run(all_of_it()).split(b"\n\n")
+    assert (end, rest) == (b"data: [DONE]", b"")
+    chunks = [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
+    usages = [chunk.get("usage", "none") for chunk in chunks]
+    assert [u["completion_tokens"] if isinstance(u, dict) else u for u in usages] == told
+    assert [c["text"] for chunk in chunks for c in chunk["choices"]] == ["a", "b"]
 
 
 class Plain(Answer):

@@ -44,9 +44,14 @@ class Chunks:
     def __init__(self, head: Mapping[str, Any]) -> None:
         self._head = b"data: %b" % _encode(head)[:-1].encode()
 
-    def of(self, choices: Sequence[Mapping[str, Any]]) -> bytes:
-        """The event of some choices."""
-        return b'%b,"choices":%b}\n\n' % (self._head, _encode(choices).encode())
+    def of(
+        self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] | None = None
+    ) -> bytes:
+        """The event of some choices, and of what they took."""
+        event = b'%b,"choices":%b' % (self._head, _encode(choices).encode())
+        if usage is not None:
+            event += b',"usage":%b' % _encode(usage).encode()
+        return event + b"}\n\n"
 
 
 async def _gone(receive: Receive) -> None:
