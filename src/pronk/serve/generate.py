@@ -104,9 +104,13 @@ class _Choice:
 
     def submit(self, arrivals: Arrivals, index: int) -> None:
         """Hand it to the engine."""
-        job = self.job
-        self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
-        self.model.line.enter(self._new_tokens)
+        job, line = self.job, self.model.line
+        line.enter(self._new_tokens)  # before its first token can come
+        try:
+            self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
+        except BaseException:
+            line.leave(self._new_tokens, served=False)
+            raise
 
     def end(self) -> None:
         """Nobody waits for more of it."""
