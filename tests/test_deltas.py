@@ -182,7 +182,7 @@ def test_which_chunks_tell_the_usage(usage, told):
 
     async def all_of_it() -> bytes:
         answer = Few(source(), 1, {"id": "x"}, Tally(completion=7), usage)
-        return b"".join([piece async for piece, _ in answer.stream()])
+        return b"".join([piece async for piece, _ in answer.stream(pytest.fail)])
 
     *chunks, end, rest = asyncio.run(all_of_it()).split(b"\n\n")
     assert (end, rest) == (b"data: [DONE]", b"")
@@ -205,7 +205,7 @@ class Plain(Answer):
         return [b"usage", b"end"]
 
 
-def sent(deltas, count: int) -> list[tuple[bytes, bool]]:
+def sent(deltas, count: int, failed=pytest.fail) -> list[tuple[bytes, bool]]:
     async def source():
         for delta in deltas:
             if isinstance(delta, Exception):
@@ -213,7 +213,7 @@ def sent(deltas, count: int) -> list[tuple[bytes, bool]]:
             yield delta
 
     async def all_of_it() -> list[tuple[bytes, bool]]:
-        return [piece async for piece in Plain(source(), count).stream()]
+        return [piece async for piece in Plain(source(), count).stream(failed)]
 
     return asyncio.run(all_of_it())
 
@@ -225,9 +225,9 @@ def test_the_end_of_a_stream_goes_with_its_last_piece():
 
 
 def test_an_error_ends_a_stream_that_has_begun():
-    error = ApiError(500, "it broke", "engine_error")
-    (first, failed) = sent([Delta(0, "a"), error], 1)
-    assert first == (b"a", True)
+    error, told = ApiError(500, "it broke", "engine_error"), []
+    (first, failed) = sent([Delta(0, "a"), error], 1, told.append)
+    assert first == (b"a", True) and told == [error]
     assert failed[1] is False and b'"code":"engine_error"' in failed[0]
     with pytest.raises(ApiError):
         sent([error], 1)

@@ -322,7 +322,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x " * 600}]}, "the context holds 256"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+    ({"structured_outputs": {"regex": "\ud800"}}, "lone surrogate"),
+    ({"structured_outputs": {"grammar": "\ud800"}}, "lone surrogate"),
     ({"colour": "red"}, "unrecognized request argument: colour"),
+    ({"c" * 9999: "red"}, "unrecognized request argument: ccc"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
 ]
@@ -338,6 +341,7 @@ def test_wrong_fields_are_refused_in_one_sentence(server, http, fields, said, st
     assert answer.status_code == 400, error
     assert said in error["message"]
     assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    assert len(answer.content) < 1000
     idle(server)
 
 
@@ -351,6 +355,8 @@ def test_other_refusals(http):
     assert post("/v1/completions", content=nan, headers=headers).status_code == 400
     deep = b'{"model":' + b"[" * 50_000
     assert post("/v1/completions", content=deep, headers=headers).status_code == 400
+    half = b'{"model":"tiny","input":"x","max_output_tokens":1,"metadata":{"a":"\\ud800"}}'
+    assert "lone surrogate" in post("/v1/responses", content=half, headers=headers).text
     unknown = post("/v1/completions", json={"model": "nope", "prompt": "x"})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     assert http.get("/nowhere").json()["error"]["message"] == "there is no route /nowhere"

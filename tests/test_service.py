@@ -232,3 +232,23 @@ def test_a_model_is_served_or_generates(tiny):
         assert [piece.token for piece in model.generate(PROMPTS[0], PARAMS)] == expected
         model.service()
     assert model._service.closed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_stopped(tiny, monkeypatch):
+    engine = engine_of(tiny)
+    monkeypatch.setattr(engine, "fail", lambda error: 1 / 0)
+    monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+    service = Service(engine)
+    gate = threading.Event()
+    service.call(lambda _: gate.wait(WAIT))
+    service.submit(PROMPTS[0], PARAMS, (events := Queue()).put)
+    service.cancel(12345)
+    gate.set()
+    assert "the engine has stopped" in str(until_end(events)[-1].error)
+    assert service.drain(WAIT)
+    for call in (lambda: service.submit(PROMPTS[0], PARAMS, print), lambda: service.call(print)):
+        with pytest.raises(UnavailableError):
+            call()
+    service.close()
+    assert service.closed

@@ -164,6 +164,7 @@ def test_origins_and_hosts(tiny):
         assert good.headers["vary"] == "origin"
         bad = get(origin="https://bad.example")
         assert bad.status_code == 403 and "access-control-allow-origin" not in bad.headers
+        assert get(origin="http://[").status_code == 403  # which is none
         assert get(origin=server.url).status_code == 200  # its own pages
         asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
         before = http.options("/v1/completions", headers=asked)

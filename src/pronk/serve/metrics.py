@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from pronk.engine.stats import Stats
 from pronk.serve.anomaly import Alarm, Anomalies
+from pronk.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from pronk.serve.hosted import Hosted
@@ -145,6 +146,11 @@ class Metrics:
     def of(self, name: str) -> ModelMetrics:
         """The series of a model."""
         return self._of[name]
+
+    def failed(self, error: ApiError, record: MutableMapping[str, Any]) -> None:
+        """A request was refused, or failed: its record says so too."""
+        self.errors.labels(error.code or str(error.status)).inc()
+        record["error"] = error.code
 
     def guarded(self, name: str, action: str, direction: str) -> None:
         """A filter of the guard acted."""

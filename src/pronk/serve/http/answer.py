@@ -57,8 +57,15 @@ class Answer(ABC):
         """What a stream that has begun tells of an error, and ends with."""
         return data(error_body(error))
 
-    async def stream(self) -> AsyncGenerator[tuple[bytes, bool]]:
+    async def stream(
+        self, failed: Callable[[ApiError], None]
+    ) -> AsyncGenerator[tuple[bytes, bool]]:
         """The answer in pieces, the first once the engine has begun.
+
+        Parameters
+        ----------
+        failed : callable
+            Told of an error that comes later.
 
         Yields
         ------
@@ -84,6 +91,7 @@ class Answer(ABC):
         except ApiError as error:
             if not begun:
                 raise
+            failed(error)
             yield self.failure(error), False
 
 
@@ -150,7 +158,11 @@ async def answered(
     answer = await until_gone(request.receive, begun)
     if not body.stream:
         return JSONResponse(await until_gone(request.receive, answer.whole()))
-    source = answer.stream()
+
+    def failed(error: ApiError) -> None:
+        context.metrics.failed(error, request.state.record)
+
+    source = answer.stream(failed)
 
     async def first() -> tuple[bytes, bool]:
         return await anext(source)

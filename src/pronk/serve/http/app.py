@@ -218,8 +218,7 @@ def _pages() -> APIRouter:
 
 def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
     def answer(request: Request, error: ApiError) -> Response:
-        metrics.errors.labels(error.code or str(error.status)).inc()
-        request.state.record["error"] = error.code
+        metrics.failed(error, request.state.record)
         return JSONResponse(error_body(error), error.status, error.headers)
 
     @api.exception_handler(ApiError)
@@ -229,6 +228,12 @@ def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
     @api.exception_handler(PronkError)
     async def pronk_error(request: Request, error: PronkError) -> Response:
         return answer(request, from_pronk(error))
+
+    @api.exception_handler(UnicodeEncodeError)
+    async def no_unicode(request: Request, error: UnicodeEncodeError) -> Response:
+        # JSON can escape half of a character, and no text can be written that holds one.
+        said = "the request holds a lone surrogate, which is no character"
+        return answer(request, ApiError(400, said, "invalid_value"))
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -117,8 +117,7 @@ class Gateway:
                     self._admit(scope, headers, origin, stack)
                     await self.app(scope, self._bounded(receive, headers), answer)
                 except ApiError as error:
-                    self.metrics.errors.labels(error.code or str(error.status)).inc()
-                    state["record"]["error"] = error.code
+                    self.metrics.failed(error, state["record"])
                     if not begun:
                         await _refuse(error, answer)
         finally:
@@ -144,7 +143,7 @@ class Gateway:
         if self.config.local and _name(host) not in self._hosts:
             # A page elsewhere may have pointed its own name at this machine (DNS rebinding).
             raise ApiError(403, "this host name is not served: see --allow-host", "unknown_host")
-        if origin and origin not in self.config.origins and urlsplit(origin).netloc != host:
+        if origin and origin not in self.config.origins and _authority(origin) != host:
             raise ApiError(
                 403, "this web origin is not allowed: see --cors-origin", "origin_not_allowed"
             )
@@ -186,6 +185,14 @@ class Gateway:
             return message
 
         return bounded
+
+
+def _authority(origin: str) -> str | None:
+    """The host and port of a web origin, if it is one."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:
