@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -17,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 
+from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.evaluate.corpus import load_corpus
+from pronk.model import choose_threads
 
 MODEL = "it"  # the name that every server serves its model by
 
@@ -41,6 +45,16 @@ class Seen:
 
 Ask = Callable[[str, int], Awaitable[Seen]]
 """Asks for a prompt to be continued by so many tokens at most."""
+
+
+def load_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of what loads a server: its model, its threads, its prompts and answers."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="a name, an address or a path")
+    parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--threads", type=int, default=choose_threads(None))
+    parser.add_argument("--text", help="UTF-8 text of prompts (default: Python's topics)")
+    return parser
 
 
 def words(text: str | None) -> list[str]:
@@ -124,21 +138,25 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def over_http(url: str) -> AsyncIterator[Ask]:
-    """Streamed completions over HTTP; connections are kept."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+    """Streamed completions over HTTP; connections are kept.
+
+    The client has the cores of the server: aiohttp takes the least of them for a line.
+    """
+    limits = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(600)
+    async with aiohttp.ClientSession(url, connector=limits, timeout=timeout) as http:
 
         async def ask(prompt: str, tokens: int) -> Seen:
             body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0,
                     "stream": True}  # fmt: skip
             seen = Seen(time.perf_counter())
-            async with http.stream("POST", "/v1/completions", json=body) as answer:
-                if answer.status_code != 200:
-                    await answer.aread()
-                    seen.refused, seen.end = answer.status_code, time.perf_counter()
+            async with http.post("/v1/completions", json=body) as answer:
+                if answer.status != 200:
+                    await answer.read()
+                    seen.refused, seen.end = answer.status, time.perf_counter()
                     return seen
-                async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
+                async for line in answer.content:
+                    if line.startswith(b"data: {"):
                         text = "".join(c["text"] for c in json.loads(line[6:])["choices"])
                         if text:
                             seen.times.append(time.perf_counter())
@@ -216,6 +234,18 @@ async def open_loop(
             tasks.append(asyncio.create_task(ask(prompt, tokens)))
         done = list(await asyncio.gather(*tasks))
         return done, time.perf_counter() - start
+
+
+def touch(over: Over) -> None:
+    """Ask for a few tokens, so that what follows finds memory touched."""
+    asyncio.run(closed_loop(over, ["Once upon a time"], 1, 8))
+
+
+def counted(done: list[Seen], tokenizer: Tokenizer) -> list[Seen]:
+    """Answers with their tokens, as one tokenizer counts those of all sides."""
+    for seen in done:
+        seen.tokens = len(tokenizer.encode(seen.text, add_special=False))
+    return done
 
 
 def summary(done: Sequence[Seen], seconds: float) -> dict[str, Any]:

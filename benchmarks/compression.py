@@ -25,8 +25,8 @@ from typing import Any
 
 import output
 from float_gguf import write_float
-from long_context import pronk
 from machine import describe
+from verb import pronk
 
 from pronk import resolve
 from pronk.checkpoint.base import Checkpoint

@@ -9,30 +9,16 @@ Runs `pronk bench` and `pronk eval` as a user does; full attention is measured b
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import output
 from machine import describe
+from verb import pronk
 
 POLICIES = ("window=512,global-every=4", "window=512,global-every=4,sinks=4")
 GOALS = {"kv_saved": 0.4, "decode": 1.8}
-
-
-def pronk(*words: str) -> dict[str, Any]:
-    """The JSON of a verb; ends the script with its sentence if it fails."""
-    print("pronk " + " ".join(words), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pronk", *words, "--json"],
-        stdout=subprocess.PIPE, text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

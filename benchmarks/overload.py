@@ -21,6 +21,8 @@ import output
 from clients import (
     Seen,
     closed_loop,
+    counted,
+    load_parser,
     open_loop,
     over_http,
     percentiles,
@@ -28,13 +30,13 @@ from clients import (
     pronk_command,
     server,
     summary,
+    touch,
     words,
 )
 from machine import describe
 
 from pronk import resolve
 from pronk.checkpoint.open import open_checkpoint
-from pronk.model import choose_threads
 
 CONTEXT, CONTEXTS, CLIENTS = 1024, 8, 32
 NEAR = 0.9  # of what the server carries
@@ -59,8 +61,7 @@ class Overload:
         """Requests a second with many clients, once the first of them have come and gone."""
         asked = prompts(self.words, 4 * CLIENTS, seed=1)
         with self._server() as running:
-            over = over_http(running.url)
-            asyncio.run(closed_loop(over, ["Once upon a time"], 1, 8))
+            touch(over_http(running.url))
             done, _ = asyncio.run(closed_loop(
                 over_http(running.url), asked, CLIENTS, self.args.tokens))  # fmt: skip
         ends = sorted(seen.end for seen in done)
@@ -79,10 +80,8 @@ class Overload:
             done, seconds = asyncio.run(
                 open_loop(over_http(running.url), asked, rate, self.args.tokens)
             )
-        for seen in done:
-            seen.tokens = len(self.tokenizer.encode(seen.text, add_special=False))
         return {"rate": rate, "target": target, "seconds": seconds,
-                **summary(done, seconds), **refusals(done)}  # fmt: skip
+                **summary(counted(done, self.tokenizer), seconds), **refusals(done)}  # fmt: skip
 
 
 def refusals(done: list[Seen]) -> dict[str, Any]:
@@ -95,16 +94,11 @@ def refusals(done: list[Seen]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a name, an address or a path")
+    parser = load_parser(__doc__)
     parser.add_argument("--overload", type=float, default=10, help="times what it carries")
     parser.add_argument("--seconds", type=float, default=40, help="that requests come for")
-    parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--text", help="UTF-8 text of prompts (default: Python's topics)")
     output.add_output(parser)
     args = parser.parse_args()
-    args.threads = choose_threads(args.threads)
     path = resolve(args.model)
     bench = Overload(args, path)
     carried = bench.carried()

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import output
 from machine import describe
+from verb import pronk
 
 REMOVED = (10, 20, 35, 60)
 # What the project's brief claims such methods reach, in points of accuracy lost or kept.
@@ -33,18 +32,6 @@ CLAIMS = {
 
 # Bits a weight of a format and its scales, in groups of 32, or 64 below int4.
 BITS = {"int4": 4.5, "int3": 3.25, "int2": 2.25, "2:4": 3.5}
-
-
-def pronk(*words: str) -> dict[str, Any]:
-    """The JSON of a verb; ends the script with its sentence if it fails."""
-    print("pronk " + " ".join(words), file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pronk", *words, "--json"],
-        stdout=subprocess.PIPE, text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def compared_rows(report: dict[str, Any]) -> list[dict[str, Any]]:

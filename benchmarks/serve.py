@@ -29,9 +29,10 @@ import output
 from clients import (
     MODEL,
     Over,
-    Seen,
     closed_loop,
+    counted,
     free_port,
+    load_parser,
     open_loop,
     over_grpc,
     over_http,
@@ -40,6 +41,7 @@ from clients import (
     pronk_command,
     server,
     summary,
+    touch,
     words,
 )
 from machine import describe
@@ -49,7 +51,6 @@ from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.engine.request import Event
 from pronk.engine.service import Service
-from pronk.model import choose_threads
 
 CONTEXT = 1024
 WORD, TRIPS = "Hello", 100
@@ -119,7 +120,7 @@ def start_sides(
         stack.enter_context(server(llama, url, "/v1/models"))
         sides["llama_cpp.server"] = lambda: over_http(url)
     for reach in sides.values():
-        asyncio.run(closed_loop(reach(), ["Once upon a time"], 1, 8))
+        touch(reach())
     return sides
 
 
@@ -160,7 +161,9 @@ class Bench:
         for name, reach in self._sides(turn):
             asked = asked_of(name)
             done, seconds = asyncio.run(closed_loop(reach(), asked, count, self.args.tokens))
-            self.runs.append({"side": name, **where, **summary(self._counted(done), seconds)})
+            self.runs.append(
+                {"side": name, **where, **summary(counted(done, self.tokenizer), seconds)}
+            )
         ids = [self.tokenizer.encode(prompt) for prompt in asked_of("engine")]
         self.asked_tokens += map(len, ids)
         tokens, first, seconds = engine_alone(self.service, ids, count, self.args.tokens)
@@ -177,18 +180,13 @@ class Bench:
             run = open_loop(reach(), asked, rate, self.args.tokens, seed=turn)
             done, seconds = asyncio.run(run)
             self.open.append({"side": name, "round": turn, "load": share, "rate": rate,
-                              **summary(self._counted(done), seconds)})  # fmt: skip
+                              **summary(counted(done, self.tokenizer), seconds)})  # fmt: skip
 
     def _carried(self, name: str) -> float:
         """Requests a second of a side's first round with the most clients."""
         most = max(self.counts)
         run = next(r for r in self.runs if (r["side"], r["clients"]) == (name, most))
         return float(run["requests"] * run["tokens_per_second"] / run["tokens"])
-
-    def _counted(self, done: list[Seen]) -> list[Seen]:
-        for seen in done:
-            seen.tokens = len(self.tokenizer.encode(seen.text, add_special=False))
-        return done
 
     def trips(self) -> dict[str, dict[str, float]]:
         """Seconds of round trips of each side, one after the other."""
@@ -216,7 +214,7 @@ class Bench:
         context = 2 * PREFIX
         command = pronk_command(path, self.args.threads, "--context", str(context))
         with server(command) as running:
-            asyncio.run(closed_loop(over_http(running.url), ["Once upon a time"], 1, 8))
+            touch(over_http(running.url))
             done, _ = asyncio.run(closed_loop(over_http(running.url), asked, 1, 1))
         first = [seen.end - seen.start for seen in done]
         cold, warm = first[1::3], first[3::3]
@@ -238,20 +236,15 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="a name, an address or a path")
+    parser = load_parser(__doc__)
     parser.add_argument("--clients", default="1,4,16,64", help="numbers of clients")
     parser.add_argument("--loads", default="0.5,0.8", help="shares of what a side carries")
     parser.add_argument("--requests", type=int, default=16, help="of all clients, or one for each")
-    parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--text", help="UTF-8 text of prompts (default: Python's topics)")
     parser.add_argument("--kv-contexts", type=int, default=8, help="size of Pronk's KV cache")
     parser.add_argument("--llama-python", metavar="PATH", help="a Python with llama_cpp.server")
     output.add_output(parser)
     args = parser.parse_args()
-    args.threads = choose_threads(args.threads)
     path = resolve(args.model)
     with open_checkpoint(path) as checkpoint:
         tokenizer = checkpoint.load_tokenizer()

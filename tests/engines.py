@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,10 @@ from pronk.checkpoint.base import Checkpoint
 from pronk.checkpoint.blocks import dequantize, quantize
 from pronk.checkpoint.open import open_checkpoint
 from pronk.engine.blocks import KvBlocks
+from pronk.engine.engine import Engine
+from pronk.engine.request import Event
 from pronk.engine.runner import Runner
+from pronk.engine.service import Service, UnavailableError
 from pronk.engine.weights import load_weights
 from pronk.graph.build import build_decoder
 from pronk.graph.ir import Graph
@@ -159,3 +165,29 @@ def engine_step(engine: str, path: Path):
         if engine == "passes":
             graph = run_passes(graph, CPU_PASSES)
         return Reference(graph, reference_weights(checkpoint, graph)).step
+
+
+@contextmanager
+def halted(service: Service, after: int = 0) -> Iterator[None]:
+    """An engine that takes no step in the block, or so many; what it is told to, it does."""
+    gate, left = threading.Event(), [after]
+
+    def halt(engine: Engine) -> None:
+        step = engine.step
+
+        def held() -> list[Event]:
+            left[0] -= 1
+            if left[0] >= 0 or gate.is_set():
+                return step()
+            time.sleep(0.001)
+            return []
+
+        engine.step = held
+
+    service.call(halt).result(30)
+    try:
+        yield
+    finally:
+        gate.set()
+        with suppress(UnavailableError):  # closed in the block
+            service.call(lambda engine: vars(engine).pop("step"))

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Running:
 
     def client(self, **options: Any) -> httpx.Client:
         """An HTTP client of it."""
-        return httpx.Client(base_url=self.url, timeout=30, **options)
+        return httpx.Client(base_url=self.url, timeout=120, **options)
 
 
 def hosted(name: str, path: Path, stack: ExitStack, **options: Any) -> Hosted:
@@ -75,6 +76,28 @@ def running(
         finally:
             begun[0].should_exit = True
             thread.join()
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    """Wait until something is so."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it does not come to be that {what}")
+
+
+def idle(server: Running) -> None:
+    """Wait until nothing runs, no block is held, and all is told of what was."""
+
+    def free() -> bool:
+        stats = server.models[0].engine.stats()
+        held = sum(pool.held for pool in stats.pools)
+        waits = stats.waiting or server.models[0].line.waiting
+        return not (stats.running or waits or held or server.served.gauge.running)
+
+    until(free, "nothing runs and no block is held")
+    httpx.get(f"{server.url}/health", verify=False)  # the loop has gone on to the next
 
 
 def wait_ready(url: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import signal
 import threading
 import time
 from contextlib import suppress
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -93,6 +96,47 @@ def test_rotation_goes_on_with_the_chain(tmp_path):
         if previous is not None:
             assert first["before"] == previous.hash and first["n"] == previous.last + 1
         previous = found
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, monkeypatch):
+    path, full = tmp_path / "audit.log", OSError(errno.ENOSPC, "No space left on device")
+    log = AuditLog(path)
+    write = os.write
+
+    def half(fd: int, data: bytes) -> int:
+        if fd != log._file.fileno():
+            return write(fd, data)
+        if len(data) < 40:
+            raise full
+        return write(fd, data[: len(data) // 2])
+
+    log.write({"at": 0})
+    log.flush()
+    monkeypatch.setattr(os, "write", half)
+    for at in (1, 2):
+        log.write({"at": at})
+        log.flush()
+        assert log.error == "No space left on device"
+    monkeypatch.setattr(os, "write", write)
+    log.write({"at": 3})
+    log.close()
+    assert log.error is None and verify(path).lines == 4
+
+
+def test_a_rotation_that_fails_ends_no_log(tmp_path, monkeypatch):
+    path = tmp_path / "audit.log"
+    log = AuditLog(path, most=1)
+    open_ = log._open
+    refused = RequestError("the audit log cannot be written")
+    monkeypatch.setattr(log, "_open", Mock(side_effect=refused))
+    log.write({"at": 0})
+    log.flush()
+    assert log.error == str(refused) and verify(path).lines == 1
+    monkeypatch.setattr(log, "_open", open_)
+    log.write({"at": 1})
+    log.close()
+    assert log.error is None
+    assert verify_set(parts_of(path)).lines == 3  # with the new file's first
 
 
 def parts_of(path):

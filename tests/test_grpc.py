@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 
 import grpc
 import httpx
 import pytest
 from checkpoints import tiny_llama_dir
-from servers import running
+from engines import halted
+from servers import idle, running
 
 from pronk.serve.config import ServeConfig, ServeLimits
 from pronk.serve.grpc import generation_pb2 as pb
@@ -44,15 +44,6 @@ def client(stubs, channel):
 @pytest.fixture
 def inference(stubs, channel):
     return stubs["open_inference"].GRPCInferenceServiceStub(channel)
-
-
-def idle(server) -> bool:
-    for _ in range(500):
-        stats = server.models[0].engine.stats()
-        if not (stats.running or stats.waiting or sum(pool.held for pool in stats.pools)):
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_the_answer_is_that_of_http(client, server):
@@ -130,10 +121,11 @@ def test_refusals(client, request_, code, words):
 
 def test_one_that_is_cancelled_frees_its_blocks(client, server):
     sampling = pb.Sampling(max_tokens=200, ignore_eos=True)
-    parts = client.GenerateStream(pb.GenerateRequest(text=TEXT, sampling=sampling))
-    next(parts)
-    parts.cancel()
-    assert idle(server)
+    with halted(server.models[0].engine, after=1):  # it cannot end before
+        parts = client.GenerateStream(pb.GenerateRequest(text=TEXT, sampling=sampling))
+        next(parts)
+        parts.cancel()
+        idle(server)
 
 
 def test_the_open_inference_protocol(inference, client):
@@ -241,10 +233,11 @@ def test_calls_are_audited(stubs, tiny, tmp_path):
         client.Generate(pb.GenerateRequest(text=TEXT, sampling=pb.Sampling(max_tokens=3)))
         with pytest.raises(grpc.RpcError):
             client.Generate(pb.GenerateRequest(model="other", text=TEXT))
-        parts = client.GenerateStream(pb.GenerateRequest(text=TEXT))
-        next(parts)
-        parts.cancel()
-        assert idle(server)
+        with halted(server.models[0].engine, after=1):
+            parts = client.GenerateStream(pb.GenerateRequest(text=TEXT))
+            next(parts)
+            parts.cancel()
+            idle(server)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     calls = [line for line in lines if line.get("method") == "gRPC"]
     assert [call["status"] for call in calls] == ["OK", "NOT_FOUND", "CANCELLED"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 
 import grpc
 import httpx
 import openai
 import pytest
 from checkpoints import tiny_llama_dir
-from servers import process, running
+from servers import idle, process, running
 
 from pronk.cli import main
 from pronk.serve.audit import verify
@@ -80,7 +79,7 @@ def http(guarded):
 
 def entries(server) -> list[dict]:
     audit = server.served.context.audit
-    threading.Event().wait(0.05)  # a client has its answer a moment before the log has its line
+    idle(server)  # a client has its answer a moment before the log has its line
     audit.flush()
     return [json.loads(line) for line in audit._path.read_text().splitlines()]
 

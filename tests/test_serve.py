@@ -17,7 +17,8 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
 from checkpoints import tiny_llama_dir  # noqa: E402
-from servers import Running, running  # noqa: E402
+from engines import halted  # noqa: E402
+from servers import idle, running, until  # noqa: E402
 
 from pronk.model import load  # noqa: E402
 from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
@@ -48,17 +49,6 @@ def client(server):
 def http(server):
     with server.client() as http:
         yield http
-
-
-def idle(server: Running) -> None:
-    """Wait until nothing runs and no block is held."""
-    for _ in range(500):
-        stats = server.models[0].engine.stats()
-        held = sum(pool.held for pool in stats.pools)
-        if not (stats.running or stats.waiting or held or server.models[0].line.waiting):
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"requests or blocks are left: {stats}")
 
 
 def test_models(client):
@@ -249,13 +239,15 @@ def test_answers_do_not_depend_on_company(client):
 def test_a_client_that_leaves_ends_its_request(server, stream):
     body = {"model": "tiny", "messages": HELLO, "stream": stream, "n": 4, "ignore_eos": True}
     idle(server)
-    if stream:
-        with server.client() as http, http.stream("POST", "/v1/chat/completions", json=body) as r:
-            next(r.iter_lines())
-    else:
-        with server.client() as http, pytest.raises(httpx.ReadTimeout):
-            http.post("/v1/chat/completions", json=body, timeout=0.05)
-    idle(server)
+    # It cannot end before the client leaves.
+    with halted(server.models[0].engine, after=int(stream)), server.client() as http:
+        if stream:
+            with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+                next(answer.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.1))
+        idle(server)
 
 
 def test_long_texts_do_not_hold_up_others(server, monkeypatch):
@@ -330,7 +322,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x " * 600}]}, "the context holds 256"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+    ({"structured_outputs": {"regex": "\ud800"}}, "lone surrogate"),
+    ({"structured_outputs": {"grammar": "\ud800"}}, "lone surrogate"),
     ({"colour": "red"}, "unrecognized request argument: colour"),
+    ({"c" * 9999: "red"}, "unrecognized request argument: ccc"),
     ({"presence_penalty": 2.5}, "presence_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
 ]
@@ -346,6 +341,7 @@ def test_wrong_fields_are_refused_in_one_sentence(server, http, fields, said, st
     assert answer.status_code == 400, error
     assert said in error["message"]
     assert error["type"] == "invalid_request_error" and "\n" not in error["message"]
+    assert len(answer.content) < 1000
     idle(server)
 
 
@@ -359,6 +355,8 @@ def test_other_refusals(http):
     assert post("/v1/completions", content=nan, headers=headers).status_code == 400
     deep = b'{"model":' + b"[" * 50_000
     assert post("/v1/completions", content=deep, headers=headers).status_code == 400
+    half = b'{"model":"tiny","input":"x","max_output_tokens":1,"metadata":{"a":"\\ud800"}}'
+    assert "lone surrogate" in post("/v1/responses", content=half, headers=headers).text
     unknown = post("/v1/completions", json={"model": "nope", "prompt": "x"})
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
     assert http.get("/nowhere").json()["error"]["message"] == "there is no route /nowhere"
@@ -427,13 +425,11 @@ def test_no_burst_passes_the_queue(tiny, monkeypatch, stream):
 
         def ask(_: int) -> int:
             body = {"model": "tiny", "prompt": "once", "max_tokens": 2, "stream": stream}
-            with server.client() as http:
-                return http.post("/v1/completions", json=body).status_code
+            return http.post("/v1/completions", json=body).status_code
 
-        with ThreadPoolExecutor(most) as pool:
+        with ThreadPoolExecutor(most) as pool, server.client() as http:
             answers = [pool.submit(ask, i) for i in range(most)]
-            while sum(answer.done() for answer in answers) < most - 4:
-                threading.Event().wait(0.01)
+            until(lambda: sum(a.done() for a in answers) >= most - 4, "all others are refused")
             gate.set()
             codes = [answer.result() for answer in answers]
         assert sorted(codes) == [200] * 4 + [503] * (most - 4) and max(seen) == 4
@@ -471,6 +467,7 @@ def test_health_and_metrics(server, http):
     http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 4,
                                        "ignore_eos": True})  # fmt: skip
     http.post("/v1/completions", json={"model": "tiny", "max_tokens": 0})
+    idle(server)
     text = http.get("/metrics").text
     for line in (
         'pronk:num_requests_running{model_name="tiny"} 0.0',

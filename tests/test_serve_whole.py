@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +12,8 @@ grpc = pytest.importorskip("grpc")
 pytest.importorskip("grpc_tools")
 
 from checkpoints import tiny_llama_dir  # noqa: E402
-from servers import running  # noqa: E402
+from engines import halted  # noqa: E402
+from servers import running, until  # noqa: E402
 
 from pronk.model import load  # noqa: E402
 from pronk.serve.config import ServeConfig  # noqa: E402
@@ -153,8 +153,9 @@ def test_company_changes_no_answer(server, client, stubs, channel, tiny):
     before = engine.stats().preemptions
     ways = (whole, streamed, over_grpc)
     with ThreadPoolExecutor(3 * len(asked)) as pool:
-        engine.call(lambda _: time.sleep(1))  # they all come in before the first step
-        futures = [[pool.submit(way, *one) for one in asked] for way in ways]
+        with halted(engine):  # they all come in before the first step
+            futures = [[pool.submit(way, *one) for one in asked] for way in ways]
+            until(lambda: server.models[0].line.waiting == 3 * len(asked), "all of them wait")
         for way, found in zip(ways, futures, strict=True):
             assert [future.result(60) for future in found] == alone, way.__name__
     assert engine.stats().preemptions > before  # they did run together

@@ -8,7 +8,7 @@ from queue import Queue
 import numpy as np
 import pytest
 from checkpoints import tiny_llama_dir
-from engines import make_runner
+from engines import halted, make_runner
 
 from pronk import PronkError, RequestError, SamplingParams, load
 from pronk.engine.engine import Engine
@@ -86,7 +86,7 @@ def test_cached_tokens_are_told(tiny):
 
 def test_a_cancelled_request_frees_its_blocks_before_the_next_step(tiny):
     engine = engine_of(tiny, kv_tokens=256)
-    with Service(engine) as service:
+    with Service(engine) as service, halted(service, after=6):  # too few for any to end
         running, waiting = Queue(), Queue()
         first = service.submit(PROMPTS[4], LONG, running.put)
         second = service.submit(PROMPTS[0], LONG, waiting.put)
@@ -160,8 +160,9 @@ def test_a_step_that_raises_ends_its_requests_and_no_more(tiny, monkeypatch):
 
 def test_draining_takes_no_more_and_ends_what_there_is(tiny):
     service = Service(engine_of(tiny))
-    service.submit(PROMPTS[0], LONG, (events := Queue()).put)
-    assert not service.drain(0)
+    with halted(service):
+        service.submit(PROMPTS[0], LONG, (events := Queue()).put)
+        assert not service.drain(0)
     with pytest.raises(UnavailableError, match="takes no more requests"):
         service.submit(PROMPTS[1], PARAMS, print)
     assert service.drain(WAIT)
@@ -176,10 +177,11 @@ def test_draining_takes_no_more_and_ends_what_there_is(tiny):
 
 def test_closing_aborts_what_runs(tiny):
     engine = engine_of(tiny)
-    with Service(engine) as service:
+    with halted(service := Service(engine), after=6):  # too few for any to end
         service.submit(PROMPTS[0], LONG, (events := Queue()).put)
         future = service.embed(PROMPTS[1])
         events.get(timeout=WAIT)
+        service.close()
     assert until_end(events)[-1].finish_reason == "abort"
     assert future.done()
     assert not engine.busy
@@ -230,3 +232,23 @@ def test_a_model_is_served_or_generates(tiny):
         assert [piece.token for piece in model.generate(PROMPTS[0], PARAMS)] == expected
         model.service()
     assert model._service.closed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_stopped(tiny, monkeypatch):
+    engine = engine_of(tiny)
+    monkeypatch.setattr(engine, "fail", lambda error: 1 / 0)
+    monkeypatch.setattr(engine.runner, "run", lambda *_: 1 / 0)
+    service = Service(engine)
+    gate = threading.Event()
+    service.call(lambda _: gate.wait(WAIT))
+    service.submit(PROMPTS[0], PARAMS, (events := Queue()).put)
+    service.cancel(12345)
+    gate.set()
+    assert "the engine has stopped" in str(until_end(events)[-1].error)
+    assert service.drain(WAIT)
+    for call in (lambda: service.submit(PROMPTS[0], PARAMS, print), lambda: service.call(print)):
+        with pytest.raises(UnavailableError):
+            call()
+    service.close()
+    assert service.closed

@@ -6,13 +6,13 @@ import json
 import signal
 import ssl
 import subprocess
-import threading
 import time
 
 import httpx
 import pytest
 from checkpoints import tiny_llama_dir
-from servers import process, running
+from engines import halted
+from servers import idle, process, running
 
 from pronk.cli import main
 from pronk.errors import RequestError
@@ -63,22 +63,19 @@ def test_every_route_but_health_wants_a_key(tiny, key_file):
 
         # One request of a key at a time; another key has its own.
         long = {**ASK, "max_tokens": 200, "n": 4, "stream": True}
-        with http.stream("POST", "/v1/completions", json=long, headers=bearer(KEY)) as stream:
-            next(stream.iter_lines())
-            held = threading.Event()
-            server.models[0].engine.call(lambda engine: held.wait(30))
+        with (
+            halted(server.models[0].engine, after=1),  # it cannot end before the client leaves
+            http.stream("POST", "/v1/completions", json=long, headers=bearer(KEY)) as stream,
+        ):
+            lines = stream.iter_lines()  # without it, the client leaves
+            next(lines)
             full = http.post("/v1/completions", json=ASK, headers=bearer(KEY))
             assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
             assert full.json()["error"]["type"] == "rate_limit_error"
             other = http.post("/tokenize", json={"prompt": "x"}, headers=bearer(OTHER))
             assert other.status_code == 200
-            held.set()
-        for _ in range(200):  # it left: its place is free again
-            if http.post("/v1/completions", json=ASK, headers=bearer(KEY)).status_code == 200:
-                break
-            threading.Event().wait(0.01)
-        else:
-            pytest.fail("the place of a request that left stays taken")
+        idle(server)  # it left: its place is free again
+        assert http.post("/v1/completions", json=ASK, headers=bearer(KEY)).status_code == 200
 
 
 def test_a_rate(tiny):
@@ -164,6 +161,7 @@ def test_origins_and_hosts(tiny):
         assert good.headers["vary"] == "origin"
         bad = get(origin="https://bad.example")
         assert bad.status_code == 403 and "access-control-allow-origin" not in bad.headers
+        assert get(origin="http://[").status_code == 403  # which is none
         assert get(origin=server.url).status_code == 200  # its own pages
         asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
         before = http.options("/v1/completions", headers=asked)

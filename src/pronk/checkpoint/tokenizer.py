@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["Tokenizer", "from_directory", "guarded"]
 
 _MAX_FILE = 1 << 28
 _MAX_TEMPLATE = 1 << 20
+_KNOWN = 4096  # tokens whose bytes are kept: nearly all of what a model writes
 
 
 class Tokenizer:
@@ -48,6 +50,7 @@ class Tokenizer:
         where: Path,
     ) -> None:
         self._backend = backend
+        self._bytes = lru_cache(_KNOWN)(backend.token_bytes)
         self._limit = limit
         self._where = where
         self.bos_token, self.eos_token = bos_token, eos_token
@@ -106,7 +109,7 @@ class Tokenizer:
         """
         if not 0 <= id < self._limit:
             raise RequestError(f"token id {id} is out of range 0 to {self._limit - 1}")
-        return self._backend.token_bytes(id)
+        return self._bytes(id)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and the ends of a generation.

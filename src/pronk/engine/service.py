@@ -182,6 +182,23 @@ class Service:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # a fault of the engine's own: nobody may wait for ever
+            with self._lock:
+                self._open, self._closed = False, True
+            while not self._inbox.empty():
+                with contextlib.suppress(Exception):
+                    self._take(wait=False)
+            failed = PronkError(f"the engine has stopped: {error!r}")
+            for handle in list(self._listeners):
+                with contextlib.suppress(Exception):
+                    self._listeners.pop(handle)(Event(handle, None, "error", failed))
+            raise
+        finally:
+            self._idle.set()
+
+    def _serve(self) -> None:
         engine = self._engine
         while not self._closed:
             self._take(wait=not engine.busy)
@@ -197,7 +214,6 @@ class Service:
         self._take(wait=False)
         for handle in list(self._listeners):
             self._abort(handle)
-        self._idle.set()
 
     def _take(self, wait: bool) -> None:
         """Do what others have asked for."""

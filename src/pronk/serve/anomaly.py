@@ -121,7 +121,9 @@ class Anomalies:
         return self._add(series, Share, float(failed))
 
     def _add(self, series: str, kind: type[Level | Share], value: float) -> Alarm | None:
-        detector = self._series.setdefault(series, kind())
+        detector = self._series.get(series)
+        if detector is None:
+            detector = self._series[series] = kind()
         detector.add(value)
         since = self._since.get(series)
         if not detector.alarmed:

@@ -32,7 +32,7 @@ Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 _log = logging.getLogger("pronk.serve")
 _BEGIN = "0" * 64
 _LATEST = 0.2  # seconds until a line is on the disk
-_LONGEST = 8 << 20
+_LONGEST = 16 << 20  # bytes of a line: 128 texts of 8,192 characters of 12 each, and the rest
 
 
 class AuditError(PronkError):
@@ -174,8 +174,9 @@ class AuditLog:
         self._path, self._most, self._prepare = path, most, prepare
         self._queue: SimpleQueue[dict[str, Any] | threading.Event | None] = SimpleQueue()
         self._seal, self._number = _BEGIN, -1
+        self._left = b""  # what could not be written yet
         self._file = self._open()
-        self._error: OSError | None = None
+        self._error: str | None = None
         if self._number < 0:
             self._go_on()
         self._thread = threading.Thread(target=self._run, name="pronk-audit", daemon=True)
@@ -264,22 +265,36 @@ class AuditLog:
         return line
 
     def _append(self, lines: bytes) -> None:
+        """Write lines, behind those that could not be; what cannot be now is left for the next."""
         try:
-            self._file.write(lines)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            if self._file.tell() >= self._most:
+            self._write(lines)
+            if os.fstat(self._file.fileno()).st_size >= self._most:
                 self._rotate()
-        except OSError as error:
-            self._error = error
+        except (OSError, PronkError) as error:
+            self._error = getattr(error, "strerror", None) or str(error)
+            if len(self._left) > _LONGEST:  # they are lost, and `verify` will say so
+                self._left = b""
+        else:
+            self._error = None
+
+    def _write(self, lines: bytes) -> None:
+        self._left += lines
+        while self._left:
+            self._left = self._left[os.write(self._file.fileno(), self._left) :]
+        os.fsync(self._file.fileno())
 
     def _rotate(self) -> None:
         old = self._path.with_name(f"{self._path.name}.{max(self._rotated(), default=0) + 1}")
         self._path.rename(old)
-        self._file.close()
         seal, number = self._seal, self._number
-        self._file = self._open()
-        self._seal, self._number = seal, number
+        try:
+            file = self._open()
+        except PronkError:  # go on with what there is
+            if not self._path.exists():
+                old.rename(self._path)
+            raise
+        self._file.close()
+        self._file, self._seal, self._number = file, seal, number
         self._begin(old)
 
     def _rotated(self) -> Iterator[int]:
@@ -302,11 +317,9 @@ class AuditLog:
 
     def _begin(self, old: Path) -> None:
         """A new file's first line."""
-        self._file.write(self._sealed({"rotated": old.name, "before": self._seal}))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(self._sealed({"rotated": old.name, "before": self._seal}))
 
     @property
-    def error(self) -> OSError | None:
+    def error(self) -> str | None:
         """Why the log could not be written, if it could not."""
         return self._error

@@ -13,7 +13,7 @@ from pronk.errors import PronkError, RequestError
 __all__ = ["ApiError", "error_body", "from_pronk", "from_validation"]
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_MOST_MESSAGE = 500
+_MOST_MESSAGE, _MOST_PARAM = 500, 200
 _ALTERNATIVE = re.compile(r"(str|bool|int|float|literal|constrained-|list\[|[A-Z])").match
 
 
@@ -60,8 +60,8 @@ class ApiError(Exception):
 def error_body(error: ApiError) -> dict[str, Any]:
     """The answer's JSON."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    message = error.message[:_MOST_MESSAGE]
-    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
+    message, param = error.message[:_MOST_MESSAGE], error.param and error.param[:_MOST_PARAM]
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
 
 
 def from_pronk(error: PronkError) -> ApiError:

@@ -72,9 +72,15 @@ class Delta:
     """What a choice has gained: text that is certain, and the tokens behind it."""
 
     index: int
-    text: str
+    text: str = ""
     samples: list[Sample] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def add(self, later: Delta) -> None:
+        """Take in what the same choice gained behind it."""
+        self.text += later.text
+        self.samples += later.samples
+        self.finish_reason = later.finish_reason
 
 
 class _Choice:
@@ -83,13 +89,13 @@ class _Choice:
     def __init__(
         self, model: Hosted, job: Job, metrics: Metrics, start: float, watch: Watch
     ) -> None:
-        self.watch, self.guard = watch, watch.answer()
+        self.watch, self.guard, self.hides = watch, watch.answer(), watch.hides_tokens
         self.stream = TextStream(_shown(model, job.marks), job.params.stop)
         self.metrics, self.model = metrics.of(model.name), model
         self.job = job
         self.number = -1
         self.start = self.last = start
-        self.tokens = 0
+        self.tokens = self.timed = 0
         self.done = False
 
     @property
@@ -98,9 +104,13 @@ class _Choice:
 
     def submit(self, arrivals: Arrivals, index: int) -> None:
         """Hand it to the engine."""
-        job = self.job
-        self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
-        self.model.line.enter(self._new_tokens)
+        job, line = self.job, self.model.line
+        line.enter(self._new_tokens)  # before its first token can come
+        try:
+            self.number = self.model.submit(job.prompt, job.params, arrivals, index, job.constraint)
+        except BaseException:
+            line.leave(self._new_tokens, served=False)
+            raise
 
     def end(self) -> None:
         """Nobody waits for more of it."""
@@ -113,14 +123,13 @@ class _Choice:
             self.model.engine.cancel(self.number)
             self.metrics.finished("abort", self.tokens, time.perf_counter() - self.start)
 
-    async def take(self, index: int, event: Event, tally: Tally) -> Delta:
-        """Turn an event into what the client sees of it."""
+    async def take(self, index: int, event: Event, now: float, tally: Tally) -> Delta:
+        """Turn an event that came now into what the client sees of it."""
         sample, reason = event.sample, event.finish_reason
         if sample is None:
             self.done = True
-            self.metrics.finished("error", self.tokens, time.perf_counter() - self.start)
+            self.metrics.finished("error", self.tokens, now - self.start)
             raise event.error or PronkError("the request ended without a token")
-        now = time.perf_counter()
         if not self.tokens:
             self.model.line.leave(self._new_tokens, served=True)
             self.metrics.first_token(now - self.start, event.waited)
@@ -128,9 +137,7 @@ class _Choice:
                 tally.queued, tally.ttft = event.waited, now - self.start
             if not self.job.repeats:
                 tally.cached += event.cached_tokens
-        else:
-            self.metrics.next_token(now - self.last)
-        self.last = now
+            self.last, self.timed = now, 1
         self.tokens += 1
         tally.completion += 1
         tally.last = now - self.start
@@ -153,7 +160,13 @@ class _Choice:
             self.done = True
             tally.reasons[index] = reason
             self.metrics.finished(reason, self.tokens, now - self.start)
-        return Delta(index, text, [] if ended or self.watch.hides_tokens else [sample], reason)
+        return Delta(index, text, [] if ended or self.hides else [sample], reason)
+
+    def time(self, now: float) -> None:
+        """Tokens that came together count as if they had come one by one since the last."""
+        if self.tokens > self.timed:
+            self.metrics.next_tokens(self.tokens - self.timed, now - self.last)
+            self.last, self.timed = now, self.tokens
 
     async def _guarded(self, guard: Chain, text: str, final: bool) -> str:
         """What the guard gives; one that asks a judge does so beside the event loop."""
@@ -176,7 +189,8 @@ async def generate(
     Yields
     ------
     Delta
-        With ``index`` the place of its job.
+        With ``index`` the place of its job. What a job gained in one step, or while the one before
+        was taken, is one.
 
     Raises
     ------
@@ -198,12 +212,28 @@ async def generate(
                 choice.metrics.began(len(choice.job.prompt))
         left = len(choices)
         while left:
-            index, event = await arrivals.get()
-            choice = choices[index]
-            if not choice.done:  # else what a step gave it beyond a stop string
-                delta = await choice.take(index, event, tally)
+            gained: dict[int, Delta] = {}
+            error: PronkError | None = None
+            found, now = await arrivals.take(), time.perf_counter()
+            for index, event in found:
+                choice = choices[index]
+                if choice.done:  # what a step gave it beyond a stop string
+                    continue
+                try:
+                    delta = await choice.take(index, event, now, tally)
+                except PronkError as failed:  # what came before it is told first
+                    error = failed
+                    break
                 left -= choice.done
+                if index in gained:
+                    gained[index].add(delta)
+                else:
+                    gained[index] = delta
+            for index, delta in gained.items():
+                choices[index].time(now)
                 yield delta
+            if error is not None:
+                raise error
     except PronkError as error:
         raise from_pronk(error) from error
     finally:

@@ -24,25 +24,50 @@ from pronk.spec import Budget, MemoryPlan, ModelSpec, SamplingParams
 __all__ = ["Arrivals", "Hosted", "Mailbox"]
 
 T = TypeVar("T")
+_PAUSE = 0.005  # seconds between two wake-ups: nobody sees so short a time
 
 
 class Mailbox:
-    """Carries events from the engine's thread to the event loop, waking it once a step."""
+    """Carries events from the engine's thread to the event loop.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    A wake-up takes the loop, and then the client, a good part of a small model's step, on cores
+    that the engine computes on. So what comes soon after the last one waits for the next step,
+    unless it is the last event of a request, or somebody waits for a first: steps with prompts
+    are long.
+
+    Parameters
+    ----------
+    loop : AbstractEventLoop
+    line : Line
+        Who waits for a first token.
+    clock : callable
+        Seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        line: Line,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._loop, self._line, self._clock = loop, line, clock
         self._items: deque[tuple[Callable[[int, Event], None], int, Event]] = deque()
-        self._awake = False
+        self._awake, self._woken = False, -_PAUSE
 
     def put(self, receiver: Callable[[int, Event], None], index: int, event: Event) -> None:
         """Called on the engine's thread."""
         self._items.append((receiver, index, event))
-        if not self._awake:
-            self._awake = True
-            try:
-                self._loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop is closed: nobody is left to hear
-                self._items.clear()
+        if self._awake:
+            return
+        now = self._clock()
+        if event.finish_reason is None and not self._line.waiting and now < self._woken + _PAUSE:
+            return
+        self._awake, self._woken = True, now
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # the loop is closed: nobody is left to hear
+            self._items.clear()
+            self._awake = False
 
     def _deliver(self) -> None:
         self._awake = False  # before taking: what comes now wakes the loop again
@@ -52,18 +77,25 @@ class Mailbox:
 
 
 class Arrivals:
-    """The events of one HTTP request's generations, as they come."""
+    """The events of one request's generations, as they come, for one task that takes them."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events: list[tuple[int, Event]] = []
+        self._wanted: asyncio.Future[None] | None = None
 
     def put(self, index: int, event: Event) -> None:
         """Called on the event loop."""
-        self._queue.put_nowait((index, event))
+        self._events.append((index, event))
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
 
-    async def get(self) -> tuple[int, Event]:
-        """The next event, and the generation that it belongs to."""
-        return await self._queue.get()
+    async def take(self) -> list[tuple[int, Event]]:
+        """What came since the last time, at least one: the generation and its event."""
+        if not self._events:
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
+        found, self._events = self._events, []
+        return found
 
 
 @dataclass(slots=True)
@@ -105,7 +137,7 @@ class Hosted:
         """Belong to the running event loop, within some limits."""
         self.limits = limits
         self.created = self.created or int(time.time())
-        self.mailbox = Mailbox(asyncio.get_running_loop())
+        self.mailbox = Mailbox(asyncio.get_running_loop(), self.line)
 
     async def aside(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function on a thread beside the event loop."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 
 from pronk.engine.stats import Stats
 from pronk.serve.anomaly import Alarm, Anomalies
+from pronk.serve.errors import ApiError
 
 if TYPE_CHECKING:
     from pronk.serve.hosted import Hosted
@@ -60,18 +61,15 @@ class ModelMetrics:
         self._queue = metrics.queue.labels(name)
         self._step = metrics.step.labels(name)
         self._e2e = metrics.e2e.labels(name)
-        self._prompt = metrics.prompt.labels(name)
-        self._generated = metrics.generated.labels(name)
         self._prompt_sizes = metrics.prompt_sizes.labels(name)
         self._generated_sizes = metrics.generated_sizes.labels(name)
         self._done, self._name = metrics.done, name
-        self.prompt_tokens = self.generated_tokens = 0
+        self.prompt_tokens = self.generation_tokens = 0
         self.recent = {"ttft": Recent(), "inter_token": Recent(), "e2e": Recent()}
         self.anomalies = Anomalies()
 
     def began(self, tokens: int) -> None:
         """A prompt of so many tokens was taken."""
-        self._prompt.inc(tokens)
         self._prompt_sizes.observe(tokens)
         self.prompt_tokens += tokens
 
@@ -81,18 +79,16 @@ class ModelMetrics:
         self._queue.observe(waited)
         self.recent["ttft"].add(seconds)
         self._warn(self.anomalies.latency("ttft", seconds))
-        self._count()
+        self.generation_tokens += 1
 
-    def next_token(self, seconds: float) -> None:
-        """Another token came, so long after the one before."""
-        self._step.observe(seconds)
-        self.recent["inter_token"].add(seconds)
-        self._warn(self.anomalies.latency("inter_token", seconds))
-        self._count()
-
-    def _count(self) -> None:
-        self._generated.inc()
-        self.generated_tokens += 1
+    def next_tokens(self, count: int, seconds: float) -> None:
+        """So many more tokens came, the last so long after the one before them."""
+        each = seconds / count
+        for _ in range(count):
+            self._step.observe(each)
+            self.recent["inter_token"].add(each)
+            self._warn(self.anomalies.latency("inter_token", each))
+        self.generation_tokens += count
 
     def finished(self, reason: str, tokens: int, seconds: float) -> None:
         """A generation ended."""
@@ -136,8 +132,6 @@ class Metrics:
         self.e2e = histogram("e2e_request_latency_seconds", "Of whole generations.", _LATENCY)
         self.prompt_sizes = histogram("request_prompt_tokens", "Tokens of prompts.", _TOKENS)
         self.generated_sizes = histogram("request_generation_tokens", "Tokens of answers.", _TOKENS)
-        self.prompt = counter("prompt_tokens", "Tokens of prompts.", label)
-        self.generated = counter("generation_tokens", "Tokens generated.", label)
         self.done = counter(
             "request_success", "Generations ended, by reason.", [*label, "finished_reason"]
         )
@@ -152,6 +146,11 @@ class Metrics:
     def of(self, name: str) -> ModelMetrics:
         """The series of a model."""
         return self._of[name]
+
+    def failed(self, error: ApiError, record: MutableMapping[str, Any]) -> None:
+        """A request was refused, or failed: its record says so too."""
+        self.errors.labels(error.code or str(error.status)).inc()
+        record["error"] = error.code
 
     def guarded(self, name: str, action: str, direction: str) -> None:
         """A filter of the guard acted."""
@@ -175,7 +174,7 @@ class Metrics:
                 "drafted": stats.drafted_tokens,
                 "accepted": stats.accepted_tokens,
                 "prompt_tokens": series.prompt_tokens,
-                "generated_tokens": series.generated_tokens,
+                "generated_tokens": series.generation_tokens,
                 "planned_bytes": model.memory.total,
                 "latency": {k: recent.percentiles() for k, recent in series.recent.items()},
                 "anomalies": [
@@ -243,23 +242,27 @@ class _Engines:
                 count = sum(getattr(pool, state) for pool in values.pools)
                 blocks.add_metric([model, state], float(count))
         yield blocks
-        for name, what, read in (
-            ("prefix_cache_queries", "Prompt tokens looked up.", "prefix_queries"),
-            ("prefix_cache_hits", "Prompt tokens found.", "prefix_hits"),
-            ("num_preemptions", "Sequences set back.", "preemptions"),
-            ("spec_decode_num_draft_tokens", "Tokens drafted.", "drafted_tokens"),
-            ("spec_decode_num_accepted_tokens", "Drafted tokens that stood.", "accepted_tokens"),
-            ("engine_steps", "Steps run.", "steps"),
-        ):
+        steps: Mapping[str, Any] = stats
+        for name, what, of, read in (
+            ("prompt_tokens", "Tokens of prompts.", self._of, "prompt_tokens"),
+            ("generation_tokens", "Tokens generated.", self._of, "generation_tokens"),
+            ("prefix_cache_queries", "Prompt tokens looked up.", steps, "prefix_queries"),
+            ("prefix_cache_hits", "Prompt tokens found.", steps, "prefix_hits"),
+            ("num_preemptions", "Sequences set back.", steps, "preemptions"),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", steps, "drafted_tokens"),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that stood.", steps,
+             "accepted_tokens"),
+            ("engine_steps", "Steps run.", steps, "steps"),
+        ):  # fmt: skip
             counts = CounterMetricFamily(f"pronk:{name}", what, labels=["model_name"])
-            for model, values in stats.items():
-                counts.add_metric([model], float(getattr(values, read)))
+            for model, series in of.items():
+                counts.add_metric([model], float(getattr(series, read)))
             yield counts
         odd = GaugeMetricFamily(
             "pronk:anomaly", "1 while a series is not as it was.", labels=["model_name", "series"]
         )
-        for model, series in self._of.items():
-            for one, alarm in series.anomalies.series:
+        for model, own in self._of.items():
+            for one, alarm in own.anomalies.series:
                 odd.add_metric([model, one], float(alarm is not None))
         yield odd
         plan = GaugeMetricFamily(

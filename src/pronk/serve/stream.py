@@ -49,8 +49,8 @@ class TextStream:
         return text
 
     def _advance(self, text: str) -> str:
-        if not text:
-            return ""
+        if not text or not self._stop:
+            return text
         text = self._held + text
         found = self._first_stop(text)
         if found is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -113,8 +113,8 @@ class Calls:
         if not isinstance(error, ApiError):
             _log.error("a gRPC call failed", exc_info=error)
             error = ApiError(500, "the server failed: its log says how", "internal_error")
-        self.context.metrics.errors.labels(error.code or str(error.status)).inc()
-        record["status"], record["error"] = status_of(error).name, error.code
+        self.context.metrics.failed(error, record)
+        record["status"] = status_of(error).name
         trailing = tuple((k, v) for k, v in error.headers.items() if k == "retry-after")
         await call.abort(status_of(error), error.message, trailing)
 
@@ -135,7 +135,7 @@ class Calls:
         return answer
 
     def stream(
-        self, route: str, method: Callable[[Request, Record], AsyncIterator[Reply]]
+        self, route: str, method: Callable[[Request, Record], AsyncGenerator[Reply]]
     ) -> Callable[[Request, Call], AsyncIterator[Reply]]:
         """A handler whose answer comes in parts."""
 
@@ -143,8 +143,9 @@ class Calls:
             with self._told(route, call) as record:
                 try:
                     with self._admitted(call, record):
-                        async for part in method(request, record):
-                            yield part
+                        async with aclosing(method(request, record)) as parts:
+                            async for part in parts:
+                                yield part
                 except Exception as error:
                     await self._fail(call, error, record)
                     raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -87,7 +87,7 @@ class Generation:
 
     async def generate_stream(
         self, request: pb.GenerateRequest, record: Record
-    ) -> AsyncIterator[pb.GeneratePart]:
+    ) -> AsyncGenerator[pb.GeneratePart]:
         """The answer as it comes."""
         model, job, watch = await self._job(request, record)
         tally = record["tokens"] = Tally()

@@ -186,11 +186,12 @@ async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:
     """Run a few tokens through each model, so that the first request finds memory touched."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for model in models:
-        arrivals, event = Arrivals(), None
+        arrivals, reason = Arrivals(), None
         try:
             model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
-            while event is None or event.finish_reason is None:
-                _, event = await arrivals.get()
+            while reason is None:
+                _, event = (await arrivals.take())[-1]
+                reason = event.finish_reason
             if event.error is not None:
                 raise event.error
         except PronkError as error:
@@ -217,8 +218,7 @@ def _pages() -> APIRouter:
 
 def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
     def answer(request: Request, error: ApiError) -> Response:
-        metrics.errors.labels(error.code or str(error.status)).inc()
-        request.state.record["error"] = error.code
+        metrics.failed(error, request.state.record)
         return JSONResponse(error_body(error), error.status, error.headers)
 
     @api.exception_handler(ApiError)
@@ -228,6 +228,12 @@ def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
     @api.exception_handler(PronkError)
     async def pronk_error(request: Request, error: PronkError) -> Response:
         return answer(request, from_pronk(error))
+
+    @api.exception_handler(UnicodeEncodeError)
+    async def no_unicode(request: Request, error: UnicodeEncodeError) -> Response:
+        # JSON can escape half of a character, and no text can be written that holds one.
+        said = "the request holds a lone surrogate, which is no character"
+        return answer(request, ApiError(400, said, "invalid_value"))
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -14,12 +14,11 @@ from fastapi.responses import Response
 from pronk.engine.sampler import Sample
 from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way
 from pronk.serve.hosted import Hosted
-from pronk.serve.http.answer import Answer, send
-from pronk.serve.http.context import Context, context_of
+from pronk.serve.http.answer import Chunked, answered
+from pronk.serve.http.context import Context
 from pronk.serve.http.prepare import Turn, chat_logprobs, prepare
 from pronk.serve.http.replies import ChatReply
 from pronk.serve.http.schema import ChatRequest
-from pronk.serve.http.sse import DONE, data, until_gone
 from pronk.serve.tools import ArgumentText, CallStart, Found
 
 __all__ = ["router"]
@@ -30,10 +29,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatReply}})
 async def chat(body: ChatRequest, request: Request) -> Response:
     """The assistant's next turn of a conversation."""
-    context = context_of(request)
-    model = context.model(body.model)
-    answer = await until_gone(request.receive, _begin(context, model, body, request))
-    return await send(answer, request, body.stream)
+    return await answered(body, request, _begin)
 
 
 async def _begin(context: Context, model: Hosted, body: ChatRequest, request: Request) -> _Answer:
@@ -83,7 +79,7 @@ class _Choice:
         return {"content": found}
 
 
-class _Answer(Answer):
+class _Answer(Chunked):
     """All choices of one request, whole or as a stream."""
 
     def __init__(
@@ -95,12 +91,9 @@ class _Answer(Answer):
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        super().__init__(deltas)
-        self._model, self._body, self._tally = model, body, tally
-        self._head = head
-        self._chunk = {**head, "object": "chat.completion.chunk"}
-        if body.with_usage:
-            self._chunk["usage"] = None
+        chunk = {**head, "object": "chat.completion.chunk"}
+        super().__init__(deltas, body.count, chunk, tally, body.usage)
+        self._model, self._body, self._head = model, body, head
         self._choices = [_Choice() for _ in range(body.count)]
         self._parsers = [turn.parser() for _ in range(body.count)]
 
@@ -163,11 +156,5 @@ class _Answer(Answer):
                 "logprobs": logprobs if at == 0 else None,
                 "finish_reason": choice.reason if last and delta.finish_reason else None,
             }
-            out.append(data({**self._chunk, "choices": [entry]}))
+            out.append(self.chunk([entry]))
         return out
-
-    def ending(self) -> list[bytes]:
-        """What it took, if asked for, and the mark of the end."""
-        if not self._body.with_usage:
-            return [DONE]
-        return [data({**self._chunk, "choices": [], "usage": self._tally.usage()}), DONE]

@@ -11,12 +11,11 @@ from fastapi.responses import Response
 
 from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way, whole
 from pronk.serve.hosted import Hosted
-from pronk.serve.http.answer import Answer, send
-from pronk.serve.http.context import Context, context_of
+from pronk.serve.http.answer import Chunked, answered
+from pronk.serve.http.context import Context
 from pronk.serve.http.prepare import completion_logprobs, form_of
 from pronk.serve.http.replies import CompletionReply
 from pronk.serve.http.schema import CompletionRequest
-from pronk.serve.http.sse import DONE, data, until_gone
 
 __all__ = ["router"]
 
@@ -26,10 +25,7 @@ router = APIRouter()
 @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionReply}})
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """What follows one or more prompts."""
-    context = context_of(request)
-    model = context.model(body.model)
-    texts = await until_gone(request.receive, _begin(context, model, body, request))
-    return await send(texts, request, body.stream)
+    return await answered(body, request, _begin)
 
 
 async def _begin(
@@ -69,7 +65,7 @@ async def _begin(
     return _Texts(model, body, echoes, deltas, tally, head)
 
 
-class _Texts(Answer):
+class _Texts(Chunked):
     """All texts of one request, whole or as a stream."""
 
     def __init__(
@@ -81,10 +77,8 @@ class _Texts(Answer):
         tally: Tally,
         head: dict[str, Any],
     ) -> None:
-        super().__init__(deltas)
-        self._model, self._body, self._tally = model, body, tally
-        self._head = head
-        self._chunk = {**head, "usage": None} if body.with_usage else head
+        super().__init__(deltas, len(echoes), head, tally, body.usage)
+        self._model, self._body, self._head = model, body, head
         self._echoes = echoes
         self._offsets = [0] * len(echoes)
 
@@ -110,10 +104,4 @@ class _Texts(Answer):
 
     def pieces(self, delta: Delta) -> list[bytes]:
         """A delta as a chunk."""
-        return [data({**self._chunk, "choices": [self._choice(delta)]})]
-
-    def ending(self) -> list[bytes]:
-        """What it took, if asked for, and the mark of the end."""
-        if not self._body.with_usage:
-            return [DONE]
-        return [data({**self._chunk, "choices": [], "usage": self._tally.usage()}), DONE]
+        return [self.chunk([self._choice(delta)])]

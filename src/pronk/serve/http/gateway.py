@@ -90,6 +90,7 @@ class Gateway:
         request_id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["record"] = request_id, {}
+        state["send"] = send  # for the pieces of a stream, which nothing on the way looks at
         origin = headers.get("origin")
         allowed = origin if origin in self.config.origins else None
         start, began, status, begun = time.perf_counter(), time.time_ns(), 0, False
@@ -116,8 +117,7 @@ class Gateway:
                     self._admit(scope, headers, origin, stack)
                     await self.app(scope, self._bounded(receive, headers), answer)
                 except ApiError as error:
-                    self.metrics.errors.labels(error.code or str(error.status)).inc()
-                    state["record"]["error"] = error.code
+                    self.metrics.failed(error, state["record"])
                     if not begun:
                         await _refuse(error, answer)
         finally:
@@ -143,7 +143,7 @@ class Gateway:
         if self.config.local and _name(host) not in self._hosts:
             # A page elsewhere may have pointed its own name at this machine (DNS rebinding).
             raise ApiError(403, "this host name is not served: see --allow-host", "unknown_host")
-        if origin and origin not in self.config.origins and urlsplit(origin).netloc != host:
+        if origin and origin not in self.config.origins and _authority(origin) != host:
             raise ApiError(
                 403, "this web origin is not allowed: see --cors-origin", "origin_not_allowed"
             )
@@ -185,6 +185,14 @@ class Gateway:
             return message
 
         return bounded
+
+
+def _authority(origin: str) -> str | None:
+    """The host and port of a web origin, if it is one."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

@@ -115,7 +115,10 @@ async def ready(request: Request) -> Response:
     if context.gauge.draining:
         return JSONResponse({"status": "draining"}, 503)
     if context.audit is not None and context.audit.error is not None:
-        return JSONResponse({"status": f"no audit log: {context.audit.error.strerror}"}, 503)
+        return JSONResponse({"status": f"no audit log: {context.audit.error}"}, 503)
+    stopped = [model.name for model in context.models.values() if model.engine.closed]
+    if stopped:
+        return JSONResponse({"status": "the engine has stopped", "models": stopped}, 503)
     if cold:
         return JSONResponse({"status": "warming up", "models": cold}, 503)
     return JSONResponse({"status": "ready"})

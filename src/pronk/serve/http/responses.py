@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pronk.serve.errors import ApiError, error_body
 from pronk.serve.generate import Delta, Job, Tally, admit, generate, make_way, whole
 from pronk.serve.hosted import Hosted
-from pronk.serve.http.answer import Answer, send
-from pronk.serve.http.context import Context, context_of
+from pronk.serve.http.answer import Answer, answered
+from pronk.serve.http.context import Context
 from pronk.serve.http.prepare import prepare
 from pronk.serve.http.schema import ChatRequest
-from pronk.serve.http.sse import event, until_gone
+from pronk.serve.http.sse import event
 
 __all__ = ["router"]
 
@@ -152,10 +152,7 @@ class ResponseReply(BaseModel):
 @router.post("/v1/responses", response_model=None, responses={200: {"model": ResponseReply}})
 async def respond(body: ResponseRequest, request: Request) -> Response:
     """A text in answer to a text or a conversation."""
-    context = context_of(request)
-    model = context.model(body.model)
-    answer = await until_gone(request.receive, _begin(context, model, body, request))
-    return await send(answer, request, body.stream)
+    return await answered(body, request, _begin)
 
 
 async def _begin(
@@ -180,7 +177,7 @@ class _Answer(Answer):
     def __init__(
         self, body: ResponseRequest, deltas: AsyncGenerator[Delta], tally: Tally, number: str
     ) -> None:
-        super().__init__(deltas)
+        super().__init__(deltas, 1)
         self._body, self._tally = body, tally
         self._item = f"msg_{number}"
         self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}

@@ -48,9 +48,12 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream ends with."""
+    """What a stream tells beside its text."""
 
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = Field(
+        False, description="usage so far in every chunk, with include_usage"
+    )
     include_obfuscation: bool | None = None  # OpenAI's padding of chunks: none here
 
 
@@ -128,9 +131,11 @@ class Sampling(Strict):
         return self.n or 1
 
     @property
-    def with_usage(self) -> bool:
-        """Whether a stream ends with what it took."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def usage(self) -> Literal["last", "each"] | None:
+        """The chunks of a stream that say what it took so far, if any."""
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return None
+        return "each" if self.stream_options.continuous_usage_stats else "last"
 
     def _logprobs(self) -> int | None:
         raise NotImplementedError

@@ -94,7 +94,7 @@ async function answer() {
     messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
     temperature: number("temperature"), top_p: number("top_p"),
     max_tokens: number("max_tokens"), seed: number("seed"),
-    stream: true, stream_options: { include_usage: true },
+    stream: true, stream_options: { include_usage: true, continuous_usage_stats: true },
   };
   running = new AbortController();
   busy(true);
@@ -118,7 +118,6 @@ async function answer() {
       if (choice) {
         last = performance.now();
         first ||= last;
-        if (!choice.finish_reason) tokens += 1;
         text += choice.delta.content || "";
         if (choice.finish_reason === "length") end = " · cut off at the limit";
       }
