@@ -92,8 +92,8 @@ def _hidden(variants: Sequence[Result]) -> str:
 
 
 def compression(result: Result) -> str:
-    """The tables of a `compression.py` result, the largest variant first."""
-    order = sorted(result["rows"], key=lambda row: -row["bytes"])
+    """The tables of a `compression.py` result: the largest first, of equal ones the worst."""
+    order = sorted(result["rows"], key=lambda row: (-row["bytes"], -row["kl"]["value"]))
     tasks = list(result["tasks"])
     head = [result["model"], "made by", "MB", "bytes a weight", "perplexity", "beside float32",
             "KL, nats", "same top-1", *tasks, "decode"]  # fmt: skip
@@ -114,8 +114,8 @@ def compression(result: Result) -> str:
             *([f"{row['seconds'] / 60:.1f} min" if "seconds" in row else ""] if timed else []),
         ])  # fmt: skip
     head += ["made in"] if timed else []
-    parts = [markdown(head, rows), *_goals(result), *_beside(result), *_how(result)]
-    return "\n\n".join(parts)
+    parts = [markdown(head, rows), *_goals(result), *_smaller(result), *_beside(result)]
+    return "\n\n".join([*parts, *_how(result)])
 
 
 GOALS: tuple[tuple[str, float, dict[str, float | str]], ...] = (
@@ -123,6 +123,7 @@ GOALS: tuple[tuple[str, float, dict[str, float | str]], ...] = (
     ("int4", 0.57, {"growth": 0.03, "saved": 0.4}),
     ("int4", 0.53, {"saved": 0.5}),
     ("int3", 0.44, {"beats": "Q3_K_M"}),
+    ("auto", 0.57, {"growth": 0.03}),
     ("auto", 0.50, {"beats": "Q2_K"}),
 )
 """What the best recipe of a kind is to reach: bytes a weight at most, and how near to float32."""
@@ -183,6 +184,27 @@ def _reached(measured: str, goal: str, value: float, limit: Any) -> list[str]:
 def _range(interval: Result, form: str, factor: float) -> str:
     value, low, high = (form.format(interval[k] * factor) for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _smaller(result: Result) -> list[str]:
+    """Each of llama.cpp's files, and the smallest variant of ours that diverges less."""
+    rows = []
+    for other in result["rows"]:
+        if other["by"] != "llama.cpp":
+            continue
+        kl = other["kl"]["value"]
+        ours = [row for row in result["rows"] if row["by"] == "pronk compress"]
+        ours = [row for row in ours if row["kl"]["value"] < kl]
+        if not ours:
+            rows.append([other["name"], f"{kl:.5f}", "none", "", ""])
+            continue
+        row = min(ours, key=lambda row: float(row["bytes"]))
+        size = f"{row['bytes'] / other['bytes'] - 1:+.1%}"
+        rows.append([other["name"], f"{kl:.5f}", row["name"], f"{row['kl']['value']:.5f}", size])
+    if not rows:
+        return []
+    head = ["llama.cpp's", "KL, nats", "smallest of ours that diverges less", "KL, nats", "bytes"]
+    return [markdown(head, rows)]
 
 
 def _beside(result: Result) -> list[str]:

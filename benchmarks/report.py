@@ -152,9 +152,11 @@ they are measured on: on text of another kind they gain less. llama.cpp's files 
 importance matrix, and their heads keep more bits than most of the file; Pronk's recipes named by
 one number of bits round the head too. The engines agree on float weights; on quantized ones
 llama.cpp multiplies with activations of 8 bits, Pronk with 12. Groups of 128 do not divide this
-model's rows of 576: those of 96 stand for them. The run was short of time: GPTQ had 16 windows
-where it takes 64 by itself, tuning 16 steps on the same, and `auto` is missing. `pronk qat`, which
-trains instead, is judged in [pruning.md](pruning.md).""",
+model's rows of 576: those of 96 stand for them. Options stand behind a recipe's name; `samples` are
+windows of 512 tokens, 64 unless said otherwise. Of `auto`, `bits` are of all that is stored: codes,
+scales, minima, the head, norms. The model's own file is Q4_1: its layers hold 16 values and a
+minimum a group, which `int4-g32-min` keeps as they are and formats without minima cannot. `pronk
+qat`, which trains instead, is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and

@@ -369,12 +369,12 @@ def test_names_cross_neither_the_front_nor_each_other():
             (across, min(y, down), across, max(y, down)),
         ]
         x, y = across, down
-    names = re.findall(r'class="name middle" x="(\S+)" y="(\S+)">([^<]+)<', svg)
+    names = re.findall(r'class="name (\w+)" x="(\S+)" y="(\S+)">([^<]+)<', svg)
     assert len(names) == len(points)
-    boxes = [
-        (float(mid) - 3.2 * len(name), float(base) - 9, float(mid) + 3.2 * len(name), float(base))
-        for mid, base, name in names
-    ]
+    boxes = []
+    for anchor, held, base, name in names:
+        left = float(held) - 6.4 * len(name) * ("start", "middle", "end").index(anchor) / 2
+        boxes.append((left, float(base) - 9, left + 6.4 * len(name), float(base)))
     for i, a in enumerate(boxes):
         for b in (*lines, *boxes[:i]):
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (names[i], b)

@@ -22,7 +22,7 @@ from pronk.checkpoint.open import open_checkpoint
 from pronk.checkpoint.storage import parse_storage
 from pronk.cli import main
 from pronk.compress import compress as module
-from pronk.compress.bits import Goal
+from pronk.compress.bits import Goal, Sensitivity, choose
 from pronk.compress.calibrate import read_calibration
 from pronk.compress.compress import compress
 from pronk.compress.forward import Decoder, embedded
@@ -171,6 +171,25 @@ def test_automatic_bits_beat_what_is_uniform_at_their_size(tiny: Path, tmp_path:
     with pytest.raises(RequestError, match="one of"):
         Goal()
     assert not (tmp_path / "no").exists()
+
+
+def test_what_a_source_holds_already_costs_nothing(tiny: Path, tmp_path: Path) -> None:
+    source = checkpoints.tiny_gguf(tmp_path / "q4_1.gguf", tiny, "q4_1")
+    report = compress(source, recipe_of("auto"), tmp_path / "out", samples=1, goal=Goal(bits=6))
+    layers = {name for name in report.formats if "layers" in name}
+    assert all(report.sensitivity[name]["int4-g32-min"] == 0 for name in layers)
+    assert all(report.sensitivity[name]["int4-g32"] > 0 for name in layers)
+    kept = [name for name in layers if report.formats[name] == "int4-g32-min"]
+    assert kept and all(report.errors[name]["weights"] == 0 for name in kept)
+
+
+def test_bits_count_what_nothing_is_chosen_for() -> None:
+    costs = {"a": Sensitivity({"small": 1.0, "large": 0.0}, {"small": 10, "large": 20})}
+    assert choose(costs, 10, Goal(bits=16)) == ({"a": "large"}, 0.0)
+    assert choose(costs, 10, Goal(bits=16), rest=1) == ({"a": "small"}, 1.0)
+    assert choose(costs, 10, Goal(size=20), rest=1) == ({"a": "small"}, 1.0)
+    with pytest.raises(BudgetError, match="smallest take 13 B"):
+        choose(costs, 10, Goal(size=12), rest=3)
 
 
 HF = ["int4-gptq", "int4-min-rtn", "int4-awq", "int3-gptq", "int2-rtn", "int8-channel", "fp8"]

@@ -199,14 +199,15 @@ def _variant(text: str) -> Variant:
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the files of a checkpoint say of its weights.
 
-    ``bytes`` are those of the tensors in a GGUF file, which holds much else, and of the files of
-    tensors in a directory: what is unpacked when it is read counts as it is stored.
+    ``bytes`` are those of the tensors in a file, as they are stored, without what else it holds:
+    of GGUF the tokenizer, of safetensors the table of contents.
     """
     tensors = checkpoint.tensors.values()
     count = sum(info.rows * info.cols for info in tensors)
     size = sum(info.nbytes for info in tensors)
     if checkpoint.format != "gguf":
-        size = sum(os.fstat(fd).st_size for fd in checkpoint.files)
+        heads = (8 + int.from_bytes(os.pread(fd, 8, 0), "little") for fd in checkpoint.files)
+        size = sum(os.fstat(fd).st_size for fd in checkpoint.files) - sum(heads)
         head = checkpoint.tensors["model.embed_tokens.weight"]
         tied = checkpoint.format == "bundle" and checkpoint.spec.tie_embeddings
         if tied and head.dtype not in ("f32", "f16", "bf16"):

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "any of them runs in the kernels of 32, with the scale repeated",
     )  # fmt: skip
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--bits", type=float, metavar="X", help="auto: most bits a weight")
+    goal.add_argument("--bits", type=float, metavar="X", help="auto: most bits a weight, all told")
     goal.add_argument("--size", metavar="SIZE", help="auto: most bytes of weights, such as 70MB")
     goal.add_argument("--kl", type=float, metavar="X", help="auto: most KL, at the smallest size")
     parser.add_argument(

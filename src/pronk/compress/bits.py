@@ -39,7 +39,7 @@ __all__ = [
     "sensitivity",
 ]
 
-_CANDIDATES = ("int3-g64", "int3-g32", "int4-g64", "int4-g32", "int8-g32")
+_CANDIDATES = ("int3-g64", "int3-g32", "int4-g64", "int4-g32", "int4-g32-min", "int8-g32")
 _PROBE = "int3-g32"
 _PROBE_TOKENS = 512  # whose logits are compared
 _PROBE_WINDOW = 256
@@ -53,9 +53,10 @@ class Goal:
     Parameters
     ----------
     bits : float, optional
-        Most bits a weight, scales included.
+        Most bits a weight, scales included, over all matrices that formats are chosen for, the
+        output head among them, and all vectors.
     size : int, optional
-        Most bytes of weights.
+        Most bytes of the same.
     kl : float, optional
         Most predicted divergence, in nats a token, at the smallest size.
     """
@@ -123,12 +124,14 @@ class _Probe:
             x = torch.cat([self.decoder.run(at, part, weights) for _, part in batches(x)])
         return x
 
-    def errors(self, weight: Tensor, met: Inputs) -> dict[str, float]:
-        """Output error of each format."""
-        return {
-            text: output_error(_rounded(weight, parse_storage(text), met) - weight, met.hessian)
-            for text in candidates(weight.shape[1])
-        }
+    def errors(self, name: str, weight: Tensor, met: Inputs) -> dict[str, float]:
+        """Output error of each format; none where a matrix is in it already."""
+        out = dict.fromkeys(candidates(weight.shape[1]), 0.0)
+        for text in out:
+            storage = parse_storage(text)
+            if not storage.holds(self.ckpt.tensors[name].dtype):
+                out[text] = output_error(_rounded(weight, storage, met) - weight, met.hessian)
+        return out
 
 
 def _cut(windows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -190,7 +193,7 @@ def _layer(
     tried = []
     for stage in stages:
         for name in stage:
-            errors = probe.errors(weights[name], met[stage[0]])
+            errors = probe.errors(name, weights[name], met[stage[0]])
             out[name] = {"errors": errors}
             changed = _rounded(weights[name], parse_storage(_PROBE), met[stage[0]])
             tried.append(decoder.run(layer, first, {**weights, name: changed}))
@@ -217,7 +220,7 @@ def _head(
         ids = torch.from_numpy(probe.windows[: probe.count])
         first = probe.through(probe.decoder.embed(changed[ids]), 0)
     kl = _kl(reference, probe.logits(first, {**top, head: changed}))
-    return {head: {"errors": probe.errors(rows, met), "kl": kl}}
+    return {head: {"errors": probe.errors(head, rows, met), "kl": kl}}
 
 
 def sensitivity(measured: Mapping[str, Any], rows: int, cols: int) -> Sensitivity:
@@ -231,7 +234,7 @@ def sensitivity(measured: Mapping[str, Any], rows: int, cols: int) -> Sensitivit
 
 
 def choose(
-    costs: Mapping[str, Sensitivity], weights: int, goal: Goal
+    costs: Mapping[str, Sensitivity], weights: int, goal: Goal, rest: int = 0
 ) -> tuple[dict[str, str], float]:
     """The format of each matrix that meets a goal at the best of the other, and its divergence.
 
@@ -240,8 +243,10 @@ def choose(
     costs : Mapping
         By matrix.
     weights : int
-        How many there are in all of them.
+        How many there are in all of them and the rest.
     goal : Goal
+    rest : int
+        Bytes that count too and that nothing is chosen for.
 
     Raises
     ------
@@ -262,17 +267,17 @@ def choose(
         aim, other, most = nbytes / nbytes.max(), kl, goal.kl
     else:
         limit = goal.size if goal.size is not None else (goal.bits or 0) / 8 * weights
-        aim, other, most = kl / max(kl.max(), 1e-30), nbytes, limit
+        aim, other, most = kl / max(kl.max(), 1e-30), nbytes, limit - rest
     # In shares of the limit, and to one part in ten thousand: the rest is below the prediction's.
     found = milp(
         aim,
-        constraints=[each, LinearConstraint(other[None] / most, -np.inf, 1)],
+        constraints=[each, LinearConstraint(other[None] / max(most, 1e-30), -np.inf, 1)],
         integrality=np.ones(len(pairs)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-4, "time_limit": 60},
     )
     if found.x is None:
-        least = sum(min(cost.nbytes.values()) for cost in costs.values())
+        least = rest + sum(min(cost.nbytes.values()) for cost in costs.values())
         best = sum(min(cost.kl.values()) for cost in costs.values())
         raise BudgetError(
             f"no formats meet the goal: the smallest take {format_bytes(least)}, "

@@ -250,7 +250,9 @@ def _automatic(work: _Work, goal: Goal) -> dict[str, float]:
     }
     work.sensitivity = {name: dict(cost.kl) for name, cost in costs.items()}
     # What no output was measured of, an embedding that is not the head, stays as it is.
-    chosen, kl = choose(costs, sum(_size(work, name) for name in costs), goal)
+    vectors = sum(info.cols for info in ckpt.tensors.values() if len(info.shape) == 1)
+    count = vectors + sum(_size(work, name) for name in costs)
+    chosen, kl = choose(costs, count, goal, rest=4 * vectors)
     work.storages |= {name: parse_storage(text) for name, text in chosen.items()}
     return {"kl": kl}
 

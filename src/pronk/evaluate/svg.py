@@ -176,18 +176,19 @@ def _labels(points: Sequence[tuple[float, float, str]], lines: Sequence[_Box]) -
     parts = []
     for at, up, label in points:
         wide = len(label) * _LETTER
+        # The end that is next to the mark is held: how wide letters come out is a guess.
         places = [
-            (at + side * (9 + wide / 2), up + 4 + drop)
+            (at + side * (9 + wide / 2), up + 4 + drop, side)
             for drop in (0, -12, 12, -24, 24, -36, 36, -48, 48)
             for side in (1, -1)
         ] + [
-            (at + side * (wide / 2 - 8), up + drop)
+            (at + side * (wide / 2 - 8), up + drop, side)
             for drop in (-12, 20, -24, 32)
             for side in (0, 1, -1)
         ]
 
-        def cost(place: tuple[float, float], wide: float = wide, up: float = up) -> float:
-            mid, base = place
+        def cost(place: tuple[float, float, int], wide: float = wide, up: float = up) -> float:
+            mid, base, _ = place
             box = (mid - wide / 2, base - 11, mid + wide / 2, base + 3)
             over = sum(
                 max(0.0, min(box[2], t[2]) - max(box[0], t[0]))
@@ -198,10 +199,12 @@ def _labels(points: Sequence[tuple[float, float, str]], lines: Sequence[_Box]) -
             outside += max(0.0, _TOP - box[1]) + max(0.0, box[3] - _HEIGHT + _BOTTOM)
             return over + 40 * outside + abs(base - up - 4) * 0.5
 
-        mid, base = min(places, key=cost)
+        mid, base, side = min(places, key=cost)
         taken.append((mid - wide / 2, base - 11, mid + wide / 2, base + 3))
+        anchor = ("end", "middle", "start")[side + 1]
         parts.append(
-            f'<text class="name middle" x="{mid:.1f}" y="{base:.1f}">{escape(label)}</text>'
+            f'<text class="name {anchor}" x="{mid - side * wide / 2:.1f}" y="{base:.1f}">'
+            f"{escape(label)}</text>"
         )
     return parts
 
