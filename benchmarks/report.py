@@ -155,8 +155,10 @@ llama.cpp multiplies with activations of 8 bits, Pronk with 12. Groups of 128 do
 model's rows of 576: those of 96 stand for them. Options stand behind a recipe's name; `samples` are
 windows of 512 tokens, 64 unless said otherwise. Of `auto`, `bits` are of all that is stored: codes,
 scales, minima, the head, norms. The model's own file is Q4_1: its layers hold 16 values and a
-minimum a group, which `int4-g32-min` keeps as they are and formats without minima cannot. `pronk
-qat`, which trains instead, is judged in [pruning.md](pruning.md).""",
+minimum a group, which `int4-g32-min` keeps as they are and formats without minima cannot. For the
+same rows of 576, which 256 does not divide, Q3_K_M is 4 and 5 bits in most layers and 8 in the
+head: 3 bits throughout come nowhere near it, and the table of sizes says what does. `pronk qat`,
+which trains instead, is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
 its context, as real ones are found to ([arXiv:2402.01739](https://arxiv.org/abs/2402.01739)), and

@@ -41,7 +41,7 @@ body{margin:0 auto;max-width:1360px;padding:28px 20px 60px;background:var(--bg);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:17px;margin:34px 0 10px}
 p,li{max-width:92ch}.soft{color:var(--soft);font-size:13.5px}
-.grid2{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:16px}
+.grid2{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr));gap:16px}
 .grid1{display:grid;gap:16px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
 .card h3{margin:0 0 6px;font-size:14.5px}.wide{overflow-x:auto}
