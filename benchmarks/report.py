@@ -157,7 +157,9 @@ windows of 512 tokens, 64 unless said otherwise. Of `auto`, `bits` are of all th
 scales, minima, the head, norms. The model's own file is Q4_1: its layers hold 16 values and a
 minimum a group, which `int4-g32-min` keeps as they are and formats without minima cannot. For the
 same rows of 576, which 256 does not divide, Q3_K_M is 4 and 5 bits in most layers and 8 in the
-head: 3 bits throughout come nowhere near it, and the table of sizes says what does. `pronk qat`,
+head: 3 bits throughout come nowhere near it, and the table of sizes says what does. Automatic
+bits of 4.56 are as large as int4 in groups of 32. Tuned scales fit the kind of text they are tuned
+on: its perplexity falls, divergence does not. `pronk qat`,
 which trains instead, is judged in [pruning.md](pruning.md).""",
     "experts": """Real mixtures are too large for a benchmark that anybody can run: this one is
 **synthetic**, of random weights in the proportions of OLMoE. Its routers follow the token more than
