@@ -290,7 +290,7 @@ def test_a_killed_run_leaves_no_bundle(tied: Path, tmp_path: Path, how: signal.S
         left = tmp_path / f".out.tmp-{child.pid}"
         assert left.is_dir()
         child.send_signal(how)
-        child.wait(timeout=30)
+        child.wait(timeout=120)
     assert not target.exists()
     # Ctrl-C cleans up at once; after SIGKILL the next run does.
     assert left.exists() == (how == signal.SIGKILL)

@@ -32,7 +32,7 @@ def tiny_q4(tiny, tmp_path_factory):
 def pronk(*arguments, stdin="", code=0):
     done = subprocess.run(
         [sys.executable, "-m", "pronk", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+        input=stdin, capture_output=True, text=True, timeout=240, check=False)  # fmt: skip
     assert done.returncode == code, done.stderr
     return done
 
@@ -135,7 +135,7 @@ def test_a_chat_that_is_interrupted_keeps_its_whole_turns(tiny, tmp_path):
     child.stdin.flush()
     answer = json.loads(child.stdout.readline())["text"]
     child.send_signal(signal.SIGINT)
-    child.communicate(timeout=60)
+    child.communicate(timeout=240)
     assert child.returncode == 130
     with load(tiny, threads=1, packed_cache=False) as model:
         said = [(m["role"], m["content"]) for m in model.session_about(file)["messages"]]

@@ -333,7 +333,7 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, monkeypatch: Any) -> N
         with pytest.raises(RequestError, match="in use"):
             made(tiny, recipe_of("int4-gptq"), target)
         child.send_signal(signal.SIGKILL)
-        child.wait(timeout=30)
+        child.wait(timeout=120)
     assert not target.exists()
     assert (tmp_path / ".out.compress" / "layer-0").is_dir()
     layers: list[int] = []

@@ -387,7 +387,7 @@ for threads in (2, 1):
     assert len(list(model.generate([1, 2], params))) == 3
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
     )
     first, second = done.stdout.splitlines()
     assert first.startswith("2 this process was forked after the model was loaded")
