@@ -113,7 +113,7 @@ inline void pack_query(const float* q, float scale, int64_t dim, float* packed) 
 }
 
 // What to ask for while a block is read: the one read next, unless it lies right behind this one.
-// That one the hardware foresees, twice as fast where nobody asks.
+// That one the hardware foresees, and is slower at where it is asked for too.
 inline const uint8_t* ahead(const uint8_t* block, const uint8_t* next, int64_t bytes) {
     return next == block + bytes ? nullptr : next;
 }
