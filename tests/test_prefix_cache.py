@@ -304,3 +304,13 @@ def test_a_block_is_not_given_back_twice():
     with pytest.raises(RuntimeError, match="given back twice"):
         pool.give_back([block])
     assert pool.take(3) and pool.cached == 0
+
+
+def test_blocks_taken_together_lie_in_order():
+    """A sequence in neighbouring blocks is read as one stream, also after others left."""
+    pool = BlockPool(6)
+    first = pool.take(6)
+    for block in first:
+        pool.publish(block, bytes([block]))
+    pool.give_back(first)  # known and unheld: the end of it is evicted first
+    assert pool.take(4) == [2, 3, 4, 5]
