@@ -23,7 +23,7 @@ from pronk.serve.hosted import Arrivals, Mailbox
 from pronk.serve.http.answer import Answer, Chunked
 from pronk.serve.http.sse import Chunks, data
 from pronk.serve.line import Line
-from pronk.serve.metrics import Metrics
+from pronk.serve.metrics import Metrics, ModelMetrics
 from pronk.spec import SamplingParams
 
 
@@ -240,3 +240,16 @@ def test_a_chunk_is_its_head_with_the_choices(head):
     assert found.startswith(b"data: {") and found.endswith(b"}\n\n") and found.isascii()
     assert json.loads(found[6:]) == {**head, "choices": choices}
     assert json.loads(data({**head, "choices": choices})[6:]) == json.loads(found[6:])
+
+
+def test_tokens_that_came_together_are_one_value_to_the_detector() -> None:
+    metrics = ModelMetrics(Metrics([], lambda: 0), "it")
+    for _ in range(100):
+        metrics.next_tokens(1, 0.01)
+        metrics.next_tokens(3, 0)  # with the first: nothing was waited for
+    metrics.next_tokens(20, 20 * 0.2)  # one wait, of twenty
+    assert dict(metrics.anomalies.series) == {"inter_token": None}
+    for _ in range(20):
+        metrics.next_tokens(1, 0.2)
+    alarm = dict(metrics.anomalies.series)["inter_token"]
+    assert alarm is not None and alarm.usual == pytest.approx(0.01, rel=0.1)

@@ -87,6 +87,9 @@ class ModelMetrics:
         for _ in range(count):
             self._step.observe(each)
             self.recent["inter_token"].add(each)
+        # One wait, however many tokens it held up, and none where they came with the first: no
+        # single value may raise an alarm.
+        if seconds > 0:
             self._warn(self.anomalies.latency("inter_token", each))
         self.generation_tokens += count
 
