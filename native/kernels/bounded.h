@@ -47,9 +47,10 @@ inline int32_t sum_of(const Act& x, int64_t g) {
     return x.sum[0][g * kActStep] + x.sum[1][g * kActStep];
 }
 
-inline F panel_scales(const uint8_t* panel, int64_t g) {
+inline F panel_scales(const uint8_t* panel, int64_t groups, int64_t g) {
     F d[2], none;
-    unpack_scales<Format::q8_planes>(panel, g, d, none);
+    const uint8_t* scales = panel + place_of(Format::q8_planes, groups, g).scales;
+    unpack_scales<Format::q8_planes>(scales, g, d, none);
     return d[0];
 }
 
@@ -57,14 +58,13 @@ inline int live_rows(const MatmulPart& part, int64_t p) {
     return static_cast<int>(std::min<int64_t>(kPanel, part.rows - p * kPanel));
 }
 
-// One panel by M tokens: one stream, of which scales are asked for as quants are.
+// One panel by M tokens.
 template <Precision of, int M>
 void bound_tile(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows plan, Rows out,
                 int64_t t) {
     constexpr Format fmt = Format::q8_planes;
-    const int64_t groups = cols / kGroup, bytes = panel_bytes(fmt, cols), share = bytes / groups;
+    const int64_t groups = cols / kGroup, bytes = panel_bytes(fmt, cols);
     const uint8_t* panel = part.weight + p * bytes;
-    const uint8_t* quants = panel + scales_bytes(fmt, cols);
     Act act[M];
     const float* reach[M];
     for (int m = 0; m < M; ++m)
@@ -72,10 +72,10 @@ void bound_tile(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows pl
     F middle[M], most[M];
     unrolled<M>([&]<int m>() { middle[m] = most[m] = set(0.0f); });
     for (int64_t g = 0; g < groups; ++g) {
-        prefetch(panel + g * share + kAhead, share);
+        const uint8_t* quants = panel + place_of(fmt, groups, g).quants;
         I dot[1][1][M];
         tile_group<Format::q4_1, of, 1, M>(&quants, &quants, act, g, dot);
-        const F d = panel_scales(panel, g), size = abs(d);
+        const F d = panel_scales(panel, groups, g), size = abs(d);
         unrolled<M>([&]<int m>() __attribute__((always_inline)) {
             // Twice the sum of (16 h + 7.5 - 128) x.
             const I twice = add(shift_left<5>(dot[0][0][m]), set_i(-241 * sum_of(act[m], g)));
@@ -83,7 +83,6 @@ void bound_tile(const MatmulPart& part, int64_t cols, int64_t p, Rows x, Rows pl
             middle[m] = fma(mul(to_float(twice), d), half, middle[m]);
             most[m] = fma(size, set(reach[m][g]), most[m]);
         });
-        quants += quant_bytes(fmt);
     }
     const F slack = set(1 + static_cast<float>(groups + 8) * 0x1p-24f * (1024 / kUnread));
     const int live = live_rows(part, p);
@@ -137,7 +136,7 @@ bool refine_panel(const MatmulPart& part, int64_t cols, const Act& x, const Boun
         tile_group<Format::q4_1, of, 1, 1>(&quants, &quants, &x, g, dot);
         read += low_bytes(fmt);
         const I twice = add(shift_left<1>(dot[0][0][0]), set_i(-15 * sum_of(x, g)));
-        const F d = panel_scales(panel, g);
+        const F d = panel_scales(panel, groups, g);
         bound = fma(mul(to_float(twice), d), set(0.5f * x.scale[g * kActStep]), bound);
         bound = fma(abs(d), set(-plan.reach[g]), bound);
         store(bounds, bound);
@@ -170,7 +169,7 @@ int64_t refine_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows 
                 const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
                 const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
                 for (int64_t i = 0; i < std::min(kSure, groups); ++i) {
-                    prefetch(panel + row.order[i] * 2 * kPanel, 2 * kPanel);
+                    prefetch(panel + place_of(fmt, groups, row.order[i]).scales, 2 * kPanel);
                     prefetch(plane + row.order[i] * low_bytes(fmt), low_bytes(fmt));
                 }
             }

@@ -211,18 +211,18 @@ inline void read_row(const MatmulPart& table, int64_t cols, int64_t row, float* 
                      : fmt == Format::f16 ? f16_to_f32(halves[k * kPanel])
                                           : bf16_to_f32(halves[k * kPanel]);
     } else {
-        const uint8_t* quants = panel + scales_bytes(fmt, cols);
         const uint8_t* plane = low_panel(fmt, table.weight, table.rows, cols, row / kPanel);
         for (int64_t g = 0; g < cols / kGroup; ++g) {
             F d[2], m;
             float scale[2][kPanel], minimum[kPanel] = {};
-            unpack_scales<fmt>(panel, g, d, m);
+            const GroupPlace place = place_of(fmt, cols / kGroup, g);
+            unpack_scales<fmt>(panel + place.scales, g, d, m);
             for (int h = 0; h < traits(fmt).halves; ++h) store(scale[h], d[h]);
             if constexpr (traits(fmt).minimum) store(minimum, m);
             uint8_t bytes[8][64];
             unrolled<4>([&]<int i>() {
                 B low, high;
-                unpack_quants<fmt, i>(quants, plane, low, high);
+                unpack_quants<fmt, i>(panel + place.quants, plane, low, high);
                 store_b(bytes[i], low);
                 store_b(bytes[i + 4], high);
             });
@@ -233,7 +233,7 @@ inline void read_row(const MatmulPart& table, int64_t cols, int64_t row, float* 
                 const float of = scale[traits(fmt).halves == 2 ? j / 16 : 0][r];
                 out[g * kGroup + j] = of * static_cast<float>(q) + minimum[r];
             }
-            quants += quant_bytes(fmt), plane += low_bytes(fmt);
+            plane += low_bytes(fmt);
         }
     }
 }

@@ -3,7 +3,10 @@
 // A packed matrix is a run of panels of 16 rows, so that one 64-byte load holds four
 // consecutive k of each of the 16 rows and feeds one dot-product instruction.
 //   float formats: [k][16 rows]
-//   group formats: the scales of every group (padded to 64 bytes), then the quants of every group.
+//   group formats: lots of as few groups as have scales that fill lines of 64 bytes; of each lot
+//   the
+//     scales (of a last one that is cut short, padded to a line), then the quants. So a panel is
+//     one stream of memory.
 // Quants of a group, `bits` to an element:
 //   8 bits: 8 x 64 bytes, byte 4r+j of load i is row r, k = 4i+j
 //   4 to 6: 4 x 64 bytes of nibbles, of load i the low one k = 4i+j, the high one k = 16+4i+j; then
@@ -33,7 +36,7 @@ constexpr int kGroup = 32;   // elements that share a scale
 constexpr int kBlock = 32;   // positions per KV block
 constexpr int kChunk = 512;  // positions that attention sums up before it joins sums
 // Packed weights are kept on disk: raise it with every change of what a format packs to.
-constexpr int kPackVersion = 1;
+constexpr int kPackVersion = 2;
 
 constexpr int kPartTail = 16;  // floats after the values of a part: maximum, total, padding
 
@@ -101,13 +104,28 @@ static constexpr int64_t quant_bytes(Format f) {
 // The same of a lower plane, where the format has one.
 static constexpr int64_t low_bytes(Format f) { return f == Format::q8_planes ? 256 : 0; }
 
-static inline int64_t scales_bytes(Format f, int64_t cols) {
-    return round_up(cols / kGroup * super_bytes(f) / kSuper, 64);
+static constexpr int lot_groups(Format f) {
+    int groups = traits(f).two_level ? kSuper : 1;
+    while (groups * super_bytes(f) / kSuper % 64) groups *= 2;
+    return groups;
+}
+
+// Where, in a panel of so many groups, the scales of g's lot begin, and the quants of g.
+struct GroupPlace {
+    int64_t scales, quants;
+};
+static inline GroupPlace place_of(Format f, int64_t groups, int64_t g) {
+    const int64_t lot = lot_groups(f), within = g % lot, first = g - within;
+    const int64_t scales = first * super_bytes(f) / kSuper + first * quant_bytes(f);
+    const int64_t left = groups - first < lot ? groups - first : lot;
+    return {scales,
+            scales + round_up(left * super_bytes(f) / kSuper, 64) + within * quant_bytes(f)};
 }
 
 static inline int64_t panel_bytes(Format f, int64_t cols) {
     if (!is_grouped(f)) return kPanel * row_bytes(f, cols);
-    return scales_bytes(f, cols) + cols / kGroup * quant_bytes(f);
+    const int64_t groups = cols / kGroup;
+    return round_up(groups * super_bytes(f) / kSuper, 64) + groups * quant_bytes(f);
 }
 
 // So that no product of a shape's sizes overflows.

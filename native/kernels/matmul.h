@@ -103,45 +103,40 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
                                                 const Groups* listed = nullptr) {
     constexpr int H = traits(fmt).halves;
     constexpr int64_t kListAhead = kAhead / quant_bytes(fmt);
-    const int64_t bytes = panel_bytes(fmt, cols);
-    const uint8_t *first[W], *quants[W], *planes[W];
-    for (int p = 0; p < W; ++p) {
-        quants[p] = first[p] = panel + p * bytes + scales_bytes(fmt, cols);
-        planes[p] = plane + p * (cols / kGroup) * low_bytes(fmt);
-    }
+    const int64_t bytes = panel_bytes(fmt, cols), groups = cols / kGroup;
     each_sum<W, M>([&]<int p, int m>() { acc[p][m] = set(0.0f); });
-    const int64_t count = all ? cols / kGroup : listed->count, share = bytes * kGroup / cols;
+    const int64_t count = all ? groups : listed->count, share = bytes / groups;
     for (int64_t i = 0; i < count; ++i) {
-        int64_t g = i;
-        if constexpr (all) {
-            // Few tokens wait for memory: one stream, of which scales are asked for as quants are.
-            // Many find the panels in a cache, where asking is free.
-            if constexpr (W == 1) {
-                prefetch(panel + g * share + kAhead, share);
-                prefetch(planes[0] + kAhead, low_bytes(fmt));
-            } else {
-                for (int p = 0; p < W; ++p) {
-                    prefetch(quants[p] + kAhead, quant_bytes(fmt));
-                    prefetch(planes[p] + kAhead, low_bytes(fmt));
-                }
+        const int64_t g = all ? i : listed->at[i];
+        const GroupPlace place = place_of(fmt, groups, g);
+        const uint8_t *scales[W], *quants[W], *planes[W];
+        for (int p = 0; p < W; ++p) {
+            scales[p] = panel + p * bytes + place.scales;
+            quants[p] = panel + p * bytes + place.quants;
+            planes[p] = plane + (p * groups + g) * low_bytes(fmt);
+        }
+        // A CPU foresees one stream better than it is told of it, and two worse.
+        if constexpr (all && W > 1) {
+            int64_t ahead = g * share + kAhead;
+            if (ahead >= bytes) ahead += (W - 1) * bytes;
+            for (int p = 0; p < W; ++p) {
+                prefetch(panel + p * bytes + ahead, share);
+                prefetch(planes[p] + kAhead, low_bytes(fmt));
             }
-        } else {
-            g = listed->at[i];
+        }
+        if constexpr (!all) {
             int64_t ahead = i + kListAhead, panels = 0;  // in the panels behind these, at the end
             for (; ahead >= count; ahead -= count) panels += W;
-            for (int p = 0; p < W; ++p) {
-                quants[p] = first[p] + g * quant_bytes(fmt);
-                planes[p] = plane + (p * (cols / kGroup) + g) * low_bytes(fmt);
-                prefetch(first[p] + panels * bytes + listed->at[ahead] * quant_bytes(fmt),
-                         quant_bytes(fmt));
-            }
+            const GroupPlace next = place_of(fmt, groups, listed->at[ahead]);
+            for (int p = 0; p < W; ++p)
+                prefetch(panel + (panels + p) * bytes + next.quants, quant_bytes(fmt));
         }
         I dot[H][W][M];
         constexpr bool based = kBased<fmt, of>;
         tile_group<fmt, of, W, M, based ? kBase : 0>(quants, planes, x, g, dot);
         unrolled<W>([&]<int p>() __attribute__((always_inline)) {
             F d[2], minimum;
-            unpack_scales<fmt>(panel + p * bytes, g, d, minimum);
+            unpack_scales<fmt>(scales[p], g, d, minimum);
             F minus[H];
             for (int h = 0; h < H; ++h) minus[h] = mul(d[h], set(-kBaseValue));
             unrolled<M>([&]<int m>() __attribute__((always_inline)) {
@@ -157,7 +152,6 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
                 acc[p][m] = add_group<fmt>(acc[p][m], sum, set(x[m].scale[g * kActStep]), minimum,
                                            set(x[m].scaled_sum[g * kActStep]));
             });
-            if constexpr (all) quants[p] += quant_bytes(fmt), planes[p] += low_bytes(fmt);
         });
     }
 }
@@ -258,8 +252,11 @@ bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
     return true;
 }
 
-// Up to so many tokens wait for weights rather than for products.
-constexpr int64_t kFew = 2;
+// Up to so many tokens wait for weights rather than for products: a panel at a time, one stream.
+template <Precision of>
+constexpr int64_t few_tokens(int64_t cols) {
+    return of == Precision::a8 && cols <= 1024 ? 4 : 2;  // rows that stay in the first cache
+}
 
 template <Format fmt, Precision of>
 void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
@@ -279,7 +276,7 @@ void matmul_format(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
 #endif
     if (tiled == tokens) return;
     int64_t p = first;
-    for (; tokens - tiled > kFew && p + W <= last; p += W)
+    for (; tokens - tiled > few_tokens<of>(cols) && p + W <= last; p += W)
         matmul_panels<fmt, of, W>(part, cols, x, out, residual, tiled, tokens, p);
     for (; p < last; ++p) matmul_panels<fmt, of, 1>(part, cols, x, out, residual, tiled, tokens, p);
 }

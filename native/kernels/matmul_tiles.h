@@ -168,23 +168,23 @@ inline void multiply_tokens(const Unpacked& w, const MatmulPart& part, int64_t r
 template <Format fmt>
 void matmul_tiles(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                   int64_t tokens, int64_t first, int64_t last) {
-    const int64_t groups = cols / kGroup;
+    const int64_t groups = cols / kGroup, share = panel_bytes(fmt, cols) / groups;
     const int64_t blocks = (groups + kBlockGroups - 1) / kBlockGroups;
     const int64_t block = (groups + blocks - 1) / blocks;
     Unpacked w;
     shape_tiles<fmt>();
     for (int64_t p = first; p < last; ++p) {
         const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
-        const uint8_t* quants = panel + scales_bytes(fmt, cols);
         const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
         for (int64_t g0 = 0; g0 < groups; g0 += block) {
             const int64_t count = std::min(block, groups - g0);
             for (int64_t g = 0; g < count; ++g) {
-                prefetch(quants + kAhead, quant_bytes(fmt));
+                const GroupPlace place = place_of(fmt, groups, g0 + g);
+                prefetch(panel + (g0 + g) * share + kAhead, share);
                 prefetch(plane + kAhead, low_bytes(fmt));
-                unpack_tile<fmt>(quants, plane, w.quants[g]);
-                quants += quant_bytes(fmt), plane += low_bytes(fmt);
-                unpack_scales<fmt>(panel, g0 + g, w.d[g], w.minimum[g]);
+                unpack_tile<fmt>(panel + place.quants, plane, w.quants[g]);
+                plane += low_bytes(fmt);
+                unpack_scales<fmt>(panel + place.scales, g0 + g, w.d[g], w.minimum[g]);
             }
             publish();
             int64_t t = 0;

@@ -144,14 +144,16 @@ void pack_rows(Format format, uint8_t bias8, const uint8_t* source, int64_t row0
                             static_cast<size_t>(t.block_bytes));
             continue;
         }
-        uint8_t* quants = out + scales_bytes(format, cols);
         uint8_t* plane =
             packed + (low_panel(format, packed, total, cols, (row0 + i) / kPanel) - packed);
-        const int64_t step = quant_bytes(format) * t.block / kGroup;
         const int64_t scales = super_bytes(format) * t.block / (kSuper * kGroup);
+        const int64_t groups = cols / kGroup, lot = lot_groups(format);
         for (int64_t b = 0; b < cols / t.block; ++b) {
             const uint8_t* block = source + b * t.block_bytes;
-            uint8_t *to_scales = out + b * scales, *to_quants = quants + b * step;
+            const int64_t g = b * t.block / kGroup;
+            const GroupPlace place = place_of(format, groups, g);
+            uint8_t* to_scales = out + place.scales + g % lot * kGroup / t.block * scales;
+            uint8_t* to_quants = out + place.quants;
             if (format == Format::q6_k)
                 pack_six(block, r, to_scales, to_quants);
             else if (t.two_level)

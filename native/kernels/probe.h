@@ -14,7 +14,6 @@ inline uint64_t read(const uint8_t* data, int64_t bytes) {
     const int8_t ones[4] = {1, 1, 1, 1};
     I sum[4] = {set_i(0), set_i(0), set_i(0), set_i(0)};
     for (int64_t i = 0; i + 256 <= bytes; i += 256) {
-        prefetch(data + i + kAhead, 256);
         for (int j = 0; j < 4; ++j) sum[j] = dot4_8bit(sum[j], load_b(data + i + 64 * j), ones);
     }
     return static_cast<uint64_t>(hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));

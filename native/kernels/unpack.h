@@ -44,20 +44,22 @@ inline void unpack_quants(const uint8_t* quants, const uint8_t* plane, B& low, B
     }
 }
 
-// The scales of group g of a panel, one or two halves of it, and its minimum.
+// The scales of group g of a panel, one or two halves of it, and its minimum; `scales` are its
+// lot's.
 template <Format fmt>
-inline void unpack_scales(const uint8_t* panel, int64_t g, F* d, F& minimum) {
+inline void unpack_scales(const uint8_t* scales, int64_t g, F* d, F& minimum) {
+    g %= lot_groups(fmt);
     constexpr Traits t = traits(fmt);
     const auto half = [](const uint8_t* p) {
         return load_f16(reinterpret_cast<const uint16_t*>(p));
     };
     if constexpr (!t.two_level) {
-        const uint8_t* at = panel + g * (t.minimum ? 64 : 32);
+        const uint8_t* at = scales + g * (t.minimum ? 64 : 32);
         d[0] = half(at);
         if constexpr (t.minimum) minimum = half(at + 32);
         return;
     }
-    const uint8_t* super = panel + g / kSuper * super_bytes(fmt);
+    const uint8_t* super = scales + g / kSuper * super_bytes(fmt);
     const int i = static_cast<int>(g % kSuper);
     if constexpr (fmt == Format::q6_k) {
         for (int h = 0; h < 2; ++h)

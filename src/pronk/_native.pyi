@@ -220,7 +220,7 @@ class Region:
 def trim() -> None:
     """Gives freed heap memory back to the system."""
 
-PACK_VERSION: int = 1
+PACK_VERSION: int = 2
 
 def load_weights(executor: Executor, matrices: Sequence[tuple[str, int, int, int, int, int, int]]) -> tuple[int, float]:
     """
