@@ -65,6 +65,7 @@ Executor::Executor(int threads, const std::string& isa, int64_t weight_bytes, in
       kv_(pool_bytes(limits, kv)),
       pasts_(threads * thread_bytes(kv)),
       team_(threads) {
+    shares_ = std::vector<Share>(static_cast<size_t>(team_.size()));
     int64_t at = 0;
     for (const KvGroup& group : kv_shape_.groups) {
         pools_.push_back(at);
@@ -251,7 +252,8 @@ void Executor::walk(const Step& step) {
     };
     std::atomic<int64_t> seat{0};
     const std::function<void()> task = [&] {
-        const LentPast lent(pasts_, seat.fetch_add(1, std::memory_order_relaxed), team_.size());
+        const int64_t place = seat.fetch_add(1, std::memory_order_relaxed), size = team_.size();
+        const LentPast lent(pasts_, place, team_.size());
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
         Clock::time_point then, worked;
         const auto spend = [&](size_t at, Clock::time_point now) {
@@ -269,15 +271,21 @@ void Executor::walk(const Step& step) {
             // No result depends on the split, so a small step may be cut finer.
             const int64_t grain = std::clamp<int64_t>(count / (4 * team_.size()), 1, op.grain);
             if (timed) then = Clock::now();
-            for (int64_t i; (i = next_.fetch_add(grain, std::memory_order_relaxed)) < count;)
-                for (size_t at = begin; at < end; ++at) {
-                    apply(ops_[at], step, i, std::min(i + grain, count));
-                    if (timed) spend(at, Clock::now());
-                }
+            // Its own share first, whose weights are one stream of memory; then of the others'.
+            for (int64_t v = 0; v < size; ++v) {
+                const int64_t owner = (place + v) % size, last = count * (owner + 1) / size;
+                auto& taken = shares_[static_cast<size_t>(owner)].taken;
+                for (int64_t i; (i = count * owner / size +
+                                     taken.fetch_add(grain, std::memory_order_relaxed)) < last;)
+                    for (size_t at = begin; at < end; ++at) {
+                        apply(ops_[at], step, i, std::min(i + grain, last));
+                        if (timed) spend(at, Clock::now());
+                    }
+            }
             if (timed) worked = Clock::now();
             // By then every thread has taken its last item.
             team_.barrier([&] {
-                next_.store(0, std::memory_order_relaxed);
+                for (Share& share : shares_) share.taken.store(0, std::memory_order_relaxed);
                 if (op.kind == OpKind::route) run_dispatch(op, step);
                 run_lone(end);
             });

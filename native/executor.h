@@ -256,9 +256,12 @@ class Executor {
     uint64_t routed_tokens_ = 0;
     std::unique_ptr<Residency> residency_;
     int64_t activations_ = 0;
-    std::unique_ptr<uint64_t[]> activity_;      // while they are watched
-    size_t resume_ = 0;                         // the op to go on with; written in a barrier
-    alignas(64) std::atomic<int64_t> next_{0};  // first item of the op that nobody has taken
+    std::unique_ptr<uint64_t[]> activity_;  // while they are watched
+    size_t resume_ = 0;                     // the op to go on with; written in a barrier
+    struct alignas(64) Share {
+        std::atomic<int64_t> taken{0};  // of the items of an op that are a thread's
+    };
+    std::vector<Share> shares_;  // one a thread
     Team team_;
 };
 
