@@ -110,7 +110,7 @@ void bound_of(const MatmulPart& part, int64_t cols, Rows x, Rows plan, Rows out,
 
 template <Precision of>
 void exact_panel_of(const MatmulPart& part, int64_t cols, Rows x, Rows out, int64_t t, int64_t p) {
-    tile<Format::q8_planes, of, 1, 1>(part, cols, p, x, out, {}, t);
+    tile<Format::q8_planes, of, 1, 1>(part, cols, p, x, out, {}, t, 0);
 }
 
 // Whether one of `live` rows with these bounds may reach the threshold; what is not finite may.

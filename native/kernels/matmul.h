@@ -96,11 +96,11 @@ struct Groups {
     int64_t count = 0;
 };
 
-// All groups, or those of `listed`.
+// All groups, or those of `listed`. Weights are asked for so many bytes `ahead`, unless it is 0.
 template <Format fmt, Precision of, int W, int M, bool all = true>
 [[gnu::always_inline]] inline void tile_grouped(const uint8_t* panel, const uint8_t* plane,
                                                 int64_t cols, const Act* x, F (*acc)[M],
-                                                const Groups* listed = nullptr) {
+                                                int64_t ahead, const Groups* listed = nullptr) {
     constexpr int H = traits(fmt).halves;
     constexpr int64_t kListAhead = kAhead / quant_bytes(fmt);
     const int64_t bytes = panel_bytes(fmt, cols), groups = cols / kGroup;
@@ -115,19 +115,18 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
             quants[p] = panel + p * bytes + place.quants;
             planes[p] = plane + (p * groups + g) * low_bytes(fmt);
         }
-        // A CPU foresees one stream better than it is told of it, and two worse.
-        if constexpr (all && W > 1) {
-            int64_t ahead = g * share + kAhead;
-            if (ahead >= bytes) ahead += (W - 1) * bytes;
+        if (all && ahead) {
+            int64_t at = g * share + ahead;
+            if (at >= bytes) at += (W - 1) * bytes;  // in the panels behind these
             for (int p = 0; p < W; ++p) {
-                prefetch(panel + p * bytes + ahead, share);
-                prefetch(planes[p] + kAhead, low_bytes(fmt));
+                prefetch(panel + p * bytes + at, share);
+                prefetch(planes[p] + ahead * low_bytes(fmt) / share, low_bytes(fmt));
             }
         }
         if constexpr (!all) {
-            int64_t ahead = i + kListAhead, panels = 0;  // in the panels behind these, at the end
-            for (; ahead >= count; ahead -= count) panels += W;
-            const GroupPlace next = place_of(fmt, groups, listed->at[ahead]);
+            int64_t after = i + kListAhead, panels = 0;  // in the panels behind these, at the end
+            for (; after >= count; after -= count) panels += W;
+            const GroupPlace next = place_of(fmt, groups, listed->at[after]);
             for (int p = 0; p < W; ++p)
                 prefetch(panel + (panels + p) * bytes + next.quants, quant_bytes(fmt));
         }
@@ -185,14 +184,14 @@ inline void tile_float(const uint8_t* panel, int64_t cols, const float* const* x
 // W panels from the first on by M tokens.
 template <Format fmt, Precision of, int W, int M>
 void tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows out, Rows residual,
-          int64_t t) {
+          int64_t t, int64_t ahead) {
     const uint8_t* panel = part.weight + first * panel_bytes(fmt, cols);
     F acc[W][M];
     if constexpr (is_grouped(fmt)) {
         Act rows[M];
         for (int m = 0; m < M; ++m) rows[m] = Act(x, of, t + m, cols);
         const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, first);
-        tile_grouped<fmt, of, W, M>(panel, plane, cols, rows, acc);
+        tile_grouped<fmt, of, W, M>(panel, plane, cols, rows, acc, ahead);
     } else {
         const float* rows[M];
         for (int m = 0; m < M; ++m) rows[m] = x.row<float>(t + m);
@@ -209,17 +208,25 @@ void tile(const MatmulPart& part, int64_t cols, int64_t first, Rows x, Rows out,
 template <Format fmt, Precision of, int W>
 void matmul_panels(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows residual,
                    int64_t from, int64_t tokens, int64_t p) {
+    // The first tokens read the panels from memory: one stream a CPU foresees by itself, and two
+    // better if told. The last ones ask for the next panels.
+    const auto ahead = [&](int64_t t, int M) {
+        if (t == from) return W == 1 ? int64_t(0) : kAhead;
+        return t + M < tokens ? int64_t(0) : panel_bytes(fmt, cols);
+    };
     int64_t t = from;
     if constexpr (of == Precision::a8) {
         constexpr int M = kTilePanels * kTile;  // of a panel's sums as many as of a tile's
         for (int i = 0; i < W; ++i)
             for (t = from; t + M <= tokens; t += M)
-                tile<fmt, of, 1, M>(part, cols, p + i, x, out, residual, t);
+                tile<fmt, of, 1, M>(part, cols, p + i, x, out, residual, t,
+                                    t == from ? 0 : ahead(t, 2 * M - 1));
     }
     for (; t + kTile <= tokens; t += kTile)
-        tile<fmt, of, W, kTile>(part, cols, p, x, out, residual, t);
-    for (; t + 2 <= tokens; t += 2) tile<fmt, of, W, 2>(part, cols, p, x, out, residual, t);
-    if (t < tokens) tile<fmt, of, W, 1>(part, cols, p, x, out, residual, t);
+        tile<fmt, of, W, kTile>(part, cols, p, x, out, residual, t, ahead(t, kTile));
+    for (; t + 2 <= tokens; t += 2)
+        tile<fmt, of, W, 2>(part, cols, p, x, out, residual, t, ahead(t, 2));
+    if (t < tokens) tile<fmt, of, W, 1>(part, cols, p, x, out, residual, t, ahead(t, 1));
 }
 
 // Skipping pays where few groups are left: memory is read best in one go.
@@ -243,7 +250,7 @@ bool matmul_sparse(const MatmulPart& part, int64_t cols, Rows x, Rows out, Rows 
         F acc[w][1];
         const uint8_t* panel = part.weight + p * panel_bytes(fmt, cols);
         const uint8_t* plane = low_panel(fmt, part.weight, part.rows, cols, p);
-        tile_grouped<fmt, of, w, 1, false>(panel, plane, cols, &row, acc, &listed);
+        tile_grouped<fmt, of, w, 1, false>(panel, plane, cols, &row, acc, 0, &listed);
         for (int i = 0; i < w; ++i) finish_row(part, (p + i) * kPanel, 0, acc[i][0], out, residual);
         p += w;
     };
