@@ -253,7 +253,7 @@ void Executor::walk(const Step& step) {
     std::atomic<int64_t> seat{0};
     const std::function<void()> task = [&] {
         const int64_t place = seat.fetch_add(1, std::memory_order_relaxed), size = team_.size();
-        const LentPast lent(pasts_, place, team_.size());
+        const LentPast lent(pasts_, place, size);
         const bool timed = !times_.empty() && std::this_thread::get_id() == caller;
         Clock::time_point then, worked;
         const auto spend = [&](size_t at, Clock::time_point now) {

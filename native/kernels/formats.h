@@ -3,10 +3,9 @@
 // A packed matrix is a run of panels of 16 rows, so that one 64-byte load holds four
 // consecutive k of each of the 16 rows and feeds one dot-product instruction.
 //   float formats: [k][16 rows]
-//   group formats: lots of as few groups as have scales that fill lines of 64 bytes; of each lot
-//   the
-//     scales (of a last one that is cut short, padded to a line), then the quants. So a panel is
-//     one stream of memory.
+//   group formats: lots, of each the scales of its groups, then their quants: one stream of memory.
+//     A lot has as few groups as have scales that fill lines of 64 bytes; a last one that is cut
+//     short is padded to a line.
 // Quants of a group, `bits` to an element:
 //   8 bits: 8 x 64 bytes, byte 4r+j of load i is row r, k = 4i+j
 //   4 to 6: 4 x 64 bytes of nibbles, of load i the low one k = 4i+j, the high one k = 16+4i+j; then
@@ -104,6 +103,7 @@ static constexpr int64_t quant_bytes(Format f) {
 // The same of a lower plane, where the format has one.
 static constexpr int64_t low_bytes(Format f) { return f == Format::q8_planes ? 256 : 0; }
 
+// Groups of a lot.
 static constexpr int lot_groups(Format f) {
     int groups = traits(f).two_level ? kSuper : 1;
     while (groups * super_bytes(f) / kSuper % 64) groups *= 2;

@@ -120,7 +120,7 @@ template <Format fmt, Precision of, int W, int M, bool all = true>
             if (at >= bytes) at += (W - 1) * bytes;  // in the panels behind these
             for (int p = 0; p < W; ++p) {
                 prefetch(panel + p * bytes + at, share);
-                prefetch(planes[p] + ahead * low_bytes(fmt) / share, low_bytes(fmt));
+                prefetch(planes[p] + (at - g * share) * low_bytes(fmt) / share, low_bytes(fmt));
             }
         }
         if constexpr (!all) {
