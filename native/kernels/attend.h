@@ -158,7 +158,7 @@ inline void weigh(const Past& past, int64_t n, int64_t d, const float* rows, flo
         const uint8_t* values = past.at(start, true);
         const uint8_t* next =
             start + kBlock < n ? ahead(values, past.at(start + kBlock, true), past.kv.head_bytes())
-                               : nullptr;
+                               : past.then;
         const int64_t count = n - start < kBlock ? n - start : kBlock;
         for (int64_t j = 0; j < count; j += 2) {
             decltype(load_values<bf16>(values, j, d, dim)) x[V];

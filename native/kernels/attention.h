@@ -105,14 +105,22 @@ class Queries {
                    reinterpret_cast<Factor<true>*>(packed) + r * kv_.head_dim);
     }
 
-    // Writes each query's attention to its `out`.
-    void finish(const int32_t* blocks, int64_t head) {
+    // Writes each query's attention to its `out`; `then` are the keys that are read next.
+    void finish(const int32_t* blocks, int64_t head, const uint8_t* then) {
         const int tiles = (count_ + kQueries - 1) / kQueries;
         const int64_t longest = tile_[tiles - 1].longest();
-        for (int64_t from = 0; from < longest; from = after(from)) {
-            const uint32_t wanted = wants(0, tiles, from);
-            if (!wanted) continue;
-            const Past past = read_past(kv_, blocks + from / kBlock, head, wanted);
+        const auto skip = [&](int64_t& from) {  // what of a chunk is wanted, of the first that is
+            uint32_t wanted = 0;
+            while (from < longest && !(wanted = wants(0, tiles, from))) from = after(from);
+            return wanted;
+        };
+        int64_t from = 0, next;
+        for (uint32_t wanted = skip(from), more; wanted; from = next, wanted = more) {
+            more = skip(next = after(from));
+            const Past past = read_past(
+                kv_, blocks + from / kBlock, head, wanted,
+                more ? kv_head(kv_, blocks[next / kBlock + std::countr_zero(more)], head, false)
+                     : then);
             for (int i = 0, first = 1; i < tiles; ++i)
                 if (from < tile_[i].longest() && (!windowed() || wants(i, i + 1, from))) {
                     const bool fresh = from == tile_[i].begin(0);
@@ -128,10 +136,14 @@ class Queries {
 
     // Writes each query's sum over one chunk, of which it sees some, to its `out`: values, then the
     // top and the total.
-    void part(const int32_t* blocks, int64_t head, int64_t from) {
+    void part(const int32_t* blocks, int64_t head, int64_t from, bool another) {
         const int64_t dim = kv_.head_dim;
         const int tiles = (count_ + kQueries - 1) / kQueries;
-        const Past past = read_past(kv_, blocks + from / kBlock, head, wants(0, tiles, from));
+        const uint32_t wanted = wants(0, tiles, from);
+        const int32_t* const chunk = blocks + from / kBlock;
+        const uint8_t* const then =
+            another ? kv_head(kv_, chunk[std::countr_zero(wanted)], head + 1, false) : nullptr;
+        const Past past = read_past(kv_, chunk, head, wanted, then);
         for (int i = 0; i < tiles; ++i) sum(i, past, from, i == 0, true);
         for (int i = 0; i < count_; ++i) {
             std::memcpy(out_[i], values_ + i * dim, static_cast<size_t>(dim) * sizeof(float));
@@ -254,16 +266,26 @@ inline void attention(Rows qkv, int64_t heads, const Attend& attend, const KvVie
                       const Tokens& tokens, Rows out, int64_t count, int64_t first, int64_t last) {
     Queries queries(kv, attend);
     const int64_t group = heads / (kv.kv_heads * attend.shares);
+    const auto blocks_of = [&](int64_t t) {
+        return kv.tables + tokens.sequences[t] * kv.max_blocks;
+    };
+    const auto first_keys = [&](int64_t item) -> const uint8_t* {
+        const int64_t head = item / count / attend.shares, t = item % count;
+        if (head == kv.kv_heads) return nullptr;
+        const int64_t position = tokens.positions[t];
+        const int64_t from = attend.window.before(position) ? 0 : attend.window.first(position);
+        return kv_head(kv, blocks_of(t)[from / kBlock], head, false);
+    };
     for (int64_t item = first; item < last; ++item) {
         const int64_t share = item / count, head = share / attend.shares, t = item % count;
-        const int32_t* blocks = kv.tables + tokens.sequences[t] * kv.max_blocks;
+        const int32_t* blocks = blocks_of(t);
         for (int64_t h = share * group; h < (share + 1) * group; ++h) {
             queries.add(qkv.row<float>(t) + h * kv.head_dim, h, tokens.positions[t],
                         out.row<float>(t) + h * kv.head_dim);
-            if (queries.full()) queries.finish(blocks, head);
+            if (queries.full()) queries.finish(blocks, head, nullptr);
         }
         const bool joins = item + 1 < last && goes_on(tokens, t, count);
-        if (!joins && !queries.empty()) queries.finish(blocks, head);
+        if (!joins && !queries.empty()) queries.finish(blocks, head, first_keys(item + 1));
     }
 }
 
@@ -288,10 +310,11 @@ inline void attention_parts(Rows qkv, int64_t heads, const Attend& attend, const
             float* part = parts.row<float>(t * chunks + index);
             for (int64_t h = head * group; h < (head + 1) * group; ++h) {
                 queries.add(qkv.row<float>(t) + h * dim, h, tokens.positions[t], part + h * width);
-                if (queries.full()) queries.part(blocks, head, start);
+                if (queries.full()) queries.part(blocks, head, start, false);
             }
             const bool joins = goes_on(tokens, t, count) && from(t + 1) == start;
-            if (!joins && !queries.empty()) queries.part(blocks, head, start);
+            if (!joins && !queries.empty())
+                queries.part(blocks, head, start, count == 1 && head + 1 < kv.kv_heads);
         }
     }
 }

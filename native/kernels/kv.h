@@ -71,6 +71,7 @@ struct Past {
     KvView kv;
     const int32_t* blocks;
     int64_t head;
+    const uint8_t* then;  // what is read after its values, or nullptr
     const uint8_t* at(int64_t position, bool value) const {
         return kv_head(kv, blocks[position / kBlock], head, value);
     }

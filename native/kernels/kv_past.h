@@ -7,10 +7,12 @@
 
 namespace pronk::PRONK_NS {
 
-// A chunk of a past to read, of which the blocks with a bit in `wanted` are. Those of int8 and
-// int4 become bf16 in this thread's memory, until it expands others.
-inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted) {
-    if (!kv_expanded(kv.type)) return {kv, blocks, head};
+// A chunk of a past to read, of which the blocks with a bit in `wanted` are, and then the keys of
+// block `then` of a head, or nothing. Those of int8 and int4 become bf16 in this thread's memory,
+// until it expands others.
+inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted,
+                      const uint8_t* then) {
+    if (!kv_expanded(kv.type)) return {kv, blocks, head, then};
     uint16_t* const memory = past_memory();
     static constexpr int32_t order[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     static_assert(sizeof order / 4 == kChunkBlocks);
@@ -28,7 +30,8 @@ inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uin
     return {
         {reinterpret_cast<uint8_t*>(memory), 2 * plane, nullptr, 0, KvType::bf16, 1, kv.head_dim},
         order,
-        0};
+        0,
+        nullptr};
 }
 
 }  // namespace pronk::PRONK_NS
