@@ -106,7 +106,7 @@ def wait_ready(url: str) -> None:
         try:
             if httpx.get(f"{url}/ready", verify=False, timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx.TransportError:  # it does not listen yet
             pass
         threading.Event().wait(0.02)
     raise AssertionError("the server does not become ready")

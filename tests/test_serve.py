@@ -11,18 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import openai
 import pytest
+from checkpoints import tiny_llama_dir
+from engines import halted
+from servers import idle, running, until
 
-pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
-
-from checkpoints import tiny_llama_dir  # noqa: E402
-from engines import halted  # noqa: E402
-from servers import idle, running, until  # noqa: E402
-
-from pronk.model import load  # noqa: E402
-from pronk.serve.config import ServeConfig, ServeLimits  # noqa: E402
-from pronk.serve.hosted import Hosted  # noqa: E402
+from pronk.model import load
+from pronk.serve.config import ServeConfig, ServeLimits
+from pronk.serve.hosted import Hosted
 
 HELLO = [{"role": "user", "content": "once upon a time"}]
 

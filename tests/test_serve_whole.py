@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
+import openai
 import pytest
+from checkpoints import tiny_llama_dir
+from engines import halted
+from servers import running, until
 
-pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
-grpc = pytest.importorskip("grpc")
-pytest.importorskip("grpc_tools")
-
-from checkpoints import tiny_llama_dir  # noqa: E402
-from engines import halted  # noqa: E402
-from servers import running, until  # noqa: E402
-
-from pronk.model import load  # noqa: E402
-from pronk.serve.config import ServeConfig  # noqa: E402
-from pronk.serve.grpc import generation_pb2 as pb  # noqa: E402
-from pronk.serve.grpc import open_inference_pb2 as oip  # noqa: E402
-from pronk.spec import SamplingParams  # noqa: E402
+from pronk.model import load
+from pronk.serve.config import ServeConfig
+from pronk.serve.grpc import generation_pb2 as pb
+from pronk.serve.grpc import open_inference_pb2 as oip
+from pronk.spec import SamplingParams
 
 TEXT = "once upon a time"
 HELLO = [{"role": "user", "content": TEXT}]

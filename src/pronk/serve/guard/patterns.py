@@ -113,7 +113,7 @@ def _compile(source: str, given: str) -> Any:
     options.log_errors, options.never_capture = False, True
     for most in _MEMORY:
         options.max_mem = most
-        with contextlib.suppress(re2.error):
+        with contextlib.suppress(re2.error):  # too large: with more memory, or not at all
             return re2.compile(source, options)
     raise RequestError(
         f"the pattern {given[:80]!r} is too large: bound its repetitions, or split it"

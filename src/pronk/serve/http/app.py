@@ -154,7 +154,7 @@ def make_app(
     for router in (chat.router, completions.router, responses.router, more.router, _pages()):
         api.include_router(router)
     _handle_errors(api, metrics)
-    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
+    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]  # FastAPI's way
     return Served(
         Gateway(api, config, keys, metrics, gauge, quotas, sink, tell),
         api, context, audit, grpc, tracer,
