@@ -65,7 +65,7 @@ def check(cases, seen: set[tuple[str, int]]) -> None:
             if body.get("stream") is True:
                 body["stream"] = False
                 body.pop("stream_options", None)
-        answer = case.call_and_validate(checks=CHECKS, timeout=60)
+        answer = case.call_and_validate(checks=CHECKS, timeout=240)
         seen.add((case.operation.path, answer.status_code))
 
     ask()
