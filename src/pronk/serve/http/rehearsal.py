@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -36,6 +37,7 @@ _KNOWN = (
 )
 _PARTS = [*map(chr, (*range(1, 127), *range(0xA0, 0x250), *range(0x4E00, 0x4F00))), *_KNOWN.split()]
 _RANDOM = 120  # texts of 100 parts
+_SECONDS = 5.0  # for all of them: a classifier may be slow
 # Sampling that looks at the whole vocabulary, which takes the most memory.
 _WIDE = {"temperature": 2.0, "top_p": 0.99}
 _READ = ("/metrics", "/stats", "/openapi.json", "/")
@@ -129,21 +131,23 @@ async def _guard(watch: Watch, model: Hosted) -> None:
         return
     draw = random.Random(0)
     texts = [_KNOWN, *("".join(draw.choices(_PARTS, k=100)) for _ in range(_RANDOM))]
+    end = time.monotonic() + _SECONDS
+
+    def answer(text: str) -> None:
+        chain = watch.answer()
+        if chain is not None:
+            for at in range(0, len(text), 3):
+                chain.push(text[at : at + 3])
+            chain.push("", final=True)
+        watch.heard(0, text)
+
     for text in texts:
         with suppress(ApiError):  # blocked
             await watch.prompt(model, text)
-
-    def answered() -> None:
-        for text in texts:
-            chain = watch.answer()
-            if chain is not None:
-                for at in range(0, len(text), 3):
-                    chain.push(text[at : at + 3])
-                chain.push("", final=True)
-            watch.heard(0, text)
-        watch.entry()
-
-    await model.aside(answered)
+        await model.aside(answer, text)
+        if time.monotonic() > end:
+            break
+    await model.aside(watch.entry)
 
 
 async def _ask(
