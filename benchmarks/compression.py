@@ -92,6 +92,11 @@ class Work:
 
         return self.once(f"{kind}.gguf", make)
 
+    def fit(self, memory: str, path: Path) -> None:
+        """What `pronk fit` makes of the model for this much memory."""
+        pronk("fit", str(self.source), "--memory", memory,
+              "--context", str(self.args.window), "-o", str(path))  # fmt: skip
+
     def variants(self) -> list[dict[str, Any]]:
         """Name, origin, the path that is measured, and the path whose bytes count."""
         found = [{"name": REFERENCE, "by": "reference", "run": self.reference()}]
@@ -113,12 +118,7 @@ class Work:
                     "run": self.once(f"{file}.float32.gguf", to_float), "stored": stored,
                 })  # fmt: skip
         for memory in filter(None, self.args.fit.split(",")):
-            path = self.once(
-                f"fit-{memory}",
-                lambda path, memory=memory: pronk(  # type: ignore[misc]
-                    "fit", str(self.source), "--memory", memory, "--context",
-                    str(self.args.window), "-o", str(path)),
-            )  # fmt: skip
+            path = self.once(f"fit-{memory}", partial(self.fit, memory))
             found.append({"name": f"fit {memory}", "by": "pronk fit", "run": path})
         for one in filter(None, self.args.variants.split(",")):
             name, _, path = one.partition("=")

@@ -66,7 +66,7 @@ def _first(path: str, key: str) -> str:
             name, _, value = line.partition(":")
             if name.strip() == key:
                 return value.strip()
-    except OSError:
+    except OSError:  # no Linux: the table has no such line
         pass
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -64,6 +65,17 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModuleType]:
         return {name: importlib.import_module(f"{name}_pb2_grpc") for name in generated.PROTOS}
     finally:
         sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread for torch: tests run side by side, and tiny models gain nothing from more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

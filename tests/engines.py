@@ -184,7 +184,7 @@ def halted(service: Service, after: int = 0) -> Iterator[None]:
 
         engine.step = held
 
-    service.call(halt).result(30)
+    service.call(halt).result(240)
     try:
         yield
     finally:

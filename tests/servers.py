@@ -102,14 +102,14 @@ def idle(server: Running) -> None:
 
 def wait_ready(url: str) -> None:
     """Wait until a server takes work."""
-    for _ in range(500):
+
+    def ready() -> bool:
         try:
-            if httpx.get(f"{url}/ready", verify=False, timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        threading.Event().wait(0.02)
-    raise AssertionError("the server does not become ready")
+            return httpx.get(f"{url}/ready", verify=False, timeout=60).status_code == 200
+        except httpx.TransportError:  # it does not listen yet
+            return False
+
+    until(ready, "the server is ready")
 
 
 @contextmanager

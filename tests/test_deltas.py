@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("fastapi")
-
 from pronk.engine.request import Event
 from pronk.engine.sampler import Sample
 from pronk.engine.stats import Stats

@@ -53,7 +53,7 @@ def mutate(data: bytes, length: int, changes: list[Mutation]) -> bytes:
 def check(path: Path, size: int) -> None:
     """Open and read everything; only a CheckpointError may stop it."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.thread_time()  # of this thread alone: the machine may be busy
     try:
         with open_checkpoint(path) as checkpoint:
             for name, info in checkpoint.tensors.items():
@@ -64,7 +64,7 @@ def check(path: Path, size: int) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 8 * size + (1 << 20), f"{peak} bytes for a file of {size}"
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.fixture(scope="module")

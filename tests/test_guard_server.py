@@ -360,9 +360,9 @@ def test_the_command(tiny, tmp_path, capsys):
     with process(*args) as (url, child):
         for _ in range(12):
             ask = {**FREE, "prompt": "a@b.org is forbidden"}
-            assert httpx.post(f"{url}/v1/completions", json=ask, timeout=60).is_error
+            assert httpx.post(f"{url}/v1/completions", json=ask, timeout=240).is_error
         child.terminate()
-        assert child.wait(30) == 0
+        assert child.wait(120) == 0
     files = sorted(map(str, config.audit.parent.glob("audit.log*")))
     assert len(files) > 1
     assert main(["audit", "verify", *files, "--json"]) == 0

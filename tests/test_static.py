@@ -20,15 +20,9 @@ from pronk.compress.forward import Decoder
 from pronk.compress.recipes import recipe_of
 from pronk.errors import CheckpointError, RequestError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -141,9 +141,9 @@ def test_the_real_gemma_tokenizer(tmp_path: Path, gemma: Path) -> None:
 
     fd = os.open(gemma, os.O_RDONLY)
     header = read_header(fd, gemma)
-    before, start = resident_memory(), time.perf_counter()
+    before, start = resident_memory(), time.process_time()
     tokenizer = from_gguf(header, 262144)
-    assert time.perf_counter() - start < 1  # 27 ms
+    assert time.process_time() - start < 1  # 27 ms
     assert resident_memory() - before < 24e6  # 8 MB
     tokens = header.strings("tokenizer.ggml.tokens") or []
     scores, kinds = (

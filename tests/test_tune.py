@@ -25,16 +25,10 @@ from pronk.compress.recipes import recipe_of
 from pronk.compress.stages import Compressed
 from pronk.compress.tune import Tuner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLES = 4
 RTN = recipe_of("int4-rtn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

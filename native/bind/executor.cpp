@@ -60,6 +60,7 @@ void bind_executor(nb::module_& m) {
     nb::exception<ExpertReadError>(m, "ExpertReadError", PyExc_OSError);
     m.attr("GROUP") = kGroup;
     m.attr("KV_BLOCK") = kBlock;
+    m.attr("KV_CHUNK") = kChunk;
     m.attr("PART_TAIL") = kPartTail;
     m.attr("MOST_KEPT") = kMostKept;
     m.def(

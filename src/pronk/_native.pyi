@@ -18,6 +18,8 @@ GROUP: int = 32
 
 KV_BLOCK: int = 32
 
+KV_CHUNK: int = 512
+
 PART_TAIL: int = 16
 
 MOST_KEPT: int = 64

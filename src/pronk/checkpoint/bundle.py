@@ -232,7 +232,7 @@ def _recover(target: Path) -> None:
         if _alive(pid):
             continue
         if what == "old" and not os.path.lexists(target):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # another run was quicker
                 path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -72,7 +72,7 @@ def read(folder: Path) -> tuple[Record, Path] | None:
         plain = record.file not in {"", ".", ".."} and Path(record.file).name == record.file
         if plain and path.exists() and size_of(path) == record.size:
             return record, path
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):  # no record, or none of ours: fetched again
         pass
     return None
 

@@ -170,7 +170,7 @@ def restore(
             return facts
     finally:
         os.close(fd)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # what cannot be removed is found damaged again
         path.unlink(missing_ok=True)
     return None
 
@@ -340,7 +340,7 @@ def _entries(folder: Path) -> list[tuple[float, int, Path]]:
     """Files of weights, the one used longest ago first: (time, bytes, path)."""
     found = []
     for path in folder.glob("*" + _WEIGHTS):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # removed meanwhile
             state = path.stat()
             found.append((state.st_mtime, state.st_size, path))
     return sorted(found)

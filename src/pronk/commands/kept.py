@@ -32,7 +32,7 @@ def kept(file: Path) -> Any:
 def keep(file: Path, data: Any) -> None:
     """Keep a result, where that can be done."""
     beside = file.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not kept: found anew the next time
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(data))
         beside.replace(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -148,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
     config, named = _config(args), _named(args.models)
     guard = _guard(config)
     from pronk import __version__
+    from pronk.device.footprint import ALLOWANCE
     from pronk.device.memory import resident_memory
 
     # Before models are loaded, so that their plans count what this takes.
@@ -167,8 +169,26 @@ def run(args: argparse.Namespace) -> None:
             with bind(config.host, config.grpc_port) as found:  # gRPC takes it itself, later
                 config = replace(config, grpc_port=found.getsockname()[1])
         hosted = [_open(name, address, args, tell, stack) for name, address in named.items()]
-        _plan(hosted, resident_memory, tell)
-        served = make_app(hosted, config, resident_memory, __version__, guard=guard, tracer=tracer)
+        # What comes and goes; and what RE2's automata still grow by over some hundred requests.
+        allowance = ALLOWANCE * (2 if guard is not None or config.audit_text else 1)
+        # The least that it takes: what does not fit is refused before it listens.
+        _plan(hosted, resident_memory(), allowance)
+
+        def settled() -> None:
+            # What is there by now stays. Collections that leave it out are short, and come more
+            # often: Python waits until garbage is a quarter of all that it looks at.
+            gc.collect()
+            gc.freeze()
+            stack.callback(gc.unfreeze)
+            total, overhead = _plan(hosted, resident_memory(), allowance)
+            tell(
+                f"pronk: {format_bytes(total)} planned, {format_bytes(overhead)} of it the process"
+            )
+
+        served = make_app(
+            hosted, config, resident_memory, __version__,
+            guard=guard, tracer=tracer, settled=settled,
+        )  # fmt: skip
         stack.callback(served.close)
         host, port = sock.getsockname()[:2]
         scheme = "https" if config.tls_cert else "http"
@@ -190,10 +210,16 @@ def _guard(config: ServeConfig) -> Guard | None:
     """The filters that were asked for; what they need is looked for before any model is loaded."""
     if config.guard is None and not config.audit_text:
         return None
+    from pronk.device.memory import trim
     from pronk.serve.guard.config import read_guard, require_guard
+    from pronk.serve.guard.pii import pii_rules
 
     require_guard()
-    return read_guard(config.guard) if config.guard is not None else None
+    if config.audit_text:
+        pii_rules()  # what the log's texts are redacted by
+    guard = read_guard(config.guard) if config.guard is not None else None
+    trim()  # patterns took more while they were compiled
+    return guard
 
 
 def _teller(form: str) -> Callable[[str], None]:
@@ -204,20 +230,27 @@ def _teller(form: str) -> Callable[[str], None]:
     return lambda text: log.info(text.removeprefix("pronk: "))
 
 
-def _plan(
-    hosted: Sequence[Hosted], resident: Callable[[], int], tell: Callable[[str], None]
-) -> None:
+def _plan(hosted: Sequence[Hosted], resident: int, allowance: int) -> tuple[int, int]:
     """Count what the process takes beside the models' regions: once, with the first of them.
+
+    Parameters
+    ----------
+    hosted : sequence of Hosted
+    resident, allowance : int
+        Bytes that the process takes now, and may take more.
+
+    Returns
+    -------
+    int, int
+        Bytes planned in all, and for the process.
 
     Raises
     ------
     BudgetError
         If a bundle's budget does not hold all of it.
     """
-    for model in hosted:
-        model.read_vocabulary()
     regions = sum(model.memory.total - model.memory.overhead for model in hosted)
-    overhead = max(0, resident() - regions)
+    overhead = max(0, resident - regions) + allowance
     for index, model in enumerate(hosted):
         model.memory = replace(model.memory, overhead=0 if index else overhead)
     total = regions + overhead
@@ -228,7 +261,7 @@ def _plan(
                 f"takes {format_bytes(total)} in all: use a shorter --context, or fit it again "
                 "to a larger budget"
             )
-    tell(f"pronk: {format_bytes(total)} planned, {format_bytes(overhead)} of it the process")
+    return total, overhead
 
 
 def _open(
@@ -259,6 +292,9 @@ def _open(
     tell(f"pronk: {name}: {format_bytes(regions)}, loaded in {seconds:.1f} s")
     pool = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="pronk-text"))
     engine = stack.enter_context(model.service())
-    return Hosted(
-        name, model.tokenizer, model.spec, model.memory, model.context, engine, pool, budget
-    )
+    hosted = Hosted(
+        name, model.tokenizer, model.spec, model.memory, model.context, engine, pool,
+        args.max_sequences, budget,
+    )  # fmt: skip
+    hosted.read_vocabulary()
+    return hosted

@@ -279,7 +279,7 @@ def _key(
 
     digests = []
     for fd in ckpt.files:
-        with open(os.dup(fd), "rb") as file:  # noqa: PTH123
+        with open(os.dup(fd), "rb") as file:  # noqa: PTH123 (a descriptor is no path)
             file.seek(0)
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return {

@@ -46,7 +46,7 @@ def import_torch() -> None:
         If it is not installed.
     """
     try:
-        import torch  # noqa: F401
+        import torch  # noqa: F401 (whether it is there)
     except ImportError:
         raise PronkError(
             "compressing needs torch: pip install torch==2.13.0, then 'pronk[compress]'"

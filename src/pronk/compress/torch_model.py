@@ -44,7 +44,7 @@ def need_torch(what: str) -> None:
         If torch, transformers or safetensors is missing; it says what to install.
     """
     try:
-        import safetensors  # noqa: F401
+        import safetensors  # noqa: F401 (whether they are there)
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ModuleNotFoundError as error:

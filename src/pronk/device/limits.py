@@ -78,7 +78,7 @@ def available_isas() -> list[str]:
     """The instruction sets that this build has and this CPU runs, best first."""
     found = []
     for name in ISAS:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # this CPU or build lacks it
             found.append(_native.isa(name))
     return found
 
@@ -161,11 +161,11 @@ def known_limits(
     """
     key = f"{cpu} | {_native.isa()} | {threads} threads | {__version__}"
     kept: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError):  # damaged: measured again
         loaded = json.loads(text(path) or "{}")
         kept = loaded if isinstance(loaded, dict) else {}
     if not refresh:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # not kept: measured
             return MachineLimits.from_dict(kept[key])
     limits = measure(threads)
     if not keep:
@@ -173,7 +173,7 @@ def known_limits(
     kept.pop(key, None)
     kept = dict([*kept.items(), (key, limits.to_dict())][-_KEPT:])
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not kept: measured again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         beside.replace(path)

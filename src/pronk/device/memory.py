@@ -15,7 +15,7 @@ def _status(key: str) -> int | None:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except OSError:  # no Linux: others ask in another way
         pass
     return None
 

@@ -26,6 +26,8 @@ from pronk.spec import SamplingParams
 
 __all__ = ["Engine"]
 
+_POOLED = 32  # hidden states that are taken at a time
+
 
 class Engine:
     """Runs any number of requests over one runner. Not thread-safe: one thread owns it.
@@ -237,14 +239,12 @@ class Engine:
             positions += range(start, share.stop)
             sequences += [index] * (share.stop - start)
         self.runner.run(ids, positions, sequences, [s.request.holding.blocks for s in chosen])
-        hidden = self.runner.hidden(len(ids)) if pooled else None
         # Requests move on only now: one whose step was interrupted repeats it.
         self.counters.prompt_tokens += sum(s.count for s in chosen if s.request.pending > 1)
         for share in chosen:
             if share.count < share.request.pending:
                 share.request.computed += share.count
-        if hidden is not None:
-            self._pool(pooled, hidden)
+        self._pool(pooled)
         decodes = len(wanted) == len(ids)
         self._draw(wanted)
         for share in chosen:
@@ -266,14 +266,16 @@ class Engine:
                 raise RequestError("the KV pool is in use by logits: take or close them first")
         return chosen
 
-    def _pool(self, pooled: list[tuple[int, Share, bool]], hidden: NDArray[np.float32]) -> None:
+    def _pool(self, pooled: list[tuple[int, Share, bool]]) -> None:
         """Add up the hidden states of those who asked for them."""
         for first, share, done in pooled:
             request = share.request
             assert request.hidden is not None
-            # One row after the other, so that the sum is the same however they are cut.
-            rows = hidden[first : first + share.count].astype(np.float64)
-            request.hidden = np.concatenate((request.hidden[None], rows)).sum(0)
+            # One row after the other, so that the sum is the same however they are cut; a few at a
+            # time, so that copies of a whole step are never there.
+            for start in range(0, share.count, _POOLED):
+                for row in self.runner.hidden(first + start, min(_POOLED, share.count - start)):
+                    request.hidden += row
             if done:
                 mean = (request.hidden / len(request.tokens)).astype(np.float32)
                 request.computed = len(request.tokens)

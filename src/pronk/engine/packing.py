@@ -284,7 +284,7 @@ def _restored(
 
 def _keep(key: Key, size: int, write: Callable[[int], tuple[list[int], dict[str, Any]]]) -> str:
     try:
-        # Below everything else: on Linux a thread has a niceness of its own.
+        # Below everything else: on Linux a thread has a niceness of its own; elsewhere it has none.
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         return packed_cache.store(key, size, write)

@@ -237,8 +237,13 @@ class Runner:
             )
         return self.executor.view(self._logits, len(rows), self.program.spec.vocab_size)
 
-    def hidden(self, count: int) -> NDArray[np.float32]:
-        """Last hidden states of the first tokens of the last `run`, after the final norm.
+    def hidden(self, first: int, count: int) -> NDArray[np.float32]:
+        """Last hidden states of some tokens of the last `run`, after the final norm.
+
+        Parameters
+        ----------
+        first, count : int
+            Where they begin in the run, and how many they are.
 
         Returns
         -------
@@ -252,7 +257,8 @@ class Runner:
         norm = next(ops)
         rows, (weight,) = gather.inputs[0].value, norm.weights
         width = values[gather.output].width
-        x = self.executor.view((offsets[rows], values[rows].row_bytes), count, width)
+        size = values[rows].row_bytes
+        x = self.executor.view((offsets[rows] + first * size, size), count, width)
         return normed(norm, x, self.executor.vector(program.layout.weight_offsets[weight], width))
 
     def step(

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,14 @@ class Counts:
     def counts(self) -> Floats:
         """How often each of `ids` was seen."""
         return self._counts[: len(self._slots)]
+
+
+@lru_cache(maxsize=1)
+def all_ids(vocab_size: int) -> Ids:
+    """The whole vocabulary; kept, for every step of every sequence starts from it. Read-only."""
+    ids = np.arange(vocab_size, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
 def forbid(logits: Floats, mask: NDArray[Any]) -> Floats:
@@ -219,8 +228,6 @@ class Sampler:
         self._adjusts = bool(
             params.logit_bias or self._counts_generated or params.repetition_penalty != 1
         )
-        # Shared by every step that starts from the whole vocabulary.
-        self._all_ids = np.arange(vocab_size if params.temperature > 0 else 0, dtype=np.int64)
 
     @property
     def keep(self) -> Keep | None:
@@ -300,7 +307,7 @@ class Sampler:
     def _drawn(self, logits: Floats, peak: float) -> int:
         params = self.params
         scaled = scale_by_temperature(logits, peak, params.temperature)
-        candidates = Candidates(self._all_ids, scaled)
+        candidates = Candidates(all_ids(self._vocab_size), scaled)
         if params.top_k:
             candidates = keep_top_k(candidates, min(params.top_k, self._vocab_size))
         if params.top_p < 1:
@@ -313,7 +320,7 @@ class Sampler:
         total = log_total(logits)
         top: tuple[tuple[int, float], ...] = ()
         if best:
-            everything = Candidates(np.arange(len(logits)), logits)
+            everything = Candidates(all_ids(len(logits)), logits)
             head = keep_top_k(everything, min(best, len(logits)))
             top = tuple(
                 (int(i), float(value) - total)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pronk._native import GROUP, KV_BLOCK, KV_CHUNK, PANEL, PART_TAIL
+
 __all__ = [
     "ACTIVATIONS",
     "ACT_RANGE",
@@ -20,11 +22,9 @@ __all__ = [
     "runtime_dtype",
 ]
 
-PANEL = 16  # rows interleaved into one panel
-GROUP = 32  # elements that share a scale
-KV_BLOCK = 32  # positions per KV block
-_KV_CHUNK = 512  # positions that attention sums up at a time
-PART_TAIL = 16  # floats after the values of a part of attention
+# The native core's: rows interleaved into one panel (PANEL), elements that share a scale (GROUP),
+# positions of a KV block (KV_BLOCK) and of what attention sums up at a time (KV_CHUNK), floats
+# after the values of a part of attention (PART_TAIL).
 ALIGN = 64  # bytes
 ACT_ROWS = 16  # rows of quantized activations come in blocks of so many
 # Largest integer of quantized activations by their dtype: 8 bits, or 12 in two int8.
@@ -79,7 +79,7 @@ def block_dtype(dtype: str) -> str:
 
 def past_bytes(head_dim: int, kv_dtype: str) -> int:
     """Bytes that each thread needs to expand a chunk of a rounded KV cache to bf16."""
-    return 0 if kv_dtype in _ELEMENT else 2 * _KV_CHUNK * head_dim * 2
+    return 0 if kv_dtype in _ELEMENT else 2 * KV_CHUNK * head_dim * 2
 
 
 def bound_plan_floats(rows: int, cols: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 from pronk.checkpoint.tokenizer import Tokenizer
 from pronk.errors import RequestError
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 __all__ = ["Form", "Grammar", "compile_form", "grammar_tokenizer"]
 
 _DEEPEST = 64
 # As Python writes JSON, and models are used to it.
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LAYOUT: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ def _source(form: Form, limit: int) -> str:
         raise RequestError(f"the {form.kind} of the output is nested deeper than {_DEEPEST}")
     try:
         if form.kind == "json":
-            return str(LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT))  # type: ignore[arg-type]
+            return str(LLMatcher.grammar_from_json_schema(text, overrides=_LAYOUT))
         if form.kind == "regex":
             return str(LLMatcher.grammar_from_regex(text))
     except ValueError as error:

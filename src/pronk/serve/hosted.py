@@ -113,6 +113,8 @@ class Hosted:
     engine : Service
     pool : Executor
         Threads for what takes long beside the event loop: long texts, templates, grammars.
+    sequences : int
+        Most requests that run at once.
     budget : Budget or None
         What the process was promised to stay within, if a bundle promises it.
     """
@@ -124,6 +126,7 @@ class Hosted:
     context: int
     engine: Service
     pool: Executor
+    sequences: int = 1
     budget: Budget | None = None
     created: int = 0
     warm: bool = False

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -33,23 +33,25 @@ _MOST_RECENT = 4096
 
 
 class Recent:
-    """Values of the last minute, for percentiles."""
+    """Values of the last minute, for percentiles; the last ones, where there are very many."""
 
     def __init__(self) -> None:
-        self._values: deque[tuple[float, float]] = deque(maxlen=_MOST_RECENT)
+        self._times = np.full(_MOST_RECENT, -np.inf)
+        self._values = np.zeros(_MOST_RECENT)
+        self._next = 0
 
     def add(self, value: float) -> None:
         """Take a value of now."""
-        self._values.append((time.monotonic(), value))
+        self._times[self._next], self._values[self._next] = time.monotonic(), value
+        self._next = (self._next + 1) % _MOST_RECENT
 
     def percentiles(self, shares: Sequence[float] = (0.5, 0.9, 0.99)) -> dict[str, float] | None:
         """By name, such as ``p50``; None where there is nothing."""
-        oldest = time.monotonic() - _RECENT
-        values = sorted(value for when, value in self._values if when >= oldest)
-        if not values:
+        values = np.sort(self._values[self._times >= time.monotonic() - _RECENT])
+        if not len(values):
             return None
         last = len(values) - 1
-        return {f"p{share * 100:g}": values[min(last, int(share * len(values)))]
+        return {f"p{share * 100:g}": float(values[min(last, int(share * len(values)))])
                 for share in shares}  # fmt: skip
 
 

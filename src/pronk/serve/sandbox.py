@@ -334,7 +334,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             return meter.weighed(result)
 
         if passes is not None:
-            metered.jinja_pass_arg = passes  # type: ignore[attr-defined]
+            metered.jinja_pass_arg = passes  # type: ignore[attr-defined]  # Jinja looks for it
         return metered
 
 

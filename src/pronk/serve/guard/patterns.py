@@ -94,6 +94,9 @@ class Pattern:
         flags = "(?i)" if tree.state.flags & re.IGNORECASE else ""
         self._match = _compile(f"{flags}{match}", source)
         self._begun = _compile(f"{flags}(?:{begun})\\z", source)
+        # RE2 compiles an expression backwards when it is first needed, which may take 200 MB for
+        # a moment: now, before a model takes their place, and not in the middle of requests.
+        self.open_from("-", 0)
 
     def search(self, text: str, start: int) -> tuple[int, int] | None:
         """Where the first match from `start` on lies."""
@@ -113,7 +116,7 @@ def _compile(source: str, given: str) -> Any:
     options.log_errors, options.never_capture = False, True
     for most in _MEMORY:
         options.max_mem = most
-        with contextlib.suppress(re2.error):
+        with contextlib.suppress(re2.error):  # too large: with more memory, or not at all
             return re2.compile(source, options)
     raise RequestError(
         f"the pattern {given[:80]!r} is too large: bound its repetitions, or split it"

@@ -100,7 +100,6 @@ _ACCEPT = {"email": _email, "iban": _iban, "card": _card, "ssn": _ssn, "ip": _ip
 ENTITIES = tuple(_SOURCES)
 
 
-@lru_cache(maxsize=8)
 def pii_rules(entities: Sequence[str] = ENTITIES, region: str = "US") -> Sequence[Rule]:
     """Rules for some kinds of personal data.
 
@@ -116,6 +115,11 @@ def pii_rules(entities: Sequence[str] = ENTITIES, region: str = "US") -> Sequenc
     RequestError
         If there is no such region or kind.
     """
+    return _rules(tuple(entities), region)
+
+
+@lru_cache(maxsize=8)
+def _rules(entities: Sequence[str], region: str) -> Sequence[Rule]:
     import phonenumbers
 
     unknown = set(entities) - set(ENTITIES)
@@ -123,6 +127,7 @@ def pii_rules(entities: Sequence[str] = ENTITIES, region: str = "US") -> Sequenc
         raise RequestError(
             f"there is no entity {min(unknown)!r}: choose from {', '.join(ENTITIES)}"
         )
+    phonenumbers.PhoneMetadata.load_all()  # or each country's is read when a number is its own
     if region not in phonenumbers.SUPPORTED_REGIONS:
         raise RequestError(f"there is no region {region!r}: give two letters such as US or DE")
     accept = {**_ACCEPT, "phone": _phone(region)}

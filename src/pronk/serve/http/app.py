@@ -24,15 +24,15 @@ from pronk.serve.errors import ApiError, error_body, from_pronk, from_validation
 from pronk.serve.generate import Tally
 from pronk.serve.guard.filters import Guard
 from pronk.serve.guard.watch import Watch
-from pronk.serve.hosted import Arrivals, Hosted
+from pronk.serve.hosted import Hosted
 from pronk.serve.http import chat, completions, more, responses
-from pronk.serve.http.context import Context
+from pronk.serve.http.context import Context, context_of
 from pronk.serve.http.gateway import Gateway, Gauge, Sink
+from pronk.serve.http.rehearsal import rehearse
 from pronk.serve.http.replies import ErrorReply
 from pronk.serve.http.sse import ClientGoneError
 from pronk.serve.log import log_ended
 from pronk.serve.metrics import Metrics
-from pronk.spec import SamplingParams
 
 if TYPE_CHECKING:
     from pronk.serve.grpc.server import GrpcServer
@@ -69,6 +69,8 @@ class Served:
         Behind the gateway.
     gauge : Gauge
     grpc : GrpcServer or None
+    failure : PronkError or None
+        Why it cannot go on.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Served:
         tracer: Tracer | None,
     ) -> None:
         self.app, self.api, self.context, self.grpc = app, api, context, grpc
+        self.failure: PronkError | None = None
         self.gauge, self._audit, self._tracer = context.gauge, audit, tracer
 
     def close(self) -> None:
@@ -99,6 +102,7 @@ def make_app(
     *,
     guard: Guard | None = None,
     tracer: Tracer | None = None,
+    settled: Callable[[], None] = lambda: None,
 ) -> Served:
     """Everything behind the socket.
 
@@ -113,6 +117,9 @@ def make_app(
         What texts pass.
     tracer : Tracer, optional
         Makes spans of requests.
+    settled : callable, optional
+        Called once the models have answered and before they are ready; a `PronkError` that it
+        raises ends the server.
 
     Raises
     ------
@@ -140,7 +147,7 @@ def make_app(
             model.attach(config.limits)
         if grpc is not None:
             await grpc.start()
-        task = asyncio.create_task(_warm_up(models, grpc))
+        task = asyncio.create_task(_warm_up(served, resident, settled))
         yield
         task.cancel()
         if grpc is not None:
@@ -153,12 +160,13 @@ def make_app(
     api.state.context = context
     for router in (chat.router, completions.router, responses.router, more.router, _pages()):
         api.include_router(router)
-    _handle_errors(api, metrics)
-    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
-    return Served(
+    _handle_errors(api)
+    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]  # FastAPI's way
+    served = Served(
         Gateway(api, config, keys, metrics, gauge, quotas, sink, tell),
         api, context, audit, grpc, tracer,
     )  # fmt: skip
+    return served
 
 
 def _written(entry: dict[str, object]) -> dict[str, object]:
@@ -182,24 +190,23 @@ def _grpc(
     return GrpcServer(Calls(context, keys, quotas, audit, tell), context.config)
 
 
-async def _warm_up(models: Sequence[Hosted], grpc: GrpcServer | None) -> None:
-    """Run a few tokens through each model, so that the first request finds memory touched."""
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    for model in models:
-        arrivals, reason = Arrivals(), None
-        try:
-            model.submit(await model.encode("Once upon a time"), params, arrivals, 0)
-            while reason is None:
-                _, event = (await arrivals.take())[-1]
-                reason = event.finish_reason
-            if event.error is not None:
-                raise event.error
-        except PronkError as error:
-            _log.error("the model %s fails on its first tokens: %s", model.name, error)
-        else:
-            model.warm = True
-    if grpc is not None:
-        await grpc.set_ready(all(model.warm for model in models))
+async def _warm_up(
+    served: Served, resident: Callable[[], int], settled: Callable[[], None]
+) -> None:
+    """Have every model answer, and what that took be known, before they take work."""
+    models = served.context.models
+    failed = await rehearse(served.api, served.context, resident)
+    for name, error in failed.items():
+        _log.error("the model %s fails on its first tokens: %s", name, error)
+    try:
+        settled()
+    except PronkError as error:
+        served.failure = error
+        return
+    for name, model in models.items():
+        model.warm = name not in failed
+    if served.grpc is not None:
+        await served.grpc.set_ready(not failed)
 
 
 def _pages() -> APIRouter:
@@ -216,9 +223,9 @@ def _pages() -> APIRouter:
     return router
 
 
-def _handle_errors(api: FastAPI, metrics: Metrics) -> None:
+def _handle_errors(api: FastAPI) -> None:
     def answer(request: Request, error: ApiError) -> Response:
-        metrics.failed(error, request.state.record)
+        context_of(request).metrics.failed(error, request.state.record)
         return JSONResponse(error_body(error), error.status, error.headers)
 
     @api.exception_handler(ApiError)

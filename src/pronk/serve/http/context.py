@@ -67,6 +67,6 @@ class Context:
 
 
 def context_of(request: Request) -> Context:
-    """What the app was made with."""
-    context: Context = request.app.state.context
+    """What the app was made with; or the request, where it is a rehearsal's."""
+    context: Context = getattr(request.state, "context", None) or request.app.state.context
     return context

@@ -124,8 +124,9 @@ class Gateway:
             path = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - start
             self.metrics.answers.labels(path, str(status or 499)).inc()
-            # Probes and pages that are only read leave no line.
-            if self._audit is not None and (scope["method"] == "POST" or status >= 400):
+            # Probes, whatever they are told, and pages that are only read leave no line.
+            told = scope["method"] == "POST" or (status >= 400 and path not in OPEN_ROUTES)
+            if self._audit is not None and told:
                 self._audit({
                     "request": request_id, "key": state.get("key"), "method": scope["method"],
                     "route": path, "status": status or 499,

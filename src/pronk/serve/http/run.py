@@ -25,13 +25,17 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, served: Served, drain: float) -> None:
         super().__init__(config)
-        self._gauge, self._drain = served.gauge, drain
+        self._served, self._gauge, self._drain = served, served.gauge, drain
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the server cannot go on."""
+        return await super().on_tick(counter) or self._served.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains; the second ends at once."""
@@ -84,6 +88,8 @@ def serve(
     ------
     RequestError
         If the TLS files cannot be used.
+    PronkError
+        If it ended because it could not go on (`Served.failure`).
     """
     settings = uvicorn.Config(
         served.app, lifespan="on", log_config=None, access_log=False, server_header=False,
@@ -98,3 +104,5 @@ def serve(
     if started is not None:
         started(server)
     server.run(sockets=[sock])
+    if served.failure is not None:
+        raise served.failure
