@@ -157,6 +157,8 @@ def test_what_is_redacted_and_flagged(http, guarded):
         ("private", "redact", 2), ("attack", "flag", 1)}  # fmt: skip
     stats = http.get("/stats").json()
     assert stats["guard"]["redact"] >= 2 and stats["guard"]["flag"] >= 1
+    # Latencies may change with the machine, but nothing has failed.
+    assert "errors" not in {found["series"] for found in stats["models"]["tiny"]["anomalies"]}
 
 
 def test_system_messages_may_give_orders(http):

@@ -7,9 +7,9 @@
 
 namespace pronk::PRONK_NS {
 
-// A chunk of a past to read, of which the blocks with a bit in `wanted` are, and then the keys of
-// block `then` of a head, or nothing. Those of int8 and int4 become bf16 in this thread's memory,
-// until it expands others.
+// A chunk of a past to read, of which the blocks with a bit in `wanted` are, and what is read
+// `then` (see Past). Those of int8 and int4 become bf16 in this thread's memory, until it expands
+// others.
 inline Past read_past(const KvView& kv, const int32_t* blocks, int64_t head, uint32_t wanted,
                       const uint8_t* then) {
     if (!kv_expanded(kv.type)) return {kv, blocks, head, then};

@@ -103,7 +103,7 @@ class Counts:
         return self._counts[: len(self._slots)]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)  # a server may run several models
 def all_ids(vocab_size: int) -> Ids:
     """The whole vocabulary; kept, for every step of every sequence starts from it. Read-only."""
     ids = np.arange(vocab_size, dtype=np.int64)

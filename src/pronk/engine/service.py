@@ -188,11 +188,11 @@ class Service:
             with self._lock:
                 self._open, self._closed = False, True
             while not self._inbox.empty():
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # the others must hear of it too
                     self._take(wait=False)
             failed = PronkError(f"the engine has stopped: {error!r}")
             for handle in list(self._listeners):
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception):  # a listener's own fault
                     self._listeners.pop(handle)(Event(handle, None, "error", failed))
             raise
         finally:
